@@ -1,0 +1,33 @@
+"""The named exceptions: each is a mistake that its reader can mend, told in one sentence."""
+
+
+class UserError(ValueError):
+    """A mistake outside this library's code; the message says what came, what was expected, and what to do."""
+
+
+class ConfigError(UserError):
+    """A setting is misspelt, of the wrong kind, out of its range, or contradicts another."""
+
+
+class TargetError(UserError):
+    """The modules that a method should take are not there, or are of a kind that it cannot take."""
+
+
+class DataError(UserError):
+    """A data file is missing, malformed, or does not hold what the task needs."""
+
+
+class BackboneError(UserError):
+    """A backbone cannot be found or loaded."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or adapter folder is missing, damaged, or belongs to another model."""
+
+
+class NotMergeable(UserError):  # noqa: N818 - reads as the fact it states; the name is public API
+    """An adapter cannot be folded into the weights of its host."""
+
+
+class AdapterNotCalled(UserError):  # noqa: N818 - reads as the fact it states; the name is public API
+    """A forward pass went by without calling an adapter, which would therefore never learn."""
