@@ -1,0 +1,51 @@
+"""How trainable parts hang on a model, in pure torch."""
+
+from lora_lightning.adapters.attach import (
+    AttachReport,
+    attach,
+    attached_methods,
+    detach,
+    disabled,
+    is_attached,
+    iter_adapters,
+    iter_hosts,
+    iter_roles,
+    require_calls,
+)
+from lora_lightning.adapters.base import (
+    Adapter,
+    ForwardAdapter,
+    InputAdapter,
+    Method,
+    OutputAdapter,
+    Role,
+    TargetedMethod,
+)
+from lora_lightning.adapters.merge import merge
+from lora_lightning.adapters.state import adapter_state_dict, load_adapter_state_dict
+from lora_lightning.adapters.view import ModelView, PlainView
+
+__all__ = [
+    "Adapter",
+    "AttachReport",
+    "ForwardAdapter",
+    "InputAdapter",
+    "Method",
+    "ModelView",
+    "OutputAdapter",
+    "PlainView",
+    "Role",
+    "TargetedMethod",
+    "adapter_state_dict",
+    "attach",
+    "attached_methods",
+    "detach",
+    "disabled",
+    "is_attached",
+    "iter_adapters",
+    "iter_hosts",
+    "iter_roles",
+    "load_adapter_state_dict",
+    "merge",
+    "require_calls",
+]

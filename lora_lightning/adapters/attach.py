@@ -1,0 +1,365 @@
+"""Hang adapters on a model and take them off again: the only place that changes a host module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lora_lightning.adapters.base import Adapter, ForwardAdapter, InputAdapter, Method, OutputAdapter, Role
+from lora_lightning.adapters.head import HeadAdapter
+from lora_lightning.adapters.targets import find_modules, is_within
+from lora_lightning.adapters.view import ModelView, PlainView
+from lora_lightning.adapters.weights import RESERVED
+from lora_lightning.errors import AdapterNotCalled, TargetError
+
+_RECORD = "_lora_lightning_attachment"
+_ADAPTED_CLASSES: dict[type[Any], type[Any]] = {}
+
+
+@dataclass(frozen=True)
+class AttachReport:
+    """What `attach` did.
+
+    Args:
+        num_trainable: Elements of all trainable adapter parameters.
+        num_total: Elements of the base model's parameters (packed ones as stored) plus the adapters'.
+        hosts: Paths of the adapted modules, in the model's order.
+    """
+
+    num_trainable: int
+    num_total: int
+    hosts: tuple[str, ...]
+
+    @property
+    def trainable_share(self) -> float:
+        """Share of trainable elements among all, between 0 and 1."""
+        return self.num_trainable / max(self.num_total, 1)
+
+
+@dataclass
+class _Attachment:
+    """What `detach` needs to undo an `attach`, and what others ask about it; plain data, kept on the model."""
+
+    methods: tuple[Method, ...]
+    was_trainable: list[str] = field(default_factory=list)
+    nested_encoders: list[str] = field(default_factory=list)
+
+
+class AdapterStack(nn.ModuleDict):
+    """The adapters of one host, by the name of their method, and the host's class before it was adapted."""
+
+    def __init__(self, host_class: type[nn.Module]) -> None:
+        super().__init__()
+        self.host_class = host_class
+
+    def of_kind(self, kind: type[Adapter]) -> list[Adapter]:
+        """Return the adapters of one kind, in the order of attaching."""
+        return [adapter for adapter in self._modules.values() if isinstance(adapter, kind)]
+
+
+class _Adapted:
+    """Mixed into a host's class: hands the whole forward to the host's adapter."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
+        """Compute the host's forward with its adapter, or without it inside `disabled`."""
+        stack: AdapterStack = self._modules[RESERVED]  # type: ignore[attr-defined]  # mixed into an nn.Module
+        adapter = stack.of_kind(ForwardAdapter)[0]
+        if not adapter.enabled:
+            return stack.host_class.forward(self, *args, **kwargs)
+        return adapter(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401 - object's own signature
+        """Pickle and copy through the host's class, since an adapted class has no importable name."""
+        return _new_adapted, (self._modules[RESERVED].host_class,), self.__dict__  # type: ignore[attr-defined]
+
+
+def _adapted_class(host_class: type[nn.Module]) -> type[nn.Module]:
+    """Return the one class that adapted hosts of `host_class` have."""
+    if host_class not in _ADAPTED_CLASSES:
+        name, bases = f"Adapted{host_class.__name__}", (_Adapted, host_class)
+        _ADAPTED_CLASSES[host_class] = type(name, bases, {"__module__": host_class.__module__})
+    return _ADAPTED_CLASSES[host_class]
+
+
+def _new_adapted(host_class: type[Any]) -> nn.Module:
+    cls = _adapted_class(host_class)
+    return cls.__new__(cls)
+
+
+def _input_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    for adapter in host._modules[RESERVED].of_kind(InputAdapter):  # type: ignore[union-attr, operator]  # AdapterStack
+        if adapter.enabled:
+            args, kwargs = adapter(host, args, kwargs)
+    return args, kwargs
+
+
+def _output_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
+    for adapter in host._modules[RESERVED].of_kind(OutputAdapter):  # type: ignore[union-attr, operator]  # AdapterStack
+        if adapter.enabled:
+            output = adapter(host, args, kwargs, output)
+    return output
+
+
+def _no_op_hook(host: nn.Module, args: tuple[Any, ...]) -> None:
+    """Do nothing: its presence turns off the fast path of `nn.TransformerEncoderLayer`, which skips its layers."""
+
+
+_HOOKS = (_input_hook, _output_hook, _no_op_hook)
+
+
+def attach(
+    model: nn.Module,
+    method: Method | Sequence[Method],
+    view: ModelView | None = None,
+    *,
+    modules_to_save: Sequence[str] = (),
+) -> AttachReport:
+    """Freeze a model and hang the adapters of one or several methods on it.
+
+    Everything is checked and built before the first change, so an error leaves the model as it was. Adapter
+    parameters are float32 (float64 on a float64 host). The base parameters keep their names: `model.state_dict()`
+    without adapter keys is the base model's.
+
+    Args:
+        model: Any module; changed in place.
+        method: The method, or a list of methods, to attach.
+        view: What methods may ask of the model; None for a plain torch module.
+        modules_to_save: Names (path suffixes) of modules to train as full copies, beside the methods' own.
+
+    Returns:
+        How many parameters train, and on which hosts.
+
+    Raises:
+        TargetError: The model has adapters already, nothing fits, or two methods want the same host's forward.
+        ConfigError: A setting does not fit this model, such as a rank larger than a layer allows.
+
+    Example:
+        >>> from lora_lightning.methods import LoRA
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> attach(model, LoRA(r=2, target_modules=["0"])).num_trainable
+        32
+    """
+    methods = (method,) if isinstance(method, Method) else tuple(method)
+    _refuse_reattach(model, methods)
+    view = view or PlainView(model)
+    placed = [(path, one.name, adapter) for one in methods for path, adapter in one.adapters(view)]
+    saved = list(dict.fromkeys([*modules_to_save, *(name for one in methods for name in one.modules_to_save or [])]))
+    if saved:
+        placed += [(path, "head", HeadAdapter(model.get_submodule(path))) for path in _saved_paths(model, saved)]
+    _check_placement(model, placed)
+
+    record = _Attachment(methods, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    num_base = sum(parameter.numel() for parameter in model.parameters())
+    model.requires_grad_(requires_grad=False)
+    for path, name, adapter in placed:
+        _hang(model.get_submodule(path), name, adapter)
+    _turn_off_fast_paths(model, [path for path, _, _ in placed], record)
+    setattr(model, _RECORD, record)
+    own = [parameter for _, _, adapter in placed for parameter in adapter.parameters()]
+    return AttachReport(
+        num_trainable=sum(parameter.numel() for parameter in own if parameter.requires_grad),
+        num_total=num_base + sum(parameter.numel() for parameter in own),
+        hosts=tuple(path for path, _, _ in iter_adapters(model)),
+    )
+
+
+def detach(model: nn.Module) -> None:
+    """Take all adapters off a model, which is then exactly as before `attach`, `requires_grad` included.
+
+    Raises:
+        TargetError: The model is sharded.
+    """
+    refuse_sharded(model, "detach")
+    for _, host in list(iter_hosts(model)):
+        _unhang(host)
+    record: _Attachment | None = getattr(model, _RECORD, None)
+    if record is None:
+        return
+    for name in record.was_trainable:
+        model.get_parameter(name).requires_grad_()
+    for path in record.nested_encoders:
+        model.get_submodule(path).use_nested_tensor = True  # type: ignore[assignment]  # an nn.TransformerEncoder
+    delattr(model, _RECORD)
+
+
+def is_attached(model: nn.Module) -> bool:
+    """Tell whether a model has adapters."""
+    return any(True for _ in iter_hosts(model))
+
+
+def attached_methods(model: nn.Module) -> tuple[Method, ...]:
+    """Return the methods that were attached to a model, in order; empty where there are none."""
+    record: _Attachment | None = getattr(unwrap(model), _RECORD, None)
+    return record.methods if record else ()
+
+
+def iter_hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Iterate over `(path, host)` of every module that has adapters, in the model's order."""
+    for path, module in unwrap(model).named_modules():
+        if RESERVED in module._modules and RESERVED not in path.split("."):
+            yield path, module
+
+
+def iter_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
+    """Iterate over `(host path, host, adapter)`, in the model's order."""
+    for path, host in iter_hosts(model):
+        for adapter in host._modules[RESERVED].of_kind(Adapter):  # type: ignore[union-attr, operator]  # AdapterStack
+            yield path, host, adapter
+
+
+def iter_roles(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Role]]:
+    """Iterate over `(name, parameter, role)` of all adapter parameters; names as in `adapter_state_dict`."""
+    for path, _, adapter in iter_adapters(model):
+        for name, parameter, role in adapter.named_roles():
+            yield join(path, adapter.public_name(name)), parameter, role
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Make a model act as its base inside the `with` block, heads and saved modules included."""
+    adapters = [adapter for _, _, adapter in iter_adapters(model)]
+    before = [adapter.enabled for adapter in adapters]
+    try:
+        for adapter in adapters:
+            adapter.enabled = False
+        yield
+    finally:
+        for adapter, enabled in zip(adapters, before, strict=True):
+            adapter.enabled = enabled
+
+
+@contextmanager
+def require_calls(model: nn.Module) -> Iterator[None]:
+    """Check that every adapter is called at least once inside the `with` block.
+
+    Raises:
+        AdapterNotCalled: Some were not; the message names their hosts.
+    """
+    called: set[int] = set()
+    adapters = [(path, adapter) for path, _, adapter in iter_adapters(model)]
+    handles = [adapter.register_forward_pre_hook(lambda module, _: called.add(id(module))) for _, adapter in adapters]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    idle = [path for path, adapter in adapters if id(adapter) not in called]
+    if idle:
+        raise AdapterNotCalled(
+            f"{len(idle)} of {len(adapters)} adapters were not called in a forward pass, the first at "
+            f"{', '.join(map(repr, idle[:3]))}: the model does not run these modules, or reads their weights directly. "
+            "Leave them out with exclude_modules."
+        )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the module inside a `torch.compile` wrapper, or the module itself."""
+    return getattr(model, "_orig_mod", model)
+
+
+def join(path: str, name: str) -> str:
+    """Join a host's path and a name with a dot; the root's path is empty."""
+    return f"{path}.{name}" if path else name
+
+
+def refuse_sharded(model: nn.Module, action: str) -> None:
+    """Raise TargetError where parameters are sharded, since `action` needs them whole."""
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise TargetError(
+            f"{action} needs whole parameters, and this model's are sharded over several processes (FSDP); "
+            f"save a checkpoint and {action} in one process."
+        )
+
+
+def _refuse_reattach(model: nn.Module, methods: tuple[Method, ...]) -> None:
+    if not methods or not all(isinstance(method, Method) for method in methods):
+        raise TargetError(f"attach takes a method, such as LoRA(r=8), or a list of methods; got {methods!r}.")
+    if hasattr(model, "_orig_mod"):
+        raise TargetError("This model is compiled already; attach the adapters first, then call torch.compile.")
+    if is_attached(model):
+        names = ", ".join(type(method).__name__ for method in attached_methods(model))
+        raise TargetError(f"This model already has adapters ({names}); detach or merge them first.")
+    refuse_sharded(model, "attach")
+
+
+def _saved_paths(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the paths of the modules to copy, without those that lie inside another one."""
+    paths = find_modules(model, names, "modules_to_save")
+    return [path for path in paths if not is_within(path, [other for other in paths if other != path])]
+
+
+def _check_placement(model: nn.Module, placed: Sequence[tuple[str, str, Adapter]]) -> None:
+    """Refuse hosts that two methods claim, that lie inside a copied module, or whose forward is not their class's."""
+    copied = [path for path, _, adapter in placed if isinstance(adapter, HeadAdapter)]
+    claimed: dict[str, str] = {}
+    for path, name, adapter in placed:
+        host = model.get_submodule(path)
+        slot = "the forward" if isinstance(adapter, ForwardAdapter) else name
+        other = claimed.setdefault(f"{path}:{slot}", name)
+        if other != name:
+            raise TargetError(
+                f"{other} and {name} both want to compute the forward of {path!r}; give them different targets."
+            )
+        if is_within(path, [copy for copy in copied if copy != path]):
+            raise TargetError(
+                f"{path!r} lies inside a module that is trained as a full copy; take it out of the targets."
+            )
+        if isinstance(adapter, ForwardAdapter) and "forward" in host.__dict__:
+            raise TargetError(
+                f"The forward of {path!r} was replaced on the instance (offloading with a device_map does that), so an "
+                "adapter there would never be called; load the model without it."
+            )
+    if len(claimed) < len(placed):
+        raise TargetError("The same method is given twice for one module; give each its own target_modules.")
+
+
+def _hang(host: nn.Module, name: str, adapter: Adapter) -> None:
+    stack = host._modules.get(RESERVED)
+    if stack is None:
+        stack = AdapterStack(type(host))
+        host.add_module(RESERVED, stack)
+    assert isinstance(stack, AdapterStack)
+    adapter.host_class = stack.host_class
+    adapter.train(host.training)
+    stack[name] = adapter
+    if isinstance(adapter, ForwardAdapter):
+        host.__class__ = _adapted_class(stack.host_class)
+    elif isinstance(adapter, InputAdapter) and _input_hook not in host._forward_pre_hooks.values():
+        host.register_forward_pre_hook(_input_hook, with_kwargs=True)
+    elif isinstance(adapter, OutputAdapter) and _output_hook not in host._forward_hooks.values():
+        host.register_forward_hook(_output_hook, with_kwargs=True)
+
+
+def _unhang(host: nn.Module) -> None:
+    stack = host._modules.pop(RESERVED)
+    assert isinstance(stack, AdapterStack)
+    if isinstance(host, _Adapted):
+        host.__class__ = stack.host_class  # type: ignore[assignment]  # the class it had before
+    # By identity, not by handle: handles do not survive deepcopy and pickle, these module-level functions do.
+    for hooks, flags in (
+        (host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs),
+        (host._forward_hooks, host._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+            del hooks[key]
+            flags.pop(key, None)
+
+
+def _turn_off_fast_paths(model: nn.Module, paths: Sequence[str], record: _Attachment) -> None:
+    """Make torch's own transformer layers call their linear layers in eval mode too.
+
+    `nn.TransformerEncoderLayer` reads `linear1.weight` directly unless a module inside it has a hook;
+    `nn.TransformerEncoder` packs padded batches into nested tensors, which only that fast path understands.
+    """
+    for path, module in model.named_modules():
+        inside = [host for host in paths if is_within(host, [path]) or not path]
+        if isinstance(module, nn.TransformerEncoderLayer):
+            for host in inside:
+                model.get_submodule(host).register_forward_pre_hook(_no_op_hook)
+        if isinstance(module, nn.TransformerEncoder) and inside and module.use_nested_tensor:
+            module.use_nested_tensor = False
+            record.nested_encoders.append(path)

@@ -1,0 +1,241 @@
+"""What a method is (a frozen description) and what an adapter is (the trainable module it hangs on a host)."""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.weights import check_writable, read_weight, write_weight
+from lora_lightning.errors import ConfigError, NotMergeable
+
+if TYPE_CHECKING:
+    from lora_lightning.adapters.view import ModelView
+
+
+class Role(StrEnum):
+    """What an adapter parameter is for; optimizer groups, summaries and checkpoints go by it."""
+
+    A = "A"
+    B = "B"
+    MAGNITUDE = "magnitude"
+    VECTOR = "vector"
+    PROMPT = "prompt"
+    BIAS = "bias"
+    HEAD = "head"
+    EMBEDDING = "embedding"
+
+
+class Adapter(nn.Module):
+    """The trainable part that one method hangs on one host module.
+
+    An adapter never holds its host: the host owns the adapter and hands itself over in each call. Subclass
+    `ForwardAdapter`, `InputAdapter` or `OutputAdapter`, and declare the role of each parameter in `roles`.
+
+    Attributes:
+        roles: Role of each parameter by its name in this module.
+        enabled: False inside `disabled(model)`, where the host acts as in the base model.
+        host_class: Class of the host before it was adapted.
+    """
+
+    roles: ClassVar[Mapping[str, Role]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enabled = True
+        self.host_class: type[nn.Module] = nn.Module
+
+    def role_of(self, name: str) -> Role:
+        """Return the role of the parameter called `name` in this module."""
+        return self.roles[name]
+
+    def named_roles(self) -> Iterator[tuple[str, nn.Parameter, Role]]:
+        """Iterate over `(name, parameter, role)` of every parameter, the frozen ones too."""
+        for name, parameter in self.named_parameters():
+            yield name, parameter, self.role_of(name)
+
+    def public_name(self, name: str) -> str:
+        """Return the name under which `adapter_state_dict` lists a parameter or buffer of this module."""
+        return name
+
+    def merge_into(self, host: nn.Module) -> None:
+        """Fold this adapter into its host; `check_mergeable` has passed. Called with gradients off."""
+        weight = read_weight(host)
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        write_weight(host, self.merged_weight(host, wide))
+
+    def check_mergeable(self, host: nn.Module) -> None:
+        """Raise NotMergeable, with the reason, where this adapter cannot be folded into its host."""
+        check_writable(host)
+
+    def merged_weight(self, host: nn.Module, weight: Tensor) -> Tensor:
+        """Return the dense weight that makes the bare host compute what host and adapter compute together.
+
+        Args:
+            host: The host module.
+            weight: The host's dense weight, float32 or wider, shape `[out, in]`.
+
+        Returns:
+            The new weight, same shape and dtype.
+
+        Raises:
+            NotMergeable: No dense weight of the host does that.
+        """
+        del host, weight
+        raise NotMergeable(f"{type(self).__name__} changes more than a weight and cannot be merged; keep it attached.")
+
+
+class ForwardAdapter(Adapter):
+    """An adapter that computes its host's whole forward, so that base and update are one operation.
+
+    Subclasses define `forward(host, *args, **kwargs)`.
+    """
+
+    def base_forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
+        """Call the host as it was before it was adapted."""
+        return self.host_class.forward(host, *args, **kwargs)
+
+
+class InputAdapter(Adapter):
+    """An adapter that changes what its host is called with.
+
+    Subclasses define `forward(host, args, kwargs) -> (args, kwargs)`.
+    """
+
+
+class OutputAdapter(Adapter):
+    """An adapter that changes what its host returns.
+
+    Subclasses define `forward(host, args, kwargs, output) -> output`.
+    """
+
+
+# What PEFT calls it -> what it is called here.
+PEFT_SPELLINGS: Mapping[str, str] = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "rank": "r",
+    "use_rslora": "scaling: rslora",
+    "use_dora": "the method DoRA",
+    "init_lora_weights": "init",
+    "inference_mode": "nothing: adapters are trainable until you merge or freeze them",
+    "task_type": "nothing: the task's class says it",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(abc.ABC):
+    """Which trainable parts are added where; every method of the library is a subclass.
+
+    A method is a frozen description: it holds settings, never tensors. Its training hooks do nothing by default.
+
+    Args:
+        modules_to_save: Names (path suffixes) of modules to train as full copies beside the adapters, such as a
+            head. The copies travel in the adapter's state dict and `disabled` bypasses them.
+    """
+
+    name: ClassVar[str]
+    """Short lower-case name; also the key of this method's adapter on a host."""
+
+    modules_to_save: list[str] | None = None
+
+    def __new__(cls, **settings: Any) -> Method:  # noqa: ANN401 - settings of any type
+        """Refuse settings that this method does not have, naming ours where another library's spelling came."""
+        known = {field.name for field in fields(cls)} if "__dataclass_fields__" in cls.__dict__ else settings
+        for key in settings:
+            if key not in known:
+                hint = PEFT_SPELLINGS.get(key)
+                meant = f"use {hint}" if hint else f"it takes {', '.join(sorted(known))}"
+                raise ConfigError(f"{cls.__name__} has no setting {key!r}; {meant}.")
+        return super().__new__(cls)
+
+    @abc.abstractmethod
+    def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
+        """Build the adapters for a model, without changing it.
+
+        Args:
+            view: What the method may ask of the model.
+
+        Yields:
+            Pairs of a host's path in the base model and the adapter to hang on it.
+
+        Raises:
+            TargetError: The model has no fitting host.
+        """
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Any]) -> None:
+        """Look at data before the first step (never after a resume); `batches` are on the model's device."""
+
+    def extra_loss(self, model: nn.Module) -> Tensor | None:
+        """Return a penalty that the task adds to its training loss, or None."""
+        return None
+
+    def before_step(self, model: nn.Module, step: int, total_steps: int) -> None:
+        """Act on the gradients just before optimizer step number `step` (0 is the first)."""
+
+    def after_step(self, model: nn.Module, step: int, total_steps: int) -> None:
+        """Act on the updated adapters just after optimizer step number `step` (0 is the first)."""
+
+    def fold(self, model: nn.Module) -> None:
+        """Drop what only training needs; called explicitly, never by `eval()`."""
+
+    def extra_state(self, model: nn.Module) -> dict[str, Any]:
+        """Return what, beside parameters and buffers, must travel in a checkpoint (plain types and tensors)."""
+        return {}
+
+    def load_extra_state(self, model: nn.Module, state: dict[str, Any]) -> None:
+        """Take back what `extra_state` returned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetedMethod(Method):
+    """A method whose hosts are chosen by name.
+
+    Args:
+        target_modules: Path suffixes (`["query", "value"]`), a regular expression that must match a whole path, or
+            `all-linear` (every supported linear layer outside the output head). None takes the usual ones of the
+            model type, else `all-linear`.
+        exclude_modules: Path suffixes or a regular expression of modules to leave out.
+        layers_to_transform: Indices of the layers (blocks) to adapt; None means all.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse empty target lists."""
+        if self.target_modules is not None and not self.target_modules:
+            raise ConfigError(
+                "target_modules is empty; name at least one module, or leave it out for the model type's usual ones."
+            )
+
+
+def check_positive_int(owner: str, name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{owner}: {name} must be an integer of at least 1, got {value!r}.")
+
+
+def check_positive(owner: str, name: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{owner}: {name} must be a finite number above 0, got {value!r}.")
+
+
+def check_dropout(owner: str, value: object) -> None:
+    """Raise ConfigError unless `value` is a probability in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise ConfigError(f"{owner}: dropout must be at least 0 and below 1, got {value!r}.")
+
+
+def check_choice(owner: str, name: str, value: str, choices: Sequence[str]) -> None:
+    """Raise ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{owner}: {name} must be one of {', '.join(choices)}, got {value!r}.")

@@ -1,0 +1,74 @@
+"""The adapter-only state dict, and loading it with exact keys and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.attach import iter_adapters, join
+from lora_lightning.errors import CheckpointError
+
+
+def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that adapters own, and nothing of the base model.
+
+    Args:
+        model: A model with adapters.
+
+    Returns:
+        Detached tensors (sharing memory with the model) by `<host path in the base model>.<name>`, such as
+        `encoder.layer.0.attention.self.query.lora_A`; a trained copy's parameters under the original's own names.
+
+    Example:
+        >>> from lora_lightning.adapters.attach import attach
+        >>> from lora_lightning.methods import LoRA
+        >>> model = nn.Sequential(nn.Linear(8, 2))
+        >>> _ = attach(model, LoRA(r=2))
+        >>> {name: tuple(tensor.shape) for name, tensor in adapter_state_dict(model).items()}
+        {'0.lora_A': (2, 8), '0.lora_B': (2, 2)}
+    """
+    return {
+        join(path, adapter.public_name(name)): tensor
+        for path, _, adapter in iter_adapters(model)
+        for name, tensor in adapter.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what `adapter_state_dict` returned into a model with the same adapters.
+
+    Args:
+        model: A model to which the same methods are attached.
+        state: The tensors; cast to the dtype of the model's own.
+
+    Raises:
+        CheckpointError: Keys are missing or unknown, or a shape differs; the model is unchanged.
+    """
+    own = adapter_state_dict(model)
+    missing = [name for name in own if name not in state]
+    unknown = [name for name in state if name not in own]
+    if missing or unknown:
+        raise CheckpointError(
+            f"The adapter's keys do not fit this model: of {len(own)} expected, {len(missing)} are missing"
+            f"{_first(missing)} and {len(unknown)} are unknown{_first(unknown)}. Attach the method that it was trained "
+            "with, on the same base and targets."
+        )
+    wrong = [
+        f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
+        for name in own
+        if state[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{len(wrong)} of {len(own)} adapter tensors have another shape{_first(wrong)}. Attach the method with the "
+            "settings (rank, targets) that it was trained with."
+        )
+    for name, tensor in own.items():
+        tensor.copy_(state[name])
+
+
+def _first(names: Sequence[str], count: int = 3) -> str:
+    return f" ({', '.join(names[:count])}{', …' if len(names) > count else ''})" if names else ""

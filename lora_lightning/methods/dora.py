@@ -1,0 +1,156 @@
+"""DoRA: magnitude and direction of a weight learn apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.base import Adapter, Role, check_choice
+from lora_lightning.adapters.functional import DoRALinear, LoRALinear, dora_norm
+from lora_lightning.adapters.weights import Host, HostKind, codec_of, read_weight
+from lora_lightning.errors import ConfigError
+from lora_lightning.methods.lora import LoRA
+from lora_lightning.methods.low_rank import LowRankAdapter
+
+MagnitudeAxis = Literal["output", "input"]
+
+
+class DoRAAdapter(LowRankAdapter):
+    """W' = m V / ‖V‖ with V = W + s B A on one host; arguments as in `LowRankAdapter`.
+
+    Args:
+        host: The host module.
+        axis: `output` takes one norm and magnitude per output row, `input` one per input column (linear hosts only).
+        **settings: See `LowRankAdapter`.
+
+    Attributes:
+        magnitude: m, `[out]` or `[in]` by the axis; starts at ‖W‖, so the first forward equals the base's.
+        base_norm_squared: ‖W‖² along the axis, float32 or wider; follows the host's weight when that is reloaded.
+    """
+
+    magnitude: nn.Parameter
+    base_norm_squared: Tensor
+
+    def __init__(self, host: Host, *, axis: MagnitudeAxis = "output", **settings: Any) -> None:  # noqa: ANN401
+        super().__init__(host, **settings)
+        self.axis = axis
+        self.register_buffer("base_norm_squared", torch.empty(0), persistent=False)
+        self._seen: tuple[int, int] | None = None
+        self._refresh_base_norm(host)
+        self.magnitude = nn.Parameter(self.base_norm_squared.sqrt())
+
+    def role_of(self, name: str) -> Role:
+        """Return MAGNITUDE for the magnitude, else as LoRA."""
+        return Role.MAGNITUDE if name == "magnitude" else super().role_of(name)
+
+    def forward(self, host: Host, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """Compute m V / ‖V‖ applied to x, plus the host's bias; see `LowRankAdapter.forward`."""
+        codec, norm = codec_of(host), self.norm(host)
+        if self.kind is HostKind.LINEAR and codec.is_view:
+            p, seed = self.draw_dropout()
+            weight = codec.read(host)
+            factors = (self.lora_A, self.lora_B)
+            if self.axis == "output":
+                return DoRALinear.apply(x, weight, host.bias, *factors, self.magnitude, norm, self.scaling, p, seed)[0]  # type: ignore[no-untyped-call]
+            scaled = x * (self.magnitude / norm).to(x.dtype)
+            return LoRALinear.apply(scaled, weight, host.bias, *factors, self.scaling, p, seed)[0]  # type: ignore[no-untyped-call]
+        return self._scale_output(host, x, norm, args, kwargs)
+
+    def _scale_output(
+        self, host: Host, x: Tensor, norm: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Let the host compute its own part, then scale what is not its bias."""
+        ratio, bias = self.magnitude / norm, getattr(host, "bias", None)
+        if self.kind is HostKind.CONV:
+            trailing = [1] * (host.weight.dim() - 2)
+            ratio = ratio.view(-1, *trailing)
+            bias = None if bias is None else bias.view(-1, *trailing)
+        if self.axis == "input":
+            x = x * ratio.to(x.dtype)
+            output: Tensor = self.base_forward(host, x, *args, **kwargs)
+            return output + self.update(host, x).to(output.dtype)
+        output = self.base_forward(host, x, *args, **kwargs)
+        direction = (output if bias is None else output - bias.to(output.dtype)) + self.update(host, x).to(output.dtype)
+        scaled = direction * ratio.to(direction.dtype)
+        return scaled if bias is None else scaled + bias.to(scaled.dtype)
+
+    @torch.no_grad()
+    def norm(self, host: Host) -> Tensor:
+        """Return ‖W + s B A‖ along the axis, without a gradient (section 4.3 of the paper)."""
+        if not torch.compiler.is_compiling():
+            self._refresh_base_norm(host)
+        weight, a, b = read_weight(host).detach(), self.lora_A.detach(), self.lora_B.detach()
+        if self.axis == "input":
+            weight, a, b = weight.t(), b.t(), a.t()
+        return dora_norm(weight, a, b, self.scaling, self.base_norm_squared)
+
+    def merged_weight(self, host: Host, weight: Tensor) -> Tensor:
+        """Return m V / ‖V‖, `[out, in]`."""
+        direction = super().merged_weight(host, weight)
+        axis = 1 if self.axis == "output" else 0
+        norm = torch.linalg.vector_norm(direction, dim=axis, keepdim=True).clamp_min(1e-30)
+        return direction * (self.magnitude.to(weight.dtype).unsqueeze(axis) / norm)
+
+    @torch.no_grad()
+    def _refresh_base_norm(self, host: Host) -> None:
+        """Compute ‖W‖² unless the host's weight is the one seen last, by storage and version."""
+        stored = next(host.parameters(recurse=False))
+        seen = (stored.data_ptr() if stored.device.type != "meta" else 0, stored._version)
+        if seen == self._seen:
+            return
+        weight = read_weight(host)
+        wide = weight.to(self.lora_A.dtype)
+        self.base_norm_squared = wide.square().sum(1 if self.axis == "output" else 0)
+        self._seen = seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoRA(LoRA):
+    """W' = m V / ‖V‖ with V = W + s B A (Liu et al. 2024, arXiv 2402.09353, equation 5).
+
+    m starts at ‖W‖ and B at zero, so the first forward equals the base model's. The gradient through ‖V‖ is cut
+    (section 4.3). On an embedding the magnitude is per embedding dimension, on a convolution per output channel.
+    Dropout acts on the input of A only. Since the backward pass reads the layer's output, no in-place activation may
+    overwrite it (torch says so if one does).
+
+    Args:
+        magnitude_axis: `output` takes one magnitude per output row, `m: [out]`, as the published code and other tools
+            do; `input` takes one per input column, `m: [in]`, as the paper's notation has it (linear hosts only).
+        r: See `LoRA`.
+        alpha: See `LoRA`.
+        dropout: See `LoRA`.
+        scaling: See `LoRA`.
+        init: See `LoRA`.
+        rank_pattern: See `LoRA`.
+        alpha_pattern: See `LoRA`.
+        target_modules: See `TargetedMethod`.
+        exclude_modules: See `TargetedMethod`.
+        layers_to_transform: See `TargetedMethod`.
+        modules_to_save: See `Method`.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    name: ClassVar[str] = "dora"
+
+    magnitude_axis: MagnitudeAxis = "output"
+
+    def __post_init__(self) -> None:
+        """Check every value's range."""
+        super().__post_init__()
+        check_choice(type(self).__name__, "magnitude_axis", self.magnitude_axis, ("output", "input"))
+
+    def build(self, path: str, host: Host) -> Adapter:
+        """Build the adapter of one host."""
+        kind = codec_of(host).kind
+        if self.magnitude_axis == "input" and kind is not HostKind.LINEAR:
+            raise ConfigError(
+                f"DoRA: magnitude_axis='input' is defined for linear layers, and {path!r} is an {kind}; "
+                "use magnitude_axis='output' or leave it out of the targets."
+            )
+        r, scaling = self.rank_and_scaling(path)
+        return DoRAAdapter(host, axis=self.magnitude_axis, r=r, scaling=scaling, dropout=self.dropout, init=self.init)

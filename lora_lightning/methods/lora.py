@@ -1,0 +1,117 @@
+"""LoRA: a trainable low-rank update beside a frozen weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import nn
+
+from lora_lightning.adapters.base import (
+    Adapter,
+    TargetedMethod,
+    check_choice,
+    check_dropout,
+    check_positive,
+    check_positive_int,
+)
+from lora_lightning.adapters.targets import by_pattern, check_patterns, select_hosts
+from lora_lightning.adapters.view import ModelView
+from lora_lightning.adapters.weights import codec_of
+from lora_lightning.errors import ConfigError, TargetError
+from lora_lightning.methods.low_rank import LowRankAdapter
+
+Scaling = Literal["standard", "rslora", "alpha"]
+Init = Literal["kaiming", "gaussian", "gaussian_sqrt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(TargetedMethod):
+    """W' = W + s B A with A: [r, in], B: [out, r] (Hu et al. 2021, arXiv 2106.09685, equation 3).
+
+    B starts at zero, so the first forward equals the base model's exactly. Hosts: linear layers (4-bit and 8-bit
+    ones too), GPT-2's Conv1D, embeddings, 1-d and 2-d convolutions.
+
+    Args:
+        r: Rank, from 1 to the smaller side of each adapted weight.
+        alpha: Numerator of the scaling s, above 0.
+        dropout: Probability of zeroing an element of A's input in training, in [0, 1).
+        scaling: `standard` is s = alpha / r, `rslora` is s = alpha / sqrt(r) (arXiv 2312.03732), `alpha` is s = alpha.
+        init: How A starts: `kaiming` uniform with a = sqrt(5), `gaussian` with std 1/r as in PEFT, or
+            `gaussian_sqrt` with std 1/sqrt(r).
+        rank_pattern: Other ranks for some hosts, by path suffix or regular expression.
+        alpha_pattern: Other alphas for some hosts, likewise.
+        target_modules: See `TargetedMethod`.
+        exclude_modules: See `TargetedMethod`.
+        layers_to_transform: See `TargetedMethod`.
+        modules_to_save: See `Method`.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    name: ClassVar[str] = "lora"
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    scaling: Scaling = "standard"
+    init: Init = "kaiming"
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        """Check every value's range."""
+        super().__post_init__()
+        owner = type(self).__name__
+        check_positive_int(owner, "r", self.r)
+        check_positive(owner, "alpha", self.alpha)
+        check_dropout(owner, self.dropout)
+        check_choice(owner, "scaling", self.scaling, ("standard", "rslora", "alpha"))
+        check_choice(owner, "init", self.init, ("kaiming", "gaussian", "gaussian_sqrt"))
+        for pattern, rank in (self.rank_pattern or {}).items():
+            check_positive_int(owner, f"rank_pattern[{pattern!r}]", rank)
+        for pattern, alpha in (self.alpha_pattern or {}).items():
+            check_positive(owner, f"alpha_pattern[{pattern!r}]", alpha)
+
+    def rank_and_scaling(self, path: str) -> tuple[int, float]:
+        """Return the rank and the factor s of the host at `path`.
+
+        Example:
+            >>> LoRA(r=4, alpha=8, rank_pattern={"value": 2}).rank_and_scaling("layer.0.value")
+            (2, 4.0)
+        """
+        r, alpha = by_pattern(path, self.rank_pattern, self.r), by_pattern(path, self.alpha_pattern, self.alpha)
+        divisor = {"standard": r, "rslora": math.sqrt(r), "alpha": 1}[self.scaling]
+        return r, alpha / divisor
+
+    def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
+        """Build one adapter per host; see `Method.adapters`."""
+        hosts = select_hosts(view, self)
+        paths = [path for path, _ in hosts]
+        check_patterns("rank_pattern", self.rank_pattern, paths)
+        check_patterns("alpha_pattern", self.alpha_pattern, paths)
+        for path, host in hosts:
+            self._check_host(path, host)
+        for path, host in hosts:
+            yield path, self.build(path, host)
+
+    def build(self, path: str, host: nn.Module) -> Adapter:
+        """Build the adapter of one host."""
+        r, scaling = self.rank_and_scaling(path)
+        return LowRankAdapter(host, r=r, scaling=scaling, dropout=self.dropout, init=self.init)
+
+    def _check_host(self, path: str, host: nn.Module) -> None:
+        num_out, num_in = codec_of(host).shape(host)
+        r, _ = self.rank_and_scaling(path)
+        if r > min(num_out, num_in):
+            raise ConfigError(
+                f"{type(self).__name__}: r={r} is larger than {path!r} allows: its weight is {num_out} x {num_in}, so "
+                f"r is at most {min(num_out, num_in)}. Lower r, or give this layer its own with rank_pattern."
+            )
+        if getattr(host, "max_norm", None) is not None:
+            raise TargetError(
+                f"{path!r} is an embedding with max_norm, which rewrites its weight in each forward; leave it out."
+            )

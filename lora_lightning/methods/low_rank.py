@@ -1,0 +1,123 @@
+"""What LoRA and its relatives share: the factors A and B of one host, and how the update is applied to it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+
+from lora_lightning.adapters.base import ForwardAdapter, Role
+from lora_lightning.adapters.functional import LoRALinear, draw_seed, low_rank_update, seeded_dropout
+from lora_lightning.adapters.weights import Host, HostKind, codec_of
+
+
+class LowRankAdapter(ForwardAdapter):
+    """W' = W + s B A on one host: linear, embedding or convolution.
+
+    An embedding counts as a linear layer on one-hot vectors and a convolution as one on patches, so `W` is `[out, in]`
+    for all of them. On an embedding there is no input to drop, so dropout has no effect there.
+
+    Args:
+        host: The host module.
+        r: Rank.
+        scaling: The factor s.
+        dropout: Probability of zeroing an element of A's input, in training only.
+        init: How A starts: `kaiming`, `gaussian` (std 1/r) or `gaussian_sqrt` (std 1/sqrt r). B starts at zero. On an
+            embedding A starts at zero and B Gaussian (std 1), as in the reference implementation.
+
+    Attributes:
+        lora_A: `[r, in]`.
+        lora_B: `[out, r]`.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(self, host: Host, *, r: int, scaling: float, dropout: float = 0.0, init: str = "kaiming") -> None:
+        super().__init__()
+        codec = codec_of(host)
+        num_out, num_in = codec.shape(host)
+        self.kind, self.scaling, self.dropout, self.init, self.r = codec.kind, scaling, dropout, init, r
+        weight = next(host.parameters(recurse=False))
+        dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
+        self.lora_A = nn.Parameter(torch.empty(r, num_in, device=weight.device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(num_out, r, device=weight.device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw A and B anew; the update is zero afterwards."""
+        random, zero = (self.lora_B, self.lora_A) if self.kind is HostKind.EMBEDDING else (self.lora_A, self.lora_B)
+        nn.init.zeros_(zero)
+        if self.kind is HostKind.EMBEDDING:
+            nn.init.normal_(random)
+        elif self.init == "kaiming":
+            nn.init.kaiming_uniform_(random, a=math.sqrt(5))
+        else:
+            nn.init.normal_(random, std=1 / self.r if self.init == "gaussian" else 1 / math.sqrt(self.r))
+
+    def role_of(self, name: str) -> Role:
+        """Return A or B by the parameter's name, or EMBEDDING for both on an embedding."""
+        if self.kind is HostKind.EMBEDDING:
+            return Role.EMBEDDING
+        return {"lora_A": Role.A, "lora_B": Role.B}[name]
+
+    def forward(self, host: Host, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """Compute host and update together.
+
+        Args:
+            host: The host.
+            x: Its input: `[..., in]`, token ids of any shape, or `[batch, channels, ...]`.
+            *args: Further arguments of the host's forward; passed on where the host computes its own part.
+            **kwargs: The same.
+
+        Returns:
+            What the host returns, with the update in it.
+        """
+        codec = codec_of(host)
+        if self.kind is HostKind.LINEAR and codec.is_view:
+            p, seed = self.draw_dropout()
+            weight = codec.read(host)
+            return LoRALinear.apply(x, weight, host.bias, self.lora_A, self.lora_B, self.scaling, p, seed)[0]  # type: ignore[no-untyped-call]
+        output: Tensor = self.base_forward(host, x, *args, **kwargs)
+        return output + self.update(host, x).to(output.dtype)
+
+    def draw_dropout(self) -> tuple[float, Tensor | None]:
+        """Return the dropout probability and a fresh seed, or None for no dropout."""
+        active = self.training and self.dropout > 0
+        return self.dropout, draw_seed() if active else None
+
+    def update(self, host: Host, x: Tensor) -> Tensor:
+        """Compute the update's share of the output alone, shape of the host's output."""
+        p, seed = self.draw_dropout()
+        if self.kind is HostKind.LINEAR:
+            return low_rank_update(x, self.lora_A, self.lora_B, self.scaling, p, seed)
+        if self.kind is HostKind.EMBEDDING:
+            rows = F.linear(F.embedding(x, self.lora_A.t()), self.lora_B) * self.scaling
+            return rows * getattr(host, "embed_scale", 1.0)  # transformers' scaled embeddings, as in Gemma
+        if seed is not None:
+            x = seeded_dropout(x, p, seed)
+        return self._convolve(host, x)
+
+    def _convolve(self, host: Host, x: Tensor) -> Tensor:
+        """Convolve with s B A: through r channels, or, where the host has groups, with the product itself."""
+        weight, a, b = host.weight, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        assert isinstance(weight, Tensor)
+        if host.groups > 1:
+            return host._conv_forward(x, (b @ a).view_as(weight) * self.scaling, None)
+        hidden = host._conv_forward(x, a.view(self.r, *weight.shape[1:]), None)
+        point = F.conv1d if weight.dim() == 3 else F.conv2d
+        return point(hidden * self.scaling, b.view(*b.shape, *[1] * (weight.dim() - 2)))
+
+    def merged_weight(self, host: Host, weight: Tensor) -> Tensor:
+        """Return W + s B A, `[out, in]`."""
+        del host
+        delta = self.lora_B.to(weight.dtype) @ self.lora_A.to(weight.dtype)
+        return weight + self.scaling * delta
+
+    def extra_repr(self) -> str:
+        """Tell rank, scaling and dropout."""
+        return f"r={self.r}, scaling={self.scaling:g}, dropout={self.dropout:g}"
