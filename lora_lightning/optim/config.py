@@ -1,0 +1,106 @@
+"""How fast each group of adapter parameters learns."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from lora_lightning.errors import ConfigError
+
+Schedule = Literal["constant", "linear", "cosine"]
+EMBEDDING_LR_OF_LORA_PLUS = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """Learning rates by role, the optimizer class and the schedule.
+
+    LoRA+ (Hayou et al. 2024, arXiv 2402.12354) is `lora_plus_ratio`: only the B factors take it. The paper uses 16 in
+    general, 10 for GPT-2 and 80 for RoBERTa at a lower base rate.
+
+    Args:
+        lr: Base learning rate, above 0.
+        head_lr: Rate of heads and other full copies; None means `lr`.
+        embedding_lr: Rate of adapters on embeddings; None means 1e-6 with LoRA+ (the paper's value), else `lr`.
+        lora_plus_ratio: lr(B) / lr(A), at least 1 in practice; None turns LoRA+ off.
+        weight_decay: For matrices; vectors (biases, norms, magnitudes) get none.
+        optimizer: Name of a class in `torch.optim`, or `{class_path: ..., init_args: {...}}` for any optimizer class.
+        schedule: `constant`, or `linear` or `cosine` decay to zero at the last optimizer step.
+        warmup: Linear warm-up: a number of optimizer steps, or, below 1, a share of all steps.
+
+    Raises:
+        ConfigError: A value is out of its range, or the optimizer class is not there.
+    """
+
+    lr: float = 2e-4
+    head_lr: float | None = None
+    embedding_lr: float | None = None
+    lora_plus_ratio: float | None = None
+    weight_decay: float = 0.0
+    optimizer: str | dict[str, Any] = "AdamW"
+    schedule: Schedule = "linear"
+    warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check every value's range and find the optimizer class."""
+        for name in ("lr", "head_lr", "embedding_lr", "lora_plus_ratio"):
+            value = getattr(self, name)
+            if value is None and name != "lr":
+                continue
+            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+                raise ConfigError(f"Optim: {name} must be a finite number above 0, got {value!r}.")
+        for name in ("weight_decay", "warmup"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+                raise ConfigError(f"Optim: {name} must be a finite number of at least 0, got {value!r}.")
+        if self.warmup > 1 and self.warmup != int(self.warmup):
+            raise ConfigError(f"Optim: warmup is a share below 1 or a whole number of steps, got {self.warmup!r}.")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ConfigError(f"Optim: schedule must be one of constant, linear, cosine, got {self.schedule!r}.")
+        self.optimizer_class()
+
+    def optimizer_class(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """Return the optimizer's class and its extra arguments.
+
+        Raises:
+            ConfigError: There is no such class, or it does not take these arguments.
+
+        Example:
+            >>> Optim(optimizer={"class_path": "torch.optim.SGD", "init_args": {"momentum": 0.9}}).optimizer_class()
+            (<class 'torch.optim.sgd.SGD'>, {'momentum': 0.9})
+        """
+        spec: dict[str, Any] = {"class_path": self.optimizer} if isinstance(self.optimizer, str) else self.optimizer
+        if "class_path" not in spec or not set(spec) <= {"class_path", "init_args"}:
+            raise ConfigError(
+                f"Optim: optimizer is a class name or has class_path and init_args, got {self.optimizer!r}."
+            )
+        cls, arguments = _import_optimizer(str(spec["class_path"])), dict(spec.get("init_args") or {})
+        accepted = inspect.signature(cls.__init__).parameters
+        unknown = [name for name in arguments if name not in accepted]
+        reserved = [name for name in arguments if name in ("params", "lr", "weight_decay")]
+        if reserved:
+            raise ConfigError(f"Optim: set {', '.join(reserved)} beside the optimizer, not in its init_args.")
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+            names = ", ".join(name for name in accepted if name not in ("self", "params", "lr", "weight_decay"))
+            raise ConfigError(f"Optim: {cls.__name__} does not take {', '.join(unknown)}; it takes {names}.")
+        return cls, arguments
+
+
+def _import_optimizer(class_path: str) -> type[torch.optim.Optimizer]:
+    module_name, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name or "torch.optim"), name, None)
+    except ImportError as error:
+        raise ConfigError(f"Optim: the optimizer {class_path!r} cannot be imported ({error}).") from error
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        known = [key for key, value in vars(torch.optim).items() if isinstance(value, type)]
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "name a subclass of torch.optim.Optimizer."
+        raise ConfigError(f"Optim: {class_path!r} is no optimizer class; {hint}")
+    return found

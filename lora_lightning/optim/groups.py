@@ -1,0 +1,78 @@
+"""Parameter groups by role."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lightning.adapters import Role, iter_roles
+from lora_lightning.errors import ConfigError
+from lora_lightning.optim.config import EMBEDDING_LR_OF_LORA_PLUS, Optim
+
+_VECTOR_ROLES = (Role.MAGNITUDE, Role.VECTOR, Role.BIAS)
+
+
+def learning_rate(role: Role, optim: Optim) -> float:
+    """Return the rate of a role.
+
+    Example:
+        >>> learning_rate(Role.B, Optim(lr=1e-4, lora_plus_ratio=16))
+        0.0016
+    """
+    if role is Role.B:
+        return optim.lr * (optim.lora_plus_ratio or 1)
+    if role is Role.HEAD:
+        return optim.head_lr or optim.lr
+    if role is Role.EMBEDDING:
+        return optim.embedding_lr or (EMBEDDING_LR_OF_LORA_PLUS if optim.lora_plus_ratio else optim.lr)
+    return optim.lr
+
+
+def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+    """Group a model's trainable parameters by role, each group with its rate and weight decay.
+
+    Trainable parameters that no adapter owns (a custom task's own layers) count as HEAD. Vectors get no weight decay.
+
+    Args:
+        model: A model with adapters, or a module around one.
+        optim: The rates.
+
+    Returns:
+        Groups with `params`, `lr`, `weight_decay` and `name` (the role; `…, no decay` for vectors); none is empty and
+        each trainable parameter is in exactly one.
+
+    Raises:
+        ConfigError: Nothing is trainable, or LoRA+ is asked for and no adapter has a B factor.
+    """
+    roles = {id(parameter): role for _, parameter, role in iter_roles(model)}
+    groups: dict[str, dict[str, Any]] = {}
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        role = roles.get(id(parameter), Role.HEAD)
+        decays = optim.weight_decay > 0 and role not in _VECTOR_ROLES and parameter.ndim > 1
+        name = role.value if decays or optim.weight_decay == 0 else f"{role.value}, no decay"
+        empty = {
+            "params": [],
+            "lr": learning_rate(role, optim),
+            "weight_decay": optim.weight_decay if decays else 0.0,
+            "name": name,
+        }
+        groups.setdefault(name, empty)["params"].append(parameter)
+    if not groups:
+        raise ConfigError("No parameter is trainable; attach a method first.")
+    if optim.lora_plus_ratio and Role.B not in roles.values():
+        raise ConfigError("lora_plus_ratio raises the rate of the B factors, and no adapter of this model has one.")
+    return list(groups.values())
+
+
+def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """Build the optimizer over the groups of `param_groups`.
+
+    Raises:
+        ConfigError: As `param_groups`.
+    """
+    cls, arguments = optim.optimizer_class()
+    return cls(param_groups(model, optim), lr=optim.lr, **arguments)  # type: ignore[call-arg]  # every optimizer has lr
