@@ -1,0 +1,31 @@
+"""The public `attach` and `merge`: like those of `adapters`, and they know transformers models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+import lora_lightning.backbones.codecs  # noqa: F401 - registers how transformers' and bitsandbytes' layers are read
+from lora_lightning import adapters
+from lora_lightning.adapters import AttachReport, Method
+from lora_lightning.backbones.view import view_of
+
+
+def attach(model: nn.Module, method: Method | Sequence[Method], *, modules_to_save: Sequence[str] = ()) -> AttachReport:
+    """Freeze a model and hang the adapters of one or several methods on it.
+
+    Works on any torch module; on a transformers model the method also knows the architecture's usual targets and its
+    output head. See `lora_lightning.adapters.attach` for arguments, result and errors.
+
+    Example:
+        >>> from lora_lightning import LoRA
+        >>> attach(nn.Sequential(nn.Linear(8, 8)), LoRA(r=2)).hosts
+        ('0',)
+    """
+    return adapters.attach(model, method, view_of(model), modules_to_save=modules_to_save)
+
+
+def merge(model: nn.Module) -> None:
+    """Fold every adapter into its host's weight; see `lora_lightning.adapters.merge`."""
+    adapters.merge(model, view_of(model))

@@ -1,0 +1,45 @@
+"""What is usual for each architecture, by transformers' `model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_QUERY_VALUE = ("query", "value")
+_PROJ = ("q_proj", "v_proj")
+
+USUAL_TARGETS: Mapping[str, tuple[str, ...]] = {
+    "albert": _QUERY_VALUE,
+    "bart": _PROJ,
+    "bert": _QUERY_VALUE,
+    "bloom": ("query_key_value",),
+    "camembert": _QUERY_VALUE,
+    "deberta-v2": ("query_proj", "value_proj"),
+    "distilbert": ("q_lin", "v_lin"),
+    "electra": _QUERY_VALUE,
+    "falcon": ("query_key_value",),
+    "gemma": _PROJ,
+    "gemma2": _PROJ,
+    "gemma3": _PROJ,
+    "gemma3_text": _PROJ,
+    "gpt2": ("c_attn",),
+    "gpt_neox": ("query_key_value",),
+    "llama": _PROJ,
+    "mbart": _PROJ,
+    "mistral": _PROJ,
+    "mixtral": _PROJ,
+    "modernbert": ("Wqkv",),
+    "mpnet": ("q", "v"),
+    "mt5": ("q", "v"),
+    "olmo2": _PROJ,
+    "opt": _PROJ,
+    "phi": _PROJ,
+    "phi3": ("qkv_proj",),
+    "qwen2": _PROJ,
+    "qwen3": _PROJ,
+    "roberta": _QUERY_VALUE,
+    "t5": ("q", "v"),
+    "vit": _QUERY_VALUE,
+    "whisper": _PROJ,
+    "xlm-roberta": _QUERY_VALUE,
+}
+"""Modules that low-rank methods take where the user names none: queries and values, as in the LoRA paper."""

@@ -1,0 +1,46 @@
+"""What methods may ask of a transformers model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from lora_lightning.adapters.view import ModelView, PlainView
+from lora_lightning.backbones.defaults import USUAL_TARGETS
+
+
+class TransformersView(PlainView):
+    """The view of a transformers model: anything with a `config` that names its `model_type`."""
+
+    def __init__(self, model: Any) -> None:  # noqa: ANN401 - a module with a config
+        super().__init__(model)
+        self.config = model.config
+        self.model_type: str | None = self.config.model_type
+
+    def usual_targets(self) -> list[str] | None:
+        """Return queries and values, under this architecture's names."""
+        usual = USUAL_TARGETS.get(self.model_type or "")
+        return list(usual) if usual else None
+
+    def head_paths(self) -> list[str]:
+        """Return what stands beside the base model (classifiers, `score`, `lm_head`), or the output embeddings."""
+        prefix = getattr(self.model, "base_model_prefix", "")
+        if prefix in dict(self.model.named_children()):
+            beside = [(name, child) for name, child in self.model.named_children() if name != prefix]
+            return [name for name, child in beside if any(True for _ in child.parameters())]
+        find: Any = getattr(self.model, "get_output_embeddings", lambda: None)
+        output = find()
+        return [path for path, module in self.model.named_modules() if output is not None and module is output]
+
+    def untie(self, path: str) -> None:
+        """Give the module at `path` its own weight, and say so in the config, or a reload would tie them again."""
+        super().untie(path)
+        for config in (self.config, self.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
+def view_of(model: nn.Module) -> ModelView:
+    """Return the view that fits a model: transformers' where it has such a config, else a plain one."""
+    is_transformers = hasattr(getattr(model, "config", None), "model_type")
+    return TransformersView(model) if is_transformers else PlainView(model)
