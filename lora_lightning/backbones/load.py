@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import difflib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lora_lightning.adapters.targets import is_within
+from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import BackboneError
 from lora_lightning.paths import resolve
 
 log = logging.getLogger(__name__)
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -73,20 +85,21 @@ def load_backbone(name: str, auto_class: str, *, dtype: str = "auto", **config: 
     source = locate(name)
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
     cls = getattr(transformers, auto_class)
     try:
-        model, info = cls.from_pretrained(
-            source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **config
-        )
+        with _quiet(transformers.utils.logging):
+            model, info = cls.from_pretrained(
+                source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **config
+            )
     except OSError as error:
         raise BackboneError(_why_not_loaded(name, source, error)) from error
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise BackboneError(f"{auto_class} cannot load {name!r}: {_first_line(error)}") from error
-    new = dict.fromkeys(key.rpartition(".")[0] for key in sorted(info["missing_keys"]))
+    new = tuple(dict.fromkeys(key.rpartition(".")[0] for key in sorted(info["missing_keys"])))
+    _refuse_missing_body(name, model, new)
     if new:
         log.info("Not in %s, so drawn at random and trained: %s", name, ", ".join(new))
-    return Backbone(model, tuple(new))
+    return Backbone(model, new)
 
 
 def load_tokenizer(name: str) -> Any:  # noqa: ANN401 - transformers' tokenizers share no public base class
@@ -96,12 +109,61 @@ def load_tokenizer(name: str) -> Any:  # noqa: ANN401 - transformers' tokenizers
         BackboneError: It is not there or cannot be reached.
     """
     source = locate(name)
+    if Path(source).is_dir() and not any(Path(source, file).is_file() for file in _TOKENIZER_FILES):
+        # transformers would build a tokenizer with an empty vocabulary from config.json alone
+        raise BackboneError(
+            f"The folder {name!r} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); name one."
+        )
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise BackboneError(f"The tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def enable_gradient_checkpointing(model: nn.Module) -> None:
+    """Make a transformers model recompute activations in backward.
+
+    Raises:
+        BackboneError: The model has no gradient checkpointing.
+    """
+    # transformers 5.20 renamed it; 5.5 to 5.19 know the old name only.
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        enable: Any = getattr(model, name, None)
+        if enable is not None:
+            try:
+                enable()
+            except ValueError as error:
+                raise BackboneError(f"{_first_line(error)} Leave gradient_checkpointing off.") from error
+            return
+    raise BackboneError(f"{type(model).__name__} has no gradient checkpointing; leave it off.")
+
+
+@contextmanager
+def _quiet(logging_module: Any) -> Iterator[None]:  # noqa: ANN401 - transformers.utils.logging
+    """Hold back transformers' table of missing weights and its progress bars; we say what matters ourselves."""
+    verbosity, has_bars = logging_module.get_verbosity(), logging_module.is_progress_bar_enabled()
+    logging_module.set_verbosity_error()
+    logging_module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging_module.set_verbosity(verbosity)
+        if has_bars:
+            logging_module.enable_progress_bar()
+
+
+def _refuse_missing_body(name: str, model: nn.Module, new: tuple[str, ...]) -> None:
+    """Raise BackboneError where weights of the body are missing; a head, or a pooler below it, may be new."""
+    heads = view_of(model).head_paths()
+    body = [path for path in new if not is_within(path, heads) and "pooler" not in path.split(".")]
+    if body:
+        raise BackboneError(
+            f"The files of {name!r} lack weights for {len(body)} modules inside {type(model).__name__} "
+            f"({', '.join(body[:3])}{', …' if len(body) > 3 else ''}), which would stay random: they belong to another "
+            "architecture than their config.json says."
+        )
 
 
 def _why_not_loaded(name: str, source: str, error: OSError) -> str:

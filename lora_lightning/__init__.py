@@ -1,0 +1,95 @@
+"""Parameter-efficient fine-tuning as plain PyTorch Lightning.
+
+Names are imported when they are first used, so `import lora_lightning` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_lightning.adapters import (
+        adapter_state_dict,
+        detach,
+        disabled,
+        load_adapter_state_dict,
+    )
+    from lora_lightning.backbones.attach import attach, merge
+    from lora_lightning.callbacks import (
+        AdapterCheckpoint,
+        AdapterSummary,
+        MergeAtEnd,
+        MetricCurve,
+        Throughput,
+    )
+    from lora_lightning.checkpoint import load_adapter, merge_checkpoint
+    from lora_lightning.data import TextClassificationData
+    from lora_lightning.methods import DoRA, LoRA
+    from lora_lightning.optim import Optim, param_groups
+    from lora_lightning.tasks import AdapterTask, SequenceClassification, StepOutput
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AdapterCheckpoint": "callbacks",
+    "AdapterSummary": "callbacks",
+    "AdapterTask": "tasks",
+    "DoRA": "methods",
+    "LoRA": "methods",
+    "MergeAtEnd": "callbacks",
+    "MetricCurve": "callbacks",
+    "Optim": "optim",
+    "SequenceClassification": "tasks",
+    "StepOutput": "tasks",
+    "TextClassificationData": "data",
+    "Throughput": "callbacks",
+    "adapter_state_dict": "adapters",
+    "attach": "backbones.attach",
+    "detach": "adapters",
+    "disabled": "adapters",
+    "load_adapter": "checkpoint",
+    "load_adapter_state_dict": "adapters",
+    "merge": "backbones.attach",
+    "merge_checkpoint": "checkpoint",
+    "param_groups": "optim",
+}
+
+__all__ = [
+    "AdapterCheckpoint",
+    "AdapterSummary",
+    "AdapterTask",
+    "DoRA",
+    "LoRA",
+    "MergeAtEnd",
+    "MetricCurve",
+    "Optim",
+    "SequenceClassification",
+    "StepOutput",
+    "TextClassificationData",
+    "Throughput",
+    "__version__",
+    "adapter_state_dict",
+    "attach",
+    "detach",
+    "disabled",
+    "load_adapter",
+    "load_adapter_state_dict",
+    "merge",
+    "merge_checkpoint",
+    "param_groups",
+]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+    """Import a public name from the module it lives in."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'lora_lightning' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"lora_lightning.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return sorted(__all__)
