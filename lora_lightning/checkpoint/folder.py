@@ -1,0 +1,208 @@
+"""Adapter folders: an adapter's weights with their manifest, in PEFT's format wherever PEFT can express them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lora_lightning.adapters import adapter_state_dict, attached_methods, load_adapter_state_dict
+from lora_lightning.checkpoint.files import atomic_folder
+from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    check_files,
+    class_config,
+    read_manifest,
+    write_manifest,
+)
+from lora_lightning.checkpoint.peft_format import from_peft, to_peft
+from lora_lightning.errors import CheckpointError
+
+CONFIG_NAME = "adapter_config.json"
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+OWN_WEIGHTS_NAME = "adapter.safetensors"
+
+# Settings that say how an adapter was trained or found its hosts, not what it computes.
+_FREE_SETTINGS = {
+    "dropout",
+    "exclude_modules",
+    "init",
+    "layers_to_transform",
+    "modules_to_save",
+    "target_modules",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What the manifest tells about the run; see `Manifest` for each."""
+
+    base: str | None = None
+    data_fingerprint: str | None = None
+    task: str | None = None
+    label_names: list[str] | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+    epoch: int = 0
+    step: int = 0
+
+
+def write_adapter_folder(
+    folder: Path, model: nn.Module, facts: RunFacts | None = None, *, base_fingerprint: str | None = None
+) -> Manifest:
+    """Write the adapters of a model into a folder, all of it or nothing; the manifest goes in last.
+
+    Args:
+        folder: Where to; an adapter folder already there is replaced.
+        model: A model with adapters.
+        facts: What the manifest shall tell about the run.
+        base_fingerprint: The base's fingerprint, where the caller has it already.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        CheckpointError: A weight is NaN or infinite, or `folder` holds something else than an adapter folder.
+    """
+    if folder.exists() and not is_adapter_folder(folder) and any(folder.iterdir()):
+        raise CheckpointError(f"{folder} holds other files than an adapter's; move it away or save elsewhere.")
+    state = adapter_state_dict(model)
+    check_finite(state, "The adapter")
+    peft = to_peft(model, state)
+    with atomic_folder(folder) as temporary:
+        if peft is None:
+            _save_tensors(temporary / OWN_WEIGHTS_NAME, state)
+        else:
+            text = json.dumps(peft.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+            (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")
+            _save_tensors(temporary / PEFT_WEIGHTS_NAME, peft.state)
+        manifest = Manifest(
+            **asdict(facts or RunFacts()),
+            adapter_format="lora_lightning" if peft is None else "peft",
+            methods=[class_config(method) for method in attached_methods(model)],
+            base_fingerprint=base_fingerprint or fingerprint(model),
+            files={path.name: FileRecord.of(path) for path in sorted(temporary.iterdir())},
+        )
+        write_manifest(temporary, manifest)
+    return manifest
+
+
+def read_adapter_folder(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    """Read an adapter folder that this library wrote, and check all of it.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The manifest, and the tensors by the names of `adapter_state_dict`.
+
+    Raises:
+        CheckpointError: Something is missing, damaged, changed since it was written, NaN or infinite.
+    """
+    manifest = read_manifest(folder)
+    is_peft = manifest.adapter_format == "peft"
+    needed = [CONFIG_NAME, PEFT_WEIGHTS_NAME] if is_peft else [OWN_WEIGHTS_NAME]
+    unlisted = [name for name in needed if name not in manifest.files]
+    if unlisted:
+        raise CheckpointError(
+            f"The manifest of {folder} does not name {' and '.join(unlisted)}, so it holds no adapter to load; "
+            "name the adapter folder that stands beside a checkpoint."
+        )
+    check_files(folder, manifest)
+    state = _load_tensors(folder / needed[-1])
+    if is_peft:
+        state = from_peft(_load_config(folder / CONFIG_NAME), state)
+    check_finite(state, str(folder))
+    return manifest, state
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> Manifest:
+    """Load an adapter folder into a model to which the same methods are attached.
+
+    Args:
+        model: A model with freshly attached adapters, on the base that the folder was trained on.
+        folder: The folder, as `AdapterCheckpoint` writes it beside each checkpoint.
+
+    Returns:
+        The folder's manifest.
+
+    Raises:
+        CheckpointError: The folder is damaged, or its methods, base, keys or shapes differ from the model's; the model
+            is unchanged.
+    """
+    folder = Path(folder)
+    manifest, state = read_adapter_folder(folder)
+    _check_methods(model, manifest, folder)
+    check_fingerprint(model, manifest.base_fingerprint, str(folder))
+    load_adapter_state_dict(model, state)
+    return manifest
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Tell whether a path is a folder with a manifest, as `write_adapter_folder` leaves it."""
+    return (folder / MANIFEST_NAME).is_file()
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors with NaN or infinite values.
+
+    Raises:
+        CheckpointError: Some have; the message names the first.
+    """
+    bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+    if bad:
+        raise CheckpointError(
+            f"{source} holds NaN or infinite values in {len(bad)} of {len(state)} tensors, the first in {bad[0]!r}; "
+            "use an earlier checkpoint, and train on with a lower learning rate."
+        )
+
+
+def _save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors; each gets storage of its own, since the format refuses shared ones."""
+    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    save_file(own, path, metadata={"format": "pt"})
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is no readable safetensors file ({error}); use another checkpoint.") from error
+
+
+def _load_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); use another checkpoint.") from error
+    saved = config.get("modules_to_save") if isinstance(config, dict) else 0
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise CheckpointError(f"{path}: modules_to_save must be a list of names or null; use another checkpoint.")
+    return dict(config)
+
+
+def _check_methods(model: nn.Module, manifest: Manifest, folder: Path) -> None:
+    """Refuse methods that compute something else from the same tensors, such as another alpha."""
+    attached = [class_config(method) for method in attached_methods(model)]
+    names = [[method["class_path"] for method in methods] for methods in (attached, manifest.methods)]
+    if names[0] != names[1]:
+        raise CheckpointError(
+            f"{folder} was trained with {names[1]}, and the model has {names[0]} attached; attach the same."
+        )
+    for own, stored in zip(attached, manifest.methods, strict=True):
+        for key in sorted((own["init_args"].keys() | stored["init_args"].keys()) - _FREE_SETTINGS):
+            left, right = own["init_args"].get(key), stored["init_args"].get(key)
+            if left != right:
+                raise CheckpointError(
+                    f"{folder} was trained with {key}={right!r}, and the model has {key}={left!r}; "
+                    f"attach {own['class_path'].rpartition('.')[2]} with {key}={right!r}."
+                )

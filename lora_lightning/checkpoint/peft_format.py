@@ -1,0 +1,247 @@
+"""Spell an adapter the way PEFT does: its `adapter_config.json` and the keys of its tensors.
+
+Written against PEFT 0.21. Scalings are kept by choosing `lora_alpha` so that PEFT computes the same factor, which also
+covers the plain `alpha` scaling that PEFT has no word for. What PEFT cannot express is answered with None.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lightning.adapters import Adapter, Role, adapter_state_dict, attached_methods, iter_adapters
+from lora_lightning.adapters.weights import RESERVED, HostKind, original_class
+from lora_lightning.methods.dora import DoRAAdapter
+from lora_lightning.methods.low_rank import LowRankAdapter
+
+PREFIX = "base_model.model."
+
+# PEFT picks its wrapper by `task_type`; for classifiers that wrapper adds names of its own to `modules_to_save`.
+_TASK_TYPES: Mapping[str, str] = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+}
+_ADDED_BY_TASK_TYPE: Mapping[str | None, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftAdapter:
+    """An adapter as PEFT stores it.
+
+    Args:
+        config: Content of `adapter_config.json`.
+        state: Tensors by PEFT's key names.
+    """
+
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The adapters of a model, sorted."""
+
+    low_rank: dict[str, tuple[nn.Module, LowRankAdapter]]
+    heads: list[str]
+
+
+def to_peft(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> PeftAdapter | None:
+    """Describe the adapters of a model in PEFT's format.
+
+    Args:
+        model: A model with adapters.
+        state: What `adapter_state_dict` gives, where the caller has gathered it already.
+
+    Returns:
+        Config and tensors; None where PEFT has no way to say it: other methods than LoRA and DoRA, both at once, a
+        DoRA magnitude per input, a convolution with groups, or names that PEFT would match to more modules.
+    """
+    parts = _sort_adapters(model)
+    if parts is None:
+        return None
+    paths = [path for path, _ in model.named_modules() if path and RESERVED not in path.split(".")]
+    task_type = _task_type(model)
+    extra = _extra_copies(paths, parts, task_type)
+    if extra is None:  # without a task type PEFT adds no names of its own
+        task_type, extra = None, _extra_copies(paths, parts, None)
+    if extra is None:
+        return None
+    tensors = _rename(parts, adapter_state_dict(model) if state is None else state)
+    for path in extra:
+        own = model.get_submodule(path).state_dict()
+        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in own.items()}
+    return PeftAdapter(config=_build_config(model, parts, paths, task_type), state=tensors)
+
+
+def from_peft(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Turn tensors in PEFT's naming back into those of `adapter_state_dict`.
+
+    Args:
+        config: Content of `adapter_config.json`.
+        state: Tensors by PEFT's key names.
+
+    Returns:
+        Tensors by our names. Copies of modules that PEFT wraps only because their name ends like a saved one's are
+        left out.
+    """
+    saved = config.get("modules_to_save") or []
+    own = {}
+    for key, tensor in state.items():
+        path = key.removeprefix(PREFIX)
+        match = re.fullmatch(r"(.+)\.(?:(lora_A|lora_B)\.weight|lora_embedding_(A|B)|(lora_magnitude_vector))", path)
+        if match is None:
+            if any(path.startswith(f"{name}.") for name in saved):
+                own[path] = tensor
+        elif match[4]:
+            own[f"{match[1]}.magnitude"] = tensor.flatten()
+        else:
+            own[f"{match[1]}.{match[2] or f'lora_{match[3]}'}"] = tensor.flatten(1)
+    return own
+
+
+def _sort_adapters(model: nn.Module) -> _Parts | None:
+    """Sort adapters into low-rank ones and heads; None where PEFT knows one of them not."""
+    low_rank, heads = {}, []
+    for path, host, adapter in iter_adapters(model):
+        if _is_head(adapter) and path:
+            heads.append(path)
+        elif path and path not in low_rank and _is_expressible(host, adapter):
+            assert isinstance(adapter, LowRankAdapter)
+            low_rank[path] = (host, adapter)
+        else:
+            return None
+    kinds = {type(adapter) for _, adapter in low_rank.values()}
+    return _Parts(low_rank, heads) if len(kinds) == 1 else None
+
+
+def _is_head(adapter: Adapter) -> bool:
+    return {role for _, _, role in adapter.named_roles()} == {Role.HEAD}
+
+
+def _is_expressible(host: nn.Module, adapter: Adapter) -> bool:
+    if type(adapter) not in (LowRankAdapter, DoRAAdapter):  # a subclass computes something else
+        return False
+    return getattr(adapter, "axis", "output") == "output" and getattr(host, "groups", 1) == 1
+
+
+def _extra_copies(paths: Sequence[str], parts: _Parts, task_type: str | None) -> list[str] | None:
+    """Return the modules that PEFT would copy beyond our heads, or None where its matching breaks our adapters.
+
+    PEFT copies every module whose path ends with one of the names, without a dot between, so that `classifier` takes
+    `pre_classifier` too; and it leaves out targets that have one of the names in their path.
+    """
+    names = [*parts.heads, *_ADDED_BY_TASK_TYPE.get(task_type, ())]
+    if any(prefix.endswith(tuple(names)) for prefix in ("base_model", "base_model.model") if names):
+        return None
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", host) for name in names for host in parts.low_rank):
+        return None
+    extra = [path for path in paths if path not in parts.heads and any(path.endswith(name) for name in names)]
+    taken = [*parts.heads, *parts.low_rank]
+    nested = any(
+        one.startswith(f"{other}.") or other.startswith(f"{one}.") for one in extra for other in [*taken, *extra]
+    )
+    return None if nested else extra
+
+
+def _rename(parts: _Parts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give tensors PEFT's names and shapes."""
+    renamed: dict[str, Tensor] = {}
+    for path, (host, adapter) in parts.low_rank.items():
+        a, b = state[f"{path}.lora_A"], state[f"{path}.lora_B"]
+        if adapter.kind is HostKind.EMBEDDING:
+            renamed |= {f"{PREFIX}{path}.lora_embedding_A": a, f"{PREFIX}{path}.lora_embedding_B": b}
+        else:
+            trailing = _kernel_size(host) if adapter.kind is HostKind.CONV else ()
+            a = a.reshape(a.shape[0], -1, *trailing)
+            b = b.reshape(*b.shape, *[1] * len(trailing))
+            renamed |= {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
+        magnitude = state.get(f"{path}.magnitude")
+        if magnitude is not None:
+            if adapter.kind is HostKind.CONV:
+                magnitude = magnitude.reshape(1, -1, *[1] * (a.dim() - 2))
+            renamed[f"{PREFIX}{path}.lora_magnitude_vector"] = magnitude
+    heads = tuple(f"{path}." for path in parts.heads)
+    renamed |= {f"{PREFIX}{name}": tensor for name, tensor in state.items() if heads and name.startswith(heads)}
+    return renamed
+
+
+def _kernel_size(host: nn.Module) -> tuple[int, ...]:
+    weight = host.weight
+    assert isinstance(weight, Tensor)
+    return tuple(weight.shape[2:])
+
+
+def _build_config(model: nn.Module, parts: _Parts, paths: Sequence[str], task_type: str | None) -> dict[str, Any]:
+    methods = attached_methods(model)
+    use_rslora = all(getattr(method, "scaling", None) == "rslora" for method in methods)
+    adapters = {path: adapter for path, (_, adapter) in parts.low_rank.items()}
+    ranks = {path: adapter.r for path, adapter in adapters.items()}
+    alphas = {path: _alpha(adapter, use_rslora=use_rslora) for path, adapter in adapters.items()}
+    r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    classes = {original_class(host).__name__ for host, _ in parts.low_rank.values()}
+    return {
+        "alpha_pattern": _pattern(alphas, alpha),
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "bias": "none",
+        "exclude_modules": None,
+        "fan_in_fan_out": "Conv1D" in classes,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_dropout": max(adapter.dropout for adapter in adapters.values()),
+        "modules_to_save": list(parts.heads) or None,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": _pattern(ranks, r),
+        "revision": None,
+        "target_modules": _target_modules(paths, list(adapters)),
+        "task_type": task_type,
+        "use_dora": any(isinstance(adapter, DoRAAdapter) for adapter in adapters.values()),
+        "use_rslora": use_rslora,
+    }
+
+
+def _alpha(adapter: LowRankAdapter, *, use_rslora: bool) -> int | float:
+    """Return the `lora_alpha` from which PEFT computes this adapter's scaling."""
+    divisor = math.sqrt(adapter.r) if use_rslora else adapter.r
+    alpha = adapter.scaling * divisor
+    rounded = round(alpha, 9)  # undoes the rounding of alpha / r * r
+    if math.isclose(rounded, alpha, rel_tol=1e-14):
+        alpha = rounded
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _most_common(values: Iterable[Any]) -> Any:  # noqa: ANN401 - ints or floats
+    return Counter(values).most_common(1)[0][0]
+
+
+def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:  # noqa: ANN401 - ints or floats
+    """Return PEFT's pattern for the hosts that differ from the usual value; `^` keeps it from matching suffixes."""
+    return {f"^{re.escape(path)}": value for path, value in values.items() if value != usual}
+
+
+def _target_modules(paths: Sequence[str], hosts: list[str]) -> list[str] | str:
+    """Return the hosts as a list where PEFT's suffix matching takes these alone, else as a regular expression."""
+    taken = [path for path in paths if any(path == host or path.endswith(f".{host}") for host in hosts)]
+    return hosts if set(taken) == set(hosts) else f"({'|'.join(re.escape(host) for host in hosts)})"
+
+
+def _task_type(model: nn.Module) -> str | None:
+    if not hasattr(model, "config"):
+        return None
+    names = [cls.__name__ for cls in type(model).__mro__]
+    return next((kind for suffix, kind in _TASK_TYPES.items() if any(n.endswith(suffix) for n in names)), None)

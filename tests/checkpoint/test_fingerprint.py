@@ -1,0 +1,84 @@
+"""The fingerprint tells base models apart, and depends on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning.adapters import attach, disabled
+from lora_lightning.checkpoint.fingerprint import SAMPLES, check_fingerprint, fingerprint, sample
+from lora_lightning.errors import CheckpointError
+from lora_lightning.methods import DoRA, LoRA
+from tests.models import perturb
+
+TARGETS = ["query", "word_embeddings"]
+
+
+def test_sample_takes_the_first_and_the_last_value() -> None:
+    weight = torch.arange(3000.0).reshape(50, 60)
+    values = sample(weight)
+    assert values.shape == (SAMPLES,)
+    assert (values[0], values[-1]) == (0, 2999)
+    assert values.unique().numel() == SAMPLES
+
+
+def test_sample_reads_a_transposed_weight_in_row_order() -> None:
+    weight = torch.arange(6.0).reshape(3, 2).t()
+    assert sample(weight).tolist() == weight.flatten().tolist()
+
+
+def test_depends_on_the_base_alone(build_model: Callable[..., nn.Module]) -> None:
+    model, other = build_model("bert"), build_model("bert")
+    attach(model, LoRA(r=2, target_modules=TARGETS), modules_to_save=["classifier"])
+    attach(other, DoRA(r=4, target_modules=TARGETS))
+    expected = fingerprint(model)
+    perturb(model)
+    assert fingerprint(model) == expected == fingerprint(other)
+    with disabled(model):
+        assert fingerprint(model) == expected
+
+
+def test_depends_on_every_host_and_on_no_head(build_model: Callable[..., nn.Module]) -> None:
+    model = build_model("bert")
+    attach(model, LoRA(r=2, target_modules=TARGETS), modules_to_save=["classifier"])
+    expected = fingerprint(model)
+    with torch.no_grad():
+        model.get_parameter("classifier.weight").add_(1)
+        assert fingerprint(model) == expected
+        for name in ("bert.encoder.layer.1.attention.self.query.weight", "bert.embeddings.word_embeddings.weight"):
+            model.get_parameter(name).mul_(1 + 1e-5)
+            assert fingerprint(model) != expected
+            model.get_parameter(name).div_(1 + 1e-5)
+
+
+def test_depends_on_hosts_and_shapes() -> None:
+    digests = set()
+    for width, targets in ((4, ["0"]), (4, ["1"]), (4, ["0", "1"]), (2, ["0"])):
+        model = nn.Sequential(nn.Linear(4, width), nn.Linear(width, 4))
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+        attach(model, LoRA(r=1, target_modules=targets))
+        digests.add(fingerprint(model))
+    assert len(digests) == 4
+
+
+def test_dtype_matters_only_where_values_do(build_model: Callable[..., nn.Module]) -> None:
+    rounded, full = build_model("bert").bfloat16(), build_model("bert")
+    widened = build_model("bert").bfloat16().float()
+    for model in (rounded, full, widened):
+        attach(model, LoRA(r=2, target_modules=TARGETS))
+    assert fingerprint(rounded) == fingerprint(widened)
+    assert fingerprint(rounded) != fingerprint(full)
+
+
+def test_check_names_both(build_model: Callable[..., nn.Module]) -> None:
+    model, other = build_model("bert"), build_model("bert", 1)
+    for one in (model, other):
+        attach(one, LoRA(r=2, target_modules=TARGETS))
+    expected = fingerprint(model)
+    check_fingerprint(model, expected, "The folder")
+    with pytest.raises(CheckpointError, match=f"The folder was trained on another base.*{expected[:12]}"):
+        check_fingerprint(other, expected, "The folder")
