@@ -1,0 +1,326 @@
+"""The LightningModule that all tasks share: a frozen backbone, adapters, and the four step methods."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import lightning as L  # noqa: N812 - the name that everybody gives it
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from lora_lightning import methods as _known_methods  # noqa: F401 - checkpoints name these classes
+from lora_lightning.adapters import (
+    AttachReport,
+    Method,
+    adapter_state_dict,
+    is_attached,
+    load_adapter_state_dict,
+    require_calls,
+)
+from lora_lightning.backbones.attach import attach
+from lora_lightning.backbones.load import enable_gradient_checkpointing, load_backbone
+from lora_lightning.backbones.view import view_of
+from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.manifest import class_config
+from lora_lightning.errors import CheckpointError, ConfigError
+from lora_lightning.methods import LoRA
+from lora_lightning.optim import Optim, build_optimizer, build_schedule
+from lora_lightning.tasks.settings import methods_from, plain
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+log = logging.getLogger(__name__)
+_MODEL = "model."
+
+
+class StepOutput(NamedTuple):
+    """What `compute_loss` returns.
+
+    Args:
+        loss: Scalar to minimize.
+        predictions: What the metrics take as predictions, or None without metrics.
+        targets: What the metrics take as targets.
+    """
+
+    loss: Tensor
+    predictions: Tensor | None = None
+    targets: Tensor | None = None
+
+
+class AdapterTask(L.LightningModule):
+    """Fine-tunes adapters on a frozen backbone; subclass it for a task.
+
+    A subclass defines `compute_loss`, and where it wants them `configure_metrics` and `predict`. To train on a model of
+    your own instead of a transformers backbone, override `configure_backbone` and return any module.
+
+    Args:
+        backbone: Hub name, folder, or `pkg://package/folder`; None where `configure_backbone` is overridden.
+        method: The method, or a list of methods; None means `LoRA()`.
+        optim: Learning rates, optimizer and schedule; None means `Optim()`.
+        dtype: Precision of the frozen weights: `auto` (as stored), `float32`, `bfloat16`, `float16`.
+        gradient_checkpointing: Recompute activations in backward instead of keeping them (transformers models).
+
+    Attributes:
+        model: The adapted model; None before `configure_model`.
+        report: What `attach` did; None before `configure_model`.
+        label_names: Names of the classes by index, or None for tasks without classes.
+    """
+
+    auto_class: ClassVar[str] = "AutoModel"
+
+    def __init__(
+        self,
+        backbone: str | None = None,
+        method: Method | list[Method] | None = None,
+        optim: Optim | None = None,
+        dtype: str = "auto",
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.methods = methods_from(method if method is not None else LoRA())
+        self.optim = Optim(**optim) if isinstance(optim, Mapping) else optim or Optim()
+        self.backbone_dtype = dtype
+        self.gradient_checkpointing = gradient_checkpointing
+        self.model: nn.Module | None = None
+        self.report: AttachReport | None = None
+        self.label_names: list[str] | None = None
+        self.base_fingerprint: str | None = None
+        self._new_modules: tuple[str, ...] = ()
+        self._stages_checked: set[str] = set()
+        self._metrics_of: dict[str, MetricCollection] = {}
+        specs = [class_config(one) for one in self.methods]
+        self.keep_settings(
+            _class_path=f"{type(self).__module__}.{type(self).__qualname__}",
+            backbone=backbone,
+            method=specs[0] if len(specs) == 1 else specs,
+            optim=asdict(self.optim),
+            dtype=dtype,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+
+    def keep_settings(self, **settings: Any) -> None:  # noqa: ANN401 - checked to be plain
+        """Store arguments of `__init__` as plain types, for checkpoints; a subclass adds its own here."""
+        self.save_hyperparameters({name: plain(value) for name, value in settings.items()})
+
+    # What a subclass defines or overrides.
+
+    def configure_backbone(self) -> nn.Module:
+        """Return the model to adapt; override it to use any module of your own.
+
+        Raises:
+            ConfigError: No backbone is named.
+            BackboneError: It cannot be loaded.
+        """
+        if self.backbone is None:
+            raise ConfigError(
+                f"{type(self).__name__} needs a backbone: a Hub name, a folder, or pkg://package/folder "
+                "(or override configure_backbone)."
+            )
+        loaded = load_backbone(self.backbone, self.auto_class, dtype=self.backbone_dtype, **self.backbone_config())
+        self._new_modules = loaded.new_modules
+        return loaded.model
+
+    def backbone_config(self) -> dict[str, Any]:
+        """Return overrides of the backbone's config, such as its number of labels."""
+        return {}
+
+    def trained_modules(self, model: nn.Module) -> list[str]:
+        """Return the modules to train as full copies: the head, and whatever the files held no weights for."""
+        return list(dict.fromkeys([*view_of(model).head_paths(), *self._new_modules]))
+
+    def compute_loss(self, batch: Any) -> StepOutput:  # noqa: ANN401 - the data module's own type
+        """Return the loss of a batch, and what the metrics need."""
+        del batch
+        raise TypeError(f"{type(self).__name__} must define compute_loss(self, batch) -> StepOutput.")
+
+    def configure_metrics(self) -> MetricCollection | None:
+        """Return the metrics of validation and test, or None."""
+        return None
+
+    def predict(self, batch: Any) -> Any:  # noqa: ANN401 - the task's own type
+        """Return the predictions for a batch without targets."""
+        return self(batch)
+
+    def forward(self, batch: Mapping[str, Any]) -> Any:  # noqa: ANN401 - the model's own output
+        """Call the adapted model with a batch's entries."""
+        return self.adapted(**batch)
+
+    # What Lightning calls.
+
+    @property
+    def adapted(self) -> nn.Module:
+        """The adapted model.
+
+        Raises:
+            ConfigError: `configure_model` has not run yet.
+        """
+        if self.model is None:
+            raise ConfigError("The model is not built yet; call configure_model() first (the Trainer does).")
+        return self.model
+
+    def configure_model(self) -> None:
+        """Load the backbone, freeze it and attach the adapters; does nothing the second time."""
+        if self.model is not None:
+            return
+        model: Any = self.configure_backbone()
+        if is_attached(model):
+            raise ConfigError("configure_backbone returned a model with adapters; return the bare model.")
+        self.report = attach(model, self.methods, modules_to_save=self.trained_modules(model))
+        if self.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        self.model = model.train()
+        self.base_fingerprint = fingerprint(model)
+        for stage in ("val", "test"):
+            metrics = self.configure_metrics()
+            if metrics is not None:
+                self._metrics_of[stage] = metrics.clone(prefix=f"{stage}/")
+                self.add_module(f"{stage}_metrics", self._metrics_of[stage])
+
+    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union
+        """Build the optimizer over the role groups, and the schedule stepped once per optimizer step."""
+        optimizer = build_optimizer(self, self.optim)
+        scheduler = build_schedule(optimizer, self.optim, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
+        """Return the loss of a batch, with the methods' penalties, and log it."""
+        del batch_idx
+        loss = self._checked("train", batch).loss
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=_batch_size(batch))
+        for method in self.methods:
+            extra = method.extra_loss(self.adapted)
+            if extra is not None:
+                self.log(f"train/{method.name}_penalty", extra.detach(), batch_size=_batch_size(batch))
+                loss = loss + extra
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Log the loss and the metrics of validation."""
+        del batch_idx
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Log the loss and the metrics of the test."""
+        del batch_idx
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:  # noqa: ANN401
+        """Return the task's predictions for a batch."""
+        del batch_idx
+        return self.predict(batch)
+
+    def on_train_start(self) -> None:
+        """Let methods look at data, once, before the first step of a fresh run."""
+        calibrating = [method for method in self.methods if type(method).calibrate is not Method.calibrate]
+        if self.trainer.global_step == 0:
+            for method in calibrating:
+                method.calibrate(self.adapted, self._batches())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let methods act on the gradients."""
+        del optimizer
+        for method in self.methods:
+            method.before_step(self.adapted, self.trainer.global_step, self._total_steps())
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - Lightning's own signature
+        """Step the optimizer, then let methods act on the updated adapters."""
+        step = self.trainer.global_step
+        super().optimizer_step(*args, **kwargs)
+        for method in self.methods:
+            method.after_step(self.adapted, step, self._total_steps())
+
+    def fold(self) -> None:
+        """Drop what only training needs (the encoders of prompt methods); the model answers as before."""
+        for method in self.methods:
+            method.fold(self.adapted)
+
+    # What a checkpoint keeps.
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps: adapters, trained copies, and state of this module outside the model."""
+        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(_MODEL)}
+        return {**{_MODEL + name: tensor for name, tensor in adapter_state_dict(self.adapted).items()}, **own}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Replace the full state dict by the adapter state, and add what the methods carry along."""
+        checkpoint["state_dict"] = self.adapter_state()
+        checkpoint["lora_lightning"] = {
+            "base_fingerprint": self.base_fingerprint,
+            "method_state": [method.extra_state(self.adapted) for method in self.methods],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the base, and give the methods back what they carried along.
+
+        Raises:
+            CheckpointError: The checkpoint is not one of this library, or was trained on another base.
+        """
+        own = checkpoint.get("lora_lightning")
+        if own is None:
+            raise CheckpointError(
+                "This checkpoint was not written by lora_lightning: it holds no adapter state. Give a run's .ckpt file."
+            )
+        self.configure_model()
+        check_fingerprint(self.adapted, own["base_fingerprint"], "The checkpoint")
+        for method, state in zip(self.methods, own["method_state"], strict=True):
+            method.load_extra_state(self.adapted, state)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
+        """Load an adapter state; keys and shapes must be exactly this model's.
+
+        Raises:
+            CheckpointError: They are not; nothing is changed.
+        """
+        del strict  # a partly loaded adapter is never wanted
+        self.configure_model()
+        own = {name: tensor for name, tensor in state_dict.items() if not name.startswith(_MODEL)}
+        expected = {name for name in self.state_dict() if not name.startswith(_MODEL)}
+        if set(own) != expected:
+            raise CheckpointError(
+                f"The checkpoint's own entries are {sorted(own) or 'none'}, and this task expects "
+                f"{sorted(expected) or 'none'}."
+            )
+        adapters = {name.removeprefix(_MODEL): t for name, t in state_dict.items() if name.startswith(_MODEL)}
+        load_adapter_state_dict(self.adapted, adapters)
+        if own:
+            super().load_state_dict(own, strict=False, assign=assign)
+        return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])
+
+    # Helpers.
+
+    def _checked(self, stage: str, batch: Any) -> StepOutput:  # noqa: ANN401
+        """Compute the loss; on a stage's first batch, make sure that every adapter is called."""
+        if stage in self._stages_checked or hasattr(self.model, "_orig_mod"):
+            return self.compute_loss(batch)
+        self._stages_checked.add(stage)
+        with require_calls(self.adapted):
+            return self.compute_loss(batch)
+
+    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401
+        output = self._checked(stage, batch)
+        self.log(f"{stage}/loss", output.loss, prog_bar=True, sync_dist=True, batch_size=_batch_size(batch))
+        metrics = self._metrics_of.get(stage)
+        if metrics is not None:
+            metrics.update(output.predictions, output.targets)
+            self.log_dict(metrics, prog_bar=True, batch_size=_batch_size(batch))
+
+    def _batches(self) -> Iterator[Any]:
+        loader: Iterable[Any] = self.trainer.train_dataloader  # type: ignore[assignment]  # Lightning types it as Any
+        for batch in loader:
+            yield self.transfer_batch_to_device(batch, self.device, 0)
+
+    def _total_steps(self) -> int:
+        total = self.trainer.estimated_stepping_batches
+        return int(total) if total != float("inf") else -1
+
+
+def _batch_size(batch: Any) -> int:  # noqa: ANN401
+    """Return the length of the first tensor in a batch, for Lightning's averages."""
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
+    return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 1)

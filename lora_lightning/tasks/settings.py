@@ -1,0 +1,59 @@
+"""Methods and other settings as plain types: the form in which a checkpoint keeps them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from lora_lightning.adapters import Method
+from lora_lightning.errors import ConfigError
+
+MethodSpec = Method | Mapping[str, Any]
+
+
+def methods_from(spec: MethodSpec | Sequence[MethodSpec]) -> tuple[Method, ...]:
+    """Build methods from objects or from their plain form.
+
+    Only classes that are imported already are found: reading a checkpoint never imports what it names.
+
+    Raises:
+        ConfigError: A class is unknown or no method.
+    """
+    if isinstance(spec, Method):
+        return (spec,)
+    if isinstance(spec, Mapping):
+        return (_method_from_plain(spec),)
+    if isinstance(spec, list | tuple) and spec:
+        return tuple(method for one in spec for method in methods_from(one))
+    raise ConfigError(f"method takes a method, such as LoRA(r=8), or a list of methods; got {spec!r}.")
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401 - nested containers of any depth
+    """Return `value` with tuples and sets as lists and strings, numbers, booleans and None as they are.
+
+    Raises:
+        ConfigError: A value has no plain form.
+    """
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence | set | frozenset):
+        return [plain(item) for item in value]
+    raise ConfigError(f"Settings must be plain types, so that a checkpoint can hold them; got {type(value).__name__}.")
+
+
+def _method_from_plain(spec: Mapping[str, Any]) -> Method:
+    class_path = str(spec.get("class_path", ""))
+    for cls in _subclasses(Method):
+        if class_path in (f"{cls.__module__}.{cls.__qualname__}", cls.__name__):
+            return cls(**spec.get("init_args") or {})
+    raise ConfigError(f"The method {class_path!r} is not known here; import the module that defines it first.")
+
+
+def _subclasses(cls: type[Any]) -> Iterator[type[Method]]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
