@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,16 +37,15 @@ def write_atomically(path: Path, data: bytes) -> None:
         path: Where the file goes; a file already there is replaced in one step.
         data: Its bytes.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = _hidden_sibling(path, "tmp")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(temporary).chmod(0o666 & ~_umask())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
 
@@ -65,10 +64,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         The temporary folder, empty.
     """
     made = _make_parents(folder.parent)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".tmp"))
+    temporary = _hidden_sibling(folder, "tmp")
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
         _sync_tree(temporary)
         _move_into_place(temporary, folder)
     except BaseException:
@@ -107,20 +106,16 @@ def _move_into_place(temporary: Path, folder: Path) -> None:
     if not folder.is_symlink() and not folder.exists():
         temporary.rename(folder)
         return
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".old"))
-    old = aside / folder.name
+    old = _hidden_sibling(folder, "old")
     folder.rename(old)
     try:
         temporary.rename(folder)
     except BaseException:
         old.rename(folder)
-        aside.rmdir()
         raise
-    shutil.rmtree(aside)
+    remove_folder(old)
 
 
-def _umask() -> int:
-    """Return the process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _hidden_sibling(path: Path, kind: str) -> Path:
+    """Return an unused name in the same folder, so that a rename never crosses file systems."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")

@@ -58,18 +58,17 @@ def sample(weight: Tensor) -> Tensor:
     return weight.detach()[positions // columns, positions % columns].float().cpu()
 
 
-def check_fingerprint(model: nn.Module, expected: str, source: str) -> None:
+def check_fingerprint(found: str, expected: str, source: str) -> None:
     """Refuse a base model that differs from the one an adapter was trained on.
 
     Args:
-        model: The model with adapters attached.
+        found: The fingerprint of the model at hand.
         expected: The fingerprint that was stored with the adapter.
         source: What is being loaded, for the message.
 
     Raises:
         CheckpointError: The fingerprints differ.
     """
-    found = fingerprint(model)
     if found != expected:
         raise CheckpointError(
             f"{source} was trained on another base model: the base weights under its adapters have fingerprint "

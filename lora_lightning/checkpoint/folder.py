@@ -73,8 +73,8 @@ def write_adapter_folder(
     Raises:
         CheckpointError: A weight is NaN or infinite, or `folder` holds something else than an adapter folder.
     """
-    if folder.exists() and not is_adapter_folder(folder) and any(folder.iterdir()):
-        raise CheckpointError(f"{folder} holds other files than an adapter's; move it away or save elsewhere.")
+    if folder.exists() and not is_adapter_folder(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is there and holds no adapter; move it away or save elsewhere.")
     state = adapter_state_dict(model)
     check_finite(state, "The adapter")
     peft = to_peft(model, state)
@@ -142,7 +142,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Manifest:
     folder = Path(folder)
     manifest, state = read_adapter_folder(folder)
     _check_methods(model, manifest, folder)
-    check_fingerprint(model, manifest.base_fingerprint, str(folder))
+    check_fingerprint(fingerprint(model), manifest.base_fingerprint, str(folder))
     load_adapter_state_dict(model, state)
     return manifest
 

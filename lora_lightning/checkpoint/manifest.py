@@ -13,14 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lora_lightning import __version__
 from lora_lightning.checkpoint.files import sha256_file, write_atomically
 from lora_lightning.errors import CheckpointError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 MAX_BYTES = 16 * 1024 * 1024
-LIBRARIES = ("torch", "lightning", "transformers")
+LIBRARIES = ("lora-lightning", "torch", "lightning", "transformers")
 
 FORMATS = ("peft", "lora_lightning", "merged")
 
@@ -167,8 +166,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of the packages that decide how an adapter is read, this one's first."""
-    versions = {"lora-lightning": __version__}
+    """Return the versions of the packages that decide how an adapter is read."""
+    versions = {}
     for name in LIBRARIES:
         try:
             versions[name] = metadata.version(name)

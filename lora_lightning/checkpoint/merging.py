@@ -23,7 +23,7 @@ from lora_lightning.checkpoint.rebuild import read_checkpoint, rebuild_task
 from lora_lightning.errors import BackboneError, CheckpointError
 
 if TYPE_CHECKING:
-    import lightning as L  # noqa: N812 - the name that everybody gives it
+    import lightning as L
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -170,7 +170,8 @@ def _write_model(model: nn.Module, folder: Path, manifest: Manifest, tokenizer_n
         files = {WEIGHTS_NAME: FileRecord.of(folder / WEIGHTS_NAME)}
         write_manifest(folder, replace(manifest, files=files))
         return False
-    config, names = getattr(model, "config", None), manifest.label_names
+    config: Any = getattr(model, "config", None)
+    names = manifest.label_names
     if names and getattr(config, "num_labels", None) == len(names):
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
@@ -180,11 +181,7 @@ def _write_model(model: nn.Module, folder: Path, manifest: Manifest, tokenizer_n
 
 def _write_tokenizer(name: str, folder: Path) -> bool:
     try:
-        tokenizer = load_tokenizer(name)
-        # Where the files are missing, transformers makes up a tokenizer that knows its special tokens only.
-        if len(tokenizer) <= len(tokenizer.all_special_ids):
-            raise BackboneError(f"the tokenizer of {name!r} has no words; its files are missing.")
-        tokenizer.save_pretrained(folder)
+        load_tokenizer(name).save_pretrained(folder)
     except BackboneError as error:
         warnings.warn(f"The merged folder gets no tokenizer: {error}", stacklevel=2)
         return False

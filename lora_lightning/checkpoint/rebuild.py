@@ -12,7 +12,7 @@ import torch
 from lora_lightning.errors import CheckpointError
 
 if TYPE_CHECKING:
-    import lightning as L  # noqa: N812 - the name that everybody gives it
+    import lightning as L
 
 LIBRARY = "lora_lightning"
 
@@ -77,7 +77,7 @@ def rebuild_task(path: Path, task_class: type[L.LightningModule] | str | None = 
 
 def find_task_class(checkpoint: dict[str, Any], name: str | None, path: Path) -> type[L.LightningModule]:
     """Return the class of the task that wrote a checkpoint; see `rebuild_task`."""
-    import lightning as L  # noqa: N812 - the name that everybody gives it
+    import lightning as L
 
     stored = checkpoint["hyper_parameters"].get("_class_path")
     wanted = name or stored

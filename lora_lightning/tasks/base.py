@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-import lightning as L  # noqa: N812 - the name that everybody gives it
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -267,7 +267,7 @@ class AdapterTask(L.LightningModule):
                 "This checkpoint was not written by lora_lightning: it holds no adapter state. Give a run's .ckpt file."
             )
         self.configure_model()
-        check_fingerprint(self.adapted, own["base_fingerprint"], "The checkpoint")
+        check_fingerprint(self.base_fingerprint or fingerprint(self.adapted), own["base_fingerprint"], "The checkpoint")
         for method, state in zip(self.methods, own["method_state"], strict=True):
             method.load_extra_state(self.adapted, state)
 

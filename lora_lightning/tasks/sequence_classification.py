@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.nn import functional as F
 
 from lora_lightning.adapters import Method
 from lora_lightning.errors import ConfigError

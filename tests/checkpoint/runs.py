@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning as L  # noqa: N812 - the name that everybody gives it
+import lightning as L
 import torch
 from torch import Tensor, nn
 

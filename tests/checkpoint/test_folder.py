@@ -219,7 +219,7 @@ def test_settings_of_training_may_differ(folder: Path, build_model: BuildModel) 
 
 def test_foreign_folder_is_not_overwritten(tmp_path: Path, trained: nn.Module) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="holds other files"):
+    with pytest.raises(CheckpointError, match="holds no adapter; move it away"):
         write_adapter_folder(tmp_path, trained)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -17,6 +17,7 @@ from lora_lightning.checkpoint.manifest import (
     Manifest,
     check_files,
     class_config,
+    library_versions,
     plain,
     read_manifest,
     write_manifest,
@@ -139,3 +140,10 @@ def test_check_files(tmp_path: Path, manifest: Manifest) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match="lacks weights"):
         check_files(tmp_path, manifest)
+
+
+def test_a_library_that_is_not_installed_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_lightning.checkpoint.manifest.LIBRARIES", ("torch", "no-such-library"))
+    versions = library_versions()
+    assert versions["no-such-library"] == "unknown"
+    assert versions["torch"] == torch.__version__

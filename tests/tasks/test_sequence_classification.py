@@ -4,7 +4,7 @@ import transformers
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lora_lightning import DoRA, LoRA, Optim, SequenceClassification, disabled
+from lora_lightning import DoRA, LoRA, Optim, SequenceClassification
 from lora_lightning.errors import BackboneError, ConfigError
 from tests.tasks.toys import trainer
 

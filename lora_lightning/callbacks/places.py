@@ -1,0 +1,44 @@
+"""Where callbacks find the adapted model, and where they put their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lora_lightning.adapters import is_attached
+
+if TYPE_CHECKING:
+    import lightning as L
+
+
+def adapted_model(module: L.LightningModule) -> nn.Module | None:
+    """Return the model with adapters inside a LightningModule, or None where there is none.
+
+    Args:
+        module: An `AdapterTask`, or any LightningModule that calls `attach` itself: the model is looked for in its
+            attribute `model`, then the module itself is taken.
+    """
+    model = getattr(module, "model", None)
+    if isinstance(model, nn.Module) and is_attached(model):
+        return model
+    return module if is_attached(module) else None
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """Return the folder of the current run: the logger's, or `default_root_dir` without one.
+
+    All ranks must call it, since the answer is rank 0's.
+    """
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def log_interval(trainer: L.Trainer) -> int:
+    """Return after how many optimizer steps the trainer logs."""
+    return max(int(trainer.log_every_n_steps), 1)  # type: ignore[attr-defined]  # set by Lightning's logger connector
+
+
+def is_trial(trainer: L.Trainer) -> bool:
+    """Tell whether this is a `fast_dev_run`, which leaves no files behind."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by Lightning's debugging setup

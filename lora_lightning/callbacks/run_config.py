@@ -1,0 +1,40 @@
+"""The settings of a run, written into its folder once the model stands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.cli import SaveConfigCallback
+
+from lora_lightning.callbacks.places import run_folder
+from lora_lightning.callbacks.run_logger import RunLogger
+
+
+class RunConfig(SaveConfigCallback):
+    """Write `config.yaml`, from which `lora-lightning fit --config` repeats the run, into the run's folder.
+
+    Lightning writes it before data and model are built, and aborts where one exists. This one waits until the model is
+    built and a checkpoint restored, so that a mistake found there leaves no file behind; where the run goes on in a
+    folder that holds a `config.yaml`, it writes `config-2.yaml` and so on.
+    """
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Do nothing yet."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Make the run's folder and write the settings, on rank 0."""
+        del pl_module
+        folder = run_folder(trainer)  # on all ranks
+        if not trainer.is_global_zero:
+            return
+        if isinstance(trainer.logger, RunLogger):
+            trainer.logger.claim()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(free_name(folder / self.config_filename)), skip_unset=False, multifile=False)
+
+
+def free_name(path: Path) -> Path:
+    """Return the path, or where it is taken the same with `-2`, `-3`, … before the suffix."""
+    candidates = (path.with_stem(f"{path.stem}-{number}") for number in range(2, 10_000))
+    return path if not path.exists() else next(one for one in candidates if not one.exists())

@@ -1,0 +1,225 @@
+"""Adapter folders come and go with their checkpoints, `last` included, and a broken state is never saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lora_lightning.adapters import adapter_state_dict
+from lora_lightning.callbacks import AdapterCheckpoint
+from lora_lightning.callbacks.adapter_checkpoint import link_folder
+from lora_lightning.checkpoint import load_adapter, read_adapter_folder
+from lora_lightning.errors import CheckpointError
+from lora_lightning.methods import LoRA
+from tests.callbacks.runs import LIGHTNING_WARNINGS, ToyData, ToyTask, fit, make_trainer
+
+pytestmark = LIGHTNING_WARNINGS
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def checkpoints(folder: Path) -> Path:
+    return folder / "run" / "version_0" / "checkpoints"
+
+
+def assert_twins(folder: Path) -> list[str]:
+    """Every checkpoint has its complete adapter folder with the same weights; return the checkpoints' names."""
+    files = sorted(folder.glob("*.ckpt"), key=lambda path: path.stem)
+    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    assert [path.stem for path in files] == [path.name for path in folders]
+    for file, twin in zip(files, folders, strict=True):
+        checkpoint = torch.load(file, weights_only=True)
+        manifest, state = read_adapter_folder(twin)
+        assert manifest.step == checkpoint["global_step"]
+        assert {f"model.{name}": value.tolist() for name, value in state.items()} == {
+            name: value.tolist() for name, value in checkpoint["state_dict"].items()
+        }
+    assert not [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    return [path.stem for path in files]
+
+
+def test_defaults_keep_the_newest_and_last(tmp_path: Path) -> None:
+    task = ToyTask()
+    fit(tmp_path, AdapterCheckpoint(), task=task)
+    assert assert_twins(checkpoints(tmp_path)) == ["epoch=1-step=12", "last"]
+    manifest, state = read_adapter_folder(checkpoints(tmp_path) / "last")
+    assert {name: value.tolist() for name, value in state.items()} == {
+        name: value.tolist() for name, value in adapter_state_dict(task.adapted).items()
+    }
+    assert manifest.label_names == ["no", "yes"]
+    assert manifest.data_fingerprint == "toy"
+    assert manifest.base_fingerprint == task.base_fingerprint
+    assert manifest.task == "tests.callbacks.runs.ToyTask"
+    assert {"val/loss", "val/accuracy", "train/loss"} <= manifest.metrics.keys()
+    assert (manifest.epoch, manifest.step) == (1, 12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"every_n_train_steps": 4, "save_top_k": -1}, ["epoch=0-step=4", "epoch=1-step=12", "epoch=1-step=8", "last"]),
+        ({"every_n_train_steps": 4, "save_top_k": -1, "save_last": False}, 3),
+        ({"every_n_train_steps": 2, "save_top_k": 2, "monitor": "train/loss"}, 3),
+        ({"monitor": "val/loss", "save_top_k": 1}, 2),
+        ({"monitor": "val/accuracy", "mode": "max", "filename": "best", "save_last": None}, ["best"]),
+        ({"save_top_k": 0}, 1),
+        ({"save_weights_only": True}, 2),
+    ],
+)
+def test_settings_of_model_checkpoint(tmp_path: Path, settings: dict[str, Any], expected: int | list[str]) -> None:
+    fit(tmp_path, AdapterCheckpoint(**settings))
+    found = assert_twins(checkpoints(tmp_path))
+    assert (found if isinstance(expected, list) else len(found)) == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"every_n_train_steps": 2}])
+def test_last_moves_on_where_the_metric_does_not_improve(tmp_path: Path, settings: dict[str, Any]) -> None:
+    saves = []
+
+    class Counting(AdapterCheckpoint):
+        def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+            saves.append((trainer.global_step, Path(filepath).stem))
+            super()._save_checkpoint(trainer, filepath)
+
+    fit(tmp_path, Counting(monitor="train/loss", mode="max", filename="best", enable_version_counter=False, **settings))
+    best, last = (read_adapter_folder(checkpoints(tmp_path) / name)[0].step for name in ("best", "last"))
+    assert best < last == 12
+    assert len(saves) == len(set(saves))
+
+
+def test_last_is_written_on_the_way_where_nothing_else_is_kept(tmp_path: Path) -> None:
+    callback = AdapterCheckpoint(save_top_k=0)
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(tmp_path, callback, Stop())
+    assert assert_twins(checkpoints(tmp_path)) == ["last"]
+    assert read_adapter_folder(checkpoints(tmp_path) / "last")[0].step == 6
+
+
+class Stop(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 8:
+            raise RuntimeError("stop")
+
+
+def test_last_as_a_link(tmp_path: Path) -> None:
+    callback = AdapterCheckpoint(save_last="link", every_n_train_steps=4, save_top_k=1)
+    fit(tmp_path, callback)
+    folder = checkpoints(tmp_path)
+    assert assert_twins(folder) == ["epoch=1-step=12", "last"]
+    assert (folder / "last").is_symlink()
+    assert (folder / "last.ckpt").is_symlink()
+    assert (folder / "last").resolve() == folder / "epoch=1-step=12"
+
+
+def test_a_link_replaces_a_folder_and_a_folder_a_link(tmp_path: Path) -> None:
+    fit(tmp_path, AdapterCheckpoint(dirpath=tmp_path / "c", save_last=True), max_epochs=1)
+    link_folder(tmp_path / "c" / "epoch=0-step=6", tmp_path / "c" / "last")
+    assert (tmp_path / "c" / "last").is_symlink()
+    assert assert_twins(tmp_path / "c") == ["epoch=0-step=6", "last"]
+    callback = AdapterCheckpoint(dirpath=tmp_path / "c", enable_version_counter=False)
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        fit(tmp_path, callback, max_epochs=1)
+    assert not (tmp_path / "c" / "last").is_symlink()
+    assert assert_twins(tmp_path / "c") == ["epoch=0-step=6", "last"]
+
+
+def test_version_counter(tmp_path: Path) -> None:
+    fit(tmp_path, AdapterCheckpoint(dirpath=tmp_path / "c"), max_epochs=1)
+    with pytest.warns(UserWarning, match="exists and is not empty"):
+        fit(tmp_path, AdapterCheckpoint(dirpath=tmp_path / "c"), max_epochs=1)
+    assert assert_twins(tmp_path / "c") == ["epoch=0-step=6", "epoch=0-step=6-v1", "last", "last-v1"]
+
+
+def test_resumes_and_moves_last_on(tmp_path: Path) -> None:
+    task = ToyTask()
+    fit(tmp_path, AdapterCheckpoint(), task=task, max_epochs=1)
+    trainer = make_trainer(tmp_path, AdapterCheckpoint(), max_epochs=2)
+    with pytest.warns(UserWarning, match="is not empty"):
+        trainer.fit(ToyTask(), ToyData(), ckpt_path=checkpoints(tmp_path) / "last.ckpt", weights_only=True)
+    found = assert_twins(checkpoints(tmp_path))
+    assert "epoch=1-step=12" in found
+    assert read_adapter_folder(checkpoints(tmp_path) / "last")[0].step == 12
+
+
+def test_folder_loads_into_a_fresh_model(tmp_path: Path) -> None:
+    task = ToyTask()
+    fit(tmp_path, AdapterCheckpoint(), task=task)
+    other = ToyTask()
+    other.configure_model()
+    x = torch.randn(3, 8)
+    assert not torch.allclose(other.adapted(x), task.adapted(x), atol=1e-4)
+    load_adapter(other.adapted, checkpoints(tmp_path) / "last")
+    assert torch.equal(other.adapted(x), task.adapted(x))
+
+
+class Poison(L.Callback):
+    """Puts a NaN into the adapter after some steps."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step == 5:
+            with torch.no_grad():
+                next(iter(adapter_state_dict(pl_module.adapted).values()))[0, 0] = float("nan")
+
+
+def test_nan_is_not_saved(tmp_path: Path) -> None:
+    callback = AdapterCheckpoint(every_n_train_steps=2, save_top_k=1)
+    with pytest.raises(CheckpointError, match=r"at step 6, which was not saved, holds NaN .*'0\.lora_A'"):
+        fit(tmp_path, callback, Poison())
+    assert assert_twins(checkpoints(tmp_path)) == ["epoch=0-step=4", "last"]
+    assert read_adapter_folder(checkpoints(tmp_path) / "last")[0].step == 4
+
+
+class NoAdapters(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(8, 2)
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.layer(batch["x"]), batch["labels"])
+
+    def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+        self.log("val/loss", self.training_step(batch, batch_idx), batch_size=len(batch["x"]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_module_without_adapters_gets_plain_checkpoints(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no adapters attached"):
+        fit(tmp_path, AdapterCheckpoint(), task=NoAdapters())
+    assert names(checkpoints(tmp_path)) == ["epoch=1-step=12.ckpt", "last.ckpt"]
+
+
+class OwnModule(NoAdapters):
+    """A LightningModule that attaches adapters to itself, without AdapterTask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from lora_lightning import attach
+
+        attach(self, LoRA(r=1, target_modules=["layer"]))
+
+
+def test_any_module_with_adapters_gets_folders(tmp_path: Path) -> None:
+    fit(tmp_path, AdapterCheckpoint(), task=OwnModule())
+    manifest, state = read_adapter_folder(checkpoints(tmp_path) / "last")
+    assert list(state) == ["layer.lora_A", "layer.lora_B"]
+    assert (manifest.base, manifest.label_names) == (None, None)
+
+
+def test_sharded_models_get_plain_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_lightning.callbacks.adapter_checkpoint.is_sharded", lambda _: True)
+    with pytest.warns(UserWarning, match="sharded over processes"):
+        fit(tmp_path, AdapterCheckpoint())
+    assert names(checkpoints(tmp_path)) == ["epoch=1-step=12.ckpt", "last.ckpt"]
+
+
+def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
+    fit(tmp_path, AdapterCheckpoint(), fast_dev_run=True)
+    assert not list(tmp_path.rglob("*.ckpt"))

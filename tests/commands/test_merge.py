@@ -1,0 +1,40 @@
+"""`merge` writes the folder and says what became of the update."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_lightning.commands.merge import merge
+from lora_lightning.errors import CheckpointError
+from lora_lightning.methods import LoRA
+from lora_lightning.tasks import SequenceClassification
+from tests.checkpoint.runs import PlainTask, save_backbone, save_checkpoint
+
+
+def test_says_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = save_backbone(tmp_path / "base", torch.bfloat16)
+    task = SequenceClassification(backbone=str(base), method=LoRA(r=2), label_names=["a", "b", "c"])
+    merge(str(save_checkpoint(task, tmp_path / "x.ckpt")), str(tmp_path / "merged"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"Merged 4 layers of {tmp_path / 'x.ckpt'} into {tmp_path / 'merged'} (")
+    assert "survived the cast to the base's precision" in lines[1]
+    assert len(lines) == 6  # bfloat16 loses a little in each of the four layers
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
+
+
+def test_says_when_there_is_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ckpt = save_checkpoint(PlainTask(method=LoRA(r=2)), tmp_path / "x.ckpt")
+    merge(str(ckpt), str(tmp_path / "merged"), task_class="tests.checkpoint.runs.PlainTask")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [
+        "Of the update, 100.00% of the elements survived the cast to the base's precision.",
+        "The folder holds no tokenizer.",
+    ]
+
+
+def test_errors_pass_through(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="There is no checkpoint"):
+        merge(str(tmp_path / "no.ckpt"), str(tmp_path / "merged"))
