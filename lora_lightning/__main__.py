@@ -1,0 +1,114 @@
+"""The command `lora-lightning`: finds the subcommand, and turns mistakes into one line and an exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from lora_lightning import __version__
+from lora_lightning.commands import LIGHTNING_COMMANDS, all_commands, load_command
+from lora_lightning.errors import ConfigError, UserError
+
+PROG = "lora-lightning"
+OK, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit status.
+
+    A mistake of the user (a `UserError`, or Lightning's `MisconfigurationException`) ends in one line on stderr and
+    status 2; `--debug`, anywhere on the line, shows its traceback as well. Any other exception is a bug and is raised.
+
+    Args:
+        argv: The words after the program's name; None takes those of this process.
+
+    Returns:
+        0, 2 after a mistake, 130 after Ctrl-C, or what the command returned.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_debugging = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as stop:
+        return _status(stop)
+    except Exception as error:
+        if not _is_mistake(error):
+            raise
+        if is_debugging:
+            import traceback
+
+            traceback.print_exc()
+        print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return MISTAKE
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command that the first word names.
+
+    Raises:
+        ConfigError: There is no such command.
+    """
+    if not arguments:
+        raise ConfigError(f"a command is needed: {', '.join(all_commands())} (see {PROG} --help).")
+    name, rest = arguments[0], arguments[1:]
+    if name in ("-h", "--help", "help"):
+        print(help_text())
+        return OK
+    if name == "--version":
+        print(f"{PROG} {__version__}")
+        return OK
+    commands = all_commands()
+    if name not in commands:
+        from lora_lightning.config.wording import suggestion
+
+        kind = "the command comes first, but got" if name.startswith("-") else "unknown command"
+        raise ConfigError(f"{kind} `{name}`; {suggestion(name, commands, 'commands')}")
+    if name in LIGHTNING_COMMANDS:
+        from lora_lightning.cli import run_lightning
+
+        run_lightning(name, rest)
+        return OK
+    from lora_lightning.config.functions import call_from_arguments
+
+    result = call_from_arguments(f"{PROG} {name}", load_command(name), rest)
+    return result if isinstance(result, int) else OK
+
+
+def help_text() -> str:
+    """Return the overview of all commands."""
+    lines = [f"  {name:<10} {summary}" for name, summary in all_commands().items()]
+    return "\n".join(
+        [
+            f"usage: {PROG} COMMAND [--config FILE] [--name value ...]",
+            "",
+            "Fine-tune adapters on frozen backbones.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            f"{PROG} COMMAND --help lists a command's settings. --version shows the version; --debug shows tracebacks.",
+        ]
+    )
+
+
+def _is_mistake(error: Exception) -> bool:
+    """Tell a mistake of the user from a bug; Lightning's class is looked up only where Lightning is imported."""
+    exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
+    misconfiguration = getattr(exceptions, "MisconfigurationException", UserError)
+    return isinstance(error, (UserError, misconfiguration))
+
+
+def _status(stop: SystemExit) -> int:
+    """Return the exit status of a SystemExit; Lightning answers Ctrl-C with one whose status is 1."""
+    if isinstance(stop.__context__, KeyboardInterrupt):
+        return INTERRUPTED
+    if stop.code is None:
+        return OK
+    return stop.code if isinstance(stop.code, int) else MISTAKE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

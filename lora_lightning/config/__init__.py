@@ -1,0 +1,1 @@
+"""Reading configuration strictly, and explaining in one line what is wrong with it."""

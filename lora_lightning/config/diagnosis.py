@@ -1,0 +1,171 @@
+"""Finds what is wrong with settings by comparing them with the signatures of the classes that they name.
+
+jsonargparse decides whether settings are good. Where it refuses them, this module looks for the one place that is to
+blame, since the parser's own text lists every alternative that it tried.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from lora_lightning.adapters.base import PEFT_SPELLINGS, Method
+from lora_lightning.config.settings import CLASS_PATH, DICT_KWARGS, INIT_ARGS, SPEC_KEYS, Settings
+from lora_lightning.config.signatures import (
+    Parameters,
+    alternatives,
+    describe,
+    find_class,
+    is_class_type,
+    parameters_of,
+    subclasses,
+)
+from lora_lightning.config.strict_yaml import KeyPath
+from lora_lightning.config.wording import one_line, suggestion
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A mistake and the path of keys that leads to it."""
+
+    path: KeyPath
+    message: str
+
+
+def explain(settings: Settings, schema: Parameters) -> str | None:
+    """Return one line that says what is wrong with the settings, or None where nothing can be found.
+
+    Args:
+        settings: What the user wrote.
+        schema: The type of each top-level key: `model`, `data`, `ckpt_path`, …; where a type is itself a `Parameters`,
+            the key is a group of plain settings, such as the trainer's.
+    """
+    problem = next(_problems_of_arguments(settings.tree, schema, ()), None)
+    if problem is None:
+        return None
+    origin = settings.origin(problem.path)
+    return f"{origin}: {problem.message}" if origin else problem.message
+
+
+def problems(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:  # noqa: ANN401 - any value, any type hint
+    """Yield what is wrong with a value where a type is expected."""
+    if isinstance(hint, Parameters):
+        yield from _problems_of_arguments(value, hint, path)
+        return
+    parts = alternatives(hint)
+    if Any in parts or (value is None and type(None) in parts):
+        return
+    classes = [part for part in parts if is_class_type(part)]
+    if isinstance(value, dict) and classes:
+        yield from _problems_of_spec(value, _best_class(value, classes), path)
+    elif isinstance(value, str) and classes and str not in parts:
+        yield from _problems_of_spec({CLASS_PATH: value}, _best_class({CLASS_PATH: value}, classes), path)
+    elif isinstance(value, list) and (item := _class_item(parts)) is not None:
+        for position, one in enumerate(value):
+            yield from problems(one, item, (*path, str(position)))
+    elif not _accepts(hint, value):
+        yield Problem(path, f"{dotted(path)}: expected {describe(hint)}, got {value!r}")
+
+
+def dotted(path: KeyPath) -> str:
+    """Write a path of keys the way a flag does.
+
+    Example:
+        >>> dotted(("model", "init_args", "r"))
+        'model.init_args.r'
+    """
+    return ".".join(path)
+
+
+def _problems_of_arguments(arguments: Any, parameters: Parameters, path: KeyPath) -> Iterator[Problem]:  # noqa: ANN401
+    if not isinstance(arguments, dict):
+        yield Problem(path, f"{dotted(path)}: expected a mapping, got {arguments!r}")
+        return
+    for key, value in arguments.items():
+        place = (*path, str(key))
+        if key in parameters.types:
+            yield from problems(value, parameters.types[key], place)
+        elif not parameters.is_open:
+            yield Problem(place, f"unknown key `{dotted(place)}`; {suggestion(str(key), parameters.types)}")
+    for name in sorted(parameters.required - arguments.keys()):
+        yield Problem(path, f"`{dotted((*path, name))}` is missing; give {describe(parameters.types[name])}")
+
+
+def _problems_of_spec(spec: dict[str, Any], expected: type, path: KeyPath) -> Iterator[Problem]:
+    """Yield what is wrong with `{class_path, init_args}`, or with arguments given without their class."""
+    named = spec.get(CLASS_PATH, expected.__name__)
+    cls = find_class(str(named), expected)
+    if cls is None:
+        yield _unknown_class(str(named), expected, path)
+        return
+    if CLASS_PATH not in spec and INIT_ARGS not in spec:
+        inside, arguments = path, spec
+    else:
+        inside, arguments = (*path, INIT_ARGS), spec.get(INIT_ARGS) or {}
+        for key in sorted(spec.keys() - SPEC_KEYS):
+            is_argument = key in parameters_of(cls).types
+            hint = f"it goes under `{INIT_ARGS}`" if is_argument else suggestion(key, SPEC_KEYS)
+            yield Problem((*path, key), f"unknown key `{dotted((*path, key))}`; {hint}")
+    if issubclass(cls, Method) and isinstance(arguments, dict):
+        yield from _foreign_spellings(cls, arguments, inside)
+    found = list(_problems_of_arguments(arguments, parameters_of(cls), inside))
+    yield from found
+    if not found and dataclasses.is_dataclass(cls) and DICT_KWARGS not in spec:
+        yield from _problem_of_building(cls, arguments, inside)
+
+
+def _unknown_class(name: str, expected: type, path: KeyPath) -> Problem:
+    known = subclasses(expected)
+    text = f"unknown class `{name}` at `{dotted(path)}`"
+    if "." not in name:
+        return Problem((*path, CLASS_PATH), f"{text}; {suggestion(name, known)}")
+    return Problem((*path, CLASS_PATH), f"{text}: it cannot be imported, or is no {expected.__name__}")
+
+
+def _foreign_spellings(cls: type[Method], arguments: dict[str, Any], path: KeyPath) -> Iterator[Problem]:
+    for key in sorted(arguments.keys() & PEFT_SPELLINGS.keys() - parameters_of(cls).types.keys()):
+        yield Problem((*path, key), f"unknown key `{dotted((*path, key))}`; use {PEFT_SPELLINGS[key]}")
+
+
+def _problem_of_building(cls: type, arguments: dict[str, Any], path: KeyPath) -> Iterator[Problem]:
+    """Yield the sentence with which a dataclass refuses its values."""
+    try:
+        cls(**arguments)
+    except ValueError as error:
+        message = one_line(error)
+        named = next((name for name in arguments if f" {name} " in f" {message} "), None)
+        place = path if named is None else (*path, named)
+        yield Problem(place, f"{dotted(place)}: {message}")
+    except TypeError:  # arguments that are themselves classes
+        return
+
+
+def _best_class(spec: dict[str, Any], classes: list[type]) -> type:
+    """Return the one of several allowed base classes that a spec's class belongs to, else the first."""
+    name = str(spec.get(CLASS_PATH, ""))
+    return next((cls for cls in classes if find_class(name, cls)), classes[0])
+
+
+def _class_item(parts: tuple[Any, ...]) -> Any:  # noqa: ANN401 - a type hint
+    """Return the type of a list's items where these are classes."""
+    for part in parts:
+        arguments = get_args(part)
+        if get_origin(part) is not None and arguments and any(map(is_class_type, alternatives(arguments[0]))):
+            return arguments[0]
+    return None
+
+
+def _accepts(hint: Any, value: Any) -> bool:  # noqa: ANN401
+    """Return whether jsonargparse takes a plain value for a type."""
+    parser = ArgumentParser(exit_on_error=False)
+    try:
+        parser.add_argument("--value", type=hint)
+        parser.parse_object({"value": value})
+    except ArgumentError:
+        return False
+    except (ValueError, TypeError):  # a type that only the full parser knows
+        return True
+    return True

@@ -1,0 +1,51 @@
+"""The text of a parser's error, cut down to the line that helps."""
+
+from __future__ import annotations
+
+import re
+
+from lora_lightning.config.wording import one_line, suggestion
+
+_NOISE = re.compile(
+    r"^(Does not validate against|Subtypes:|Errors:|Given value|Parser key|Problem with given class_path"
+    r"|Expected a <class 'NoneType'>|Expected a <class 'list'>|Subclass types expect one of|a class path \(str\)"
+    r"|a dict with(out)? )"
+)
+_CLASS = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>")
+
+
+def reduce_error(text: str) -> str:
+    r"""Return the useful part of a jsonargparse error as one line: the keys that lead to it, and what is wrong.
+
+    Example:
+        >>> reduce_error('Parser key "model":\n  Errors:\n    - Parser key "r":\n      Not an int')
+        'model.r: Not an int'
+    """
+    lines = [line.strip().removeprefix("- ") for line in text.splitlines() if line.strip()]
+    keys: list[str] = []
+    for line in lines:
+        match = re.match(r'Parser key "([^"]+)"(?: element \d+)?:\s*(.*)', line)
+        if match:
+            keys.append(match[1])
+        useful = match[2] if match else line
+        if useful and not _NOISE.match(useful):
+            message = one_line(_CLASS.sub(r"\1", useful))
+            return f"{'.'.join(keys)}: {message}" if keys else message
+    return one_line(text)
+
+
+def unknown_options(text: str, known: list[str]) -> str | None:
+    """Explain `unrecognized arguments: --ckpt_pth X`, or return None for another error.
+
+    Args:
+        text: The parser's error.
+        known: The options that there are, with their dashes.
+    """
+    match = re.match(r"unrecognized arguments: (.*)", text)
+    if match is None:
+        return None
+    option = next((word for word in match[1].split() if word.startswith("-")), None)
+    if option is None:
+        return f"unexpected words: {match[1]}; settings are given as --name value"
+    name = option.partition("=")[0]
+    return f"unknown option `{name}`; {suggestion(name, known, 'options')}"

@@ -1,0 +1,153 @@
+"""What the user wrote, in config files and in flags, as one tree; used to explain mistakes, not to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_lightning.config.strict_yaml import KeyPath, load_text, read_document
+
+CLASS_PATH, INIT_ARGS, DICT_KWARGS = "class_path", "init_args", "dict_kwargs"
+SPEC_KEYS = frozenset({CLASS_PATH, INIT_ARGS, DICT_KWARGS})
+
+
+@dataclass
+class Settings:
+    """Settings as the user wrote them, later ones over earlier ones.
+
+    Args:
+        tree: Nested mappings, as one config file would have them.
+        origins: `file, line n` of each key that came from a file, by its path.
+    """
+
+    tree: dict[str, Any] = field(default_factory=dict)
+    origins: dict[KeyPath, str] = field(default_factory=dict)
+
+    def origin(self, path: KeyPath) -> str:
+        """Return where the nearest enclosing key of a path was written, as `file, line n`, or an empty text."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.origins:
+                return self.origins[path[:end]]
+        return ""
+
+
+def collect(arguments: Sequence[str]) -> Settings:
+    """Gather the settings of a command line, reading the config files that it names.
+
+    Args:
+        arguments: The command line after the subcommand.
+
+    Raises:
+        ConfigError: A config file is missing or is not strict YAML.
+    """
+    settings = Settings()
+    for name, value in _flags(arguments):
+        if name == "config":
+            _add_config(settings, value)
+        else:
+            setting = read_document(value).data if is_file_name(value) and "." not in name else parse_value(value)
+            path = set_flag(settings.tree, name.removesuffix("+").split("."), setting)
+            for origin in [key for key in settings.origins if key[: len(path)] == path]:
+                del settings.origins[origin]
+            settings.origins[path] = ""
+    return settings
+
+
+def is_config_text(value: str) -> bool:
+    """Return whether the value of `--config` is YAML itself, not the name of a file."""
+    return "\n" in value or value.lstrip().startswith("{")
+
+
+def is_file_name(value: object) -> bool:
+    """Return whether the value of a whole section, such as `model`, is the name of a file that holds it."""
+    return isinstance(value, str) and value.endswith((".yaml", ".yml"))
+
+
+def parse_value(text: str) -> Any:  # noqa: ANN401 - whatever the YAML says
+    """Read the value of a flag as YAML, or as a plain string where it is none."""
+    try:
+        return load_text(text)
+    except yaml.YAMLError:
+        return text
+
+
+def set_flag(tree: dict[str, Any], keys: Sequence[str], value: Any) -> KeyPath:  # noqa: ANN401
+    """Put the value of a flag such as `--model.method.r` into a tree, through `init_args` where a class is named.
+
+    Returns:
+        The path at which it went in.
+    """
+    node, path = tree, list[str]()
+    for key in keys[:-1]:
+        node = _enter(node, key, path)
+        child = node.get(key)
+        if isinstance(child, str):
+            child = {CLASS_PATH: child}
+        node[key] = child if isinstance(child, dict) else {}
+        node = node[key]
+        path.append(key)
+    node = _enter(node, keys[-1], path)
+    path.append(keys[-1])
+    old = node.get(keys[-1])
+    if isinstance(old, dict) and CLASS_PATH in old and isinstance(value, str):
+        value = {CLASS_PATH: value}
+    node[keys[-1]] = _merged(old, value)
+    return tuple(path)
+
+
+def _enter(node: dict[str, Any], key: str, path: list[str]) -> dict[str, Any]:
+    """Return the mapping in which a key of `node` stands: the node itself, or the `init_args` of its class."""
+    if CLASS_PATH not in node or key in SPEC_KEYS:
+        return node
+    path.append(INIT_ARGS)
+    if not isinstance(node.get(INIT_ARGS), dict):
+        node[INIT_ARGS] = {}
+    inner: dict[str, Any] = node[INIT_ARGS]
+    return inner
+
+
+def _merged(old: Any, new: Any) -> Any:  # noqa: ANN401
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    if CLASS_PATH in new and new[CLASS_PATH] != old.get(CLASS_PATH):
+        return new  # another class: the old one's arguments no longer count
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+
+
+def _add_config(settings: Settings, value: str) -> None:
+    if is_config_text(value):
+        settings.tree = _merged(settings.tree, load_text(value))
+        return
+    document = read_document(Path(value))
+    data = dict(document.data)
+    origins = {path: f"{document.source}, line {line}" for path, line in document.lines.items()}
+    for key, part in data.items():
+        if is_file_name(part):  # jsonargparse looks for it beside the file that names it
+            inner = read_document(Path(value).parent / part)
+            data[key] = inner.data
+            origins.update({(key, *path): f"{inner.source}, line {line}" for path, line in inner.lines.items()})
+    settings.tree = _merged(settings.tree, data)
+    settings.origins.update(origins)
+
+
+def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield name and value of each flag; a flag at the end without a value is left to the parser."""
+    waiting: str | None = None
+    for argument in arguments:
+        if waiting is not None:
+            yield waiting, argument
+            waiting = None
+        elif argument.startswith("--"):
+            name, has_value, value = argument[2:].partition("=")
+            if has_value:
+                yield name, value
+            else:
+                waiting = name
+        elif argument.startswith("-c"):
+            waiting, value = ("config", "") if argument == "-c" else (None, argument[2:].removeprefix("="))
+            if value:
+                yield "config", value
