@@ -96,14 +96,13 @@ def _nearest_package(package: str) -> str:
 
 
 def _where_it_ends(folder: Path, relative: str) -> str:
-    """Say which part of a path is the first that is missing, and what its folder holds instead."""
-    for part in relative.split("/"):
-        if not (folder / part).exists():
-            if not folder.is_dir():
-                return f"{folder.name!r} is a file"
-            return f"{folder.name!r} holds no {part!r}; {nearest_in_folder(folder / part)}"
-        folder = folder / part
-    return f"{folder.name!r} cannot be read"
+    """Say which part of a missing path is the first that is not there, and what its folder holds instead."""
+    parts = relative.split("/")
+    whole = [folder.joinpath(*parts[: depth + 1]) for depth in range(len(parts))]
+    first = next(path for path in whole if not path.exists())
+    if not first.parent.is_dir():
+        return f"{first.parent.name!r} is a file"
+    return f"{first.parent.name!r} holds no {first.name!r}; {nearest_in_folder(first)}"
 
 
 def _some(names: list[str], count: int = 10) -> str:

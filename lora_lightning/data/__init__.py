@@ -1,0 +1,5 @@
+"""Data modules: one file for each kind of data."""
+
+from lora_lightning.data.text_classification import TextClassificationData
+
+__all__ = ["TextClassificationData"]

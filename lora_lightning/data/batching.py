@@ -1,0 +1,166 @@
+"""Batches of texts of like length: which rows go together, and how they are padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+# At most so many batches are sorted by length together; more would pad less and mix less.
+_BATCHES_SORTED_TOGETHER = 50
+
+
+class EncodedRows(Dataset[dict[str, Any]]):
+    """Tokenized texts, and their labels where there are any.
+
+    Args:
+        encodings: For each of the tokenizer's outputs (`input_ids`, `attention_mask`, ...), one list for each text.
+        labels: The class index of each text, or None.
+    """
+
+    def __init__(self, encodings: Mapping[str, list[list[int]]], labels: list[int] | None) -> None:
+        self.encodings = dict(encodings)
+        self.labels = labels
+        self.lengths = [len(ids) for ids in self.encodings["input_ids"]]
+
+    def __len__(self) -> int:
+        """Return the number of texts."""
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return one text's token lists, and its class index as `labels`."""
+        item: dict[str, Any] = {name: lists[index] for name, lists in self.encodings.items()}
+        if self.labels is not None:
+            item["labels"] = self.labels[index]
+        return item
+
+
+@dataclass(frozen=True)
+class PadToLongest:
+    """Makes a batch: pads each text to the longest one in the batch.
+
+    Args:
+        padding: What each of the tokenizer's outputs is padded with; outputs not named here get 0.
+        side: `right` or `left`, where the padding goes.
+
+    Example:
+        >>> batch = PadToLongest({"input_ids": 9})([{"input_ids": [1, 2]}, {"input_ids": [3]}])
+        >>> batch["input_ids"].tolist()
+        [[1, 2], [3, 9]]
+    """
+
+    padding: Mapping[str, int] = field(default_factory=dict)
+    side: str = "right"
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the tensors of a batch: `[batch, tokens]` each, and `labels` `[batch]`."""
+        width = max(len(item["input_ids"]) for item in items)
+        batch = {}
+        for name in items[0]:
+            values = [item[name] for item in items]
+            if name != "labels":
+                values = [self._pad(value, width, self.padding.get(name, 0)) for value in values]
+            batch[name] = torch.tensor(values, dtype=torch.long)
+        return batch
+
+    def _pad(self, tokens: list[int], width: int, value: int) -> list[int]:
+        padding = [value] * (width - len(tokens))
+        return tokens + padding if self.side == "right" else padding + tokens
+
+
+class LengthGroupedSampler(DistributedSampler[Any]):
+    """Orders rows so that consecutive ones, cut into batches, are of like length.
+
+    The order depends on the seed and the epoch alone. Rows are shuffled, sorted by length within some dozens of
+    batches, and the batches shuffled; the one that is not full stays last. Over several ranks, the order is that of
+    batches `num_replicas` times as large, dealt out in turn: the ranks together see the same batches as one process
+    with the larger batch size, texts of like length at the same time. Each row is seen by one rank, and every rank gets
+    the same number of batches; only where that is impossible are fewer than `num_replicas` rows repeated.
+
+    It derives from torch's DistributedSampler, by which Lightning knows that it must not shard once more, and a loader
+    of the same batch size must cut it.
+
+    Args:
+        lengths: Number of tokens of each row.
+        batch_size: Rows in a batch, on each rank.
+        seed: Seed of the order, at least 0.
+        shuffle: False gives the same order in every epoch: the longest first, or that of the rows.
+        group_by_length: False shuffles without regard to length.
+        num_replicas: Number of ranks.
+        rank: This process's rank.
+
+    Example:
+        >>> sampler = LengthGroupedSampler([5, 1, 5, 1], batch_size=2, shuffle=False)
+        >>> list(sampler)
+        [0, 2, 1, 3]
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        group_by_length: bool = True,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(range(len(lengths)), num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.batch_size = batch_size
+        self.group_by_length = group_by_length
+        self.num_repeated = _num_repeated(len(lengths), num_replicas, batch_size)
+        self.total_size = len(lengths) + self.num_repeated
+        self.num_samples = len(range(rank, self.total_size, num_replicas))
+
+    def __iter__(self) -> Iterator[int]:
+        """Return the places of this rank's rows in this epoch."""
+        order = self._order()
+        repeated = np.resize(order, self.num_repeated)
+        return iter(np.concatenate([order, repeated])[self.rank :: self.num_replicas].tolist())
+
+    def _order(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Return the order of all rows, over all ranks."""
+        places = np.arange(len(self.lengths))
+        if not self.shuffle:
+            return np.argsort(-self.lengths, kind="stable") if self.group_by_length else places
+        generator = np.random.default_rng([self.seed, self.epoch])
+        places = generator.permutation(places)
+        if not self.group_by_length:
+            return places
+        together = self.batch_size * self.num_replicas
+        num_full = len(places) // together
+        full, last = np.split(places, [num_full * together])
+        # Few batches are sorted in at least four parts, so that they are not the same ones in every epoch.
+        part = together * max(min(num_full // 4, _BATCHES_SORTED_TOGETHER), 1)
+        parts = [full[start : start + part] for start in range(0, len(full), part)]
+        by_length = [one[np.argsort(-self.lengths[one], kind="stable")] for one in (*parts, last)]
+        batches = np.concatenate([*by_length[:-1], full[:0]]).reshape(num_full, together)
+        return np.concatenate([generator.permutation(batches).reshape(-1), by_length[-1]])
+
+
+def even_batch_size(num_rows: int, num_replicas: int, batch_size: int) -> int:
+    """Return the largest batch size, up to one given, at which no row must be repeated to keep ranks in step.
+
+    Evaluation uses it, where the batch size changes no result but a repeated row would. Where there is none (few rows
+    and a small batch), it is the one given.
+
+    Example:
+        >>> even_batch_size(13, num_replicas=2, batch_size=6), even_batch_size(13, num_replicas=1, batch_size=6)
+        (5, 6)
+    """
+    sizes = range(batch_size, 0, -1)
+    return next((size for size in sizes if not _num_repeated(num_rows, num_replicas, size)), batch_size)
+
+
+def _num_repeated(num_rows: int, num_replicas: int, batch_size: int) -> int:
+    """Return how many rows must be repeated for all ranks to have equally many batches."""
+    each, left = divmod(num_rows, num_replicas)
+    return num_replicas - left if left and each % batch_size == 0 else 0

@@ -1,0 +1,130 @@
+"""Divide rows into training, validation and test rows, each class in the same proportion."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_lightning.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+Size = int | float
+
+
+def check_size(name: str, size: Size | None, *, zero: bool) -> None:
+    """Refuse a size that is neither a number of rows nor a share.
+
+    Args:
+        name: The setting, for the message.
+        size: A number of rows (int), a share of the rows (float between 0 and 1), or None for the default.
+        zero: Whether no rows at all can be asked for.
+
+    Raises:
+        ConfigError: It is out of its range.
+    """
+    if size is None or (zero and size == 0):
+        return
+    if isinstance(size, bool) or (isinstance(size, int) and size < 1) or (isinstance(size, float) and not 0 < size < 1):
+        raise ConfigError(
+            f"{name} is {size}: expected a number of rows (a whole number of at least {0 if zero else 1}) "
+            "or a share of them (a fraction between 0 and 1, such as 0.1)."
+        )
+
+
+def count_rows(sizes: Mapping[str, Size | None], total: int) -> dict[str, int]:
+    """Turn sizes into numbers of rows.
+
+    Args:
+        sizes: The size of each split; None takes what the others leave.
+        total: Number of rows to divide.
+
+    Returns:
+        The number of rows of each split that has any; a share gives at least one.
+
+    Raises:
+        DataError: More rows are asked for than there are.
+
+    Example:
+        >>> count_rows({"train": None, "val": 0.1, "test": 20}, 100)
+        {'train': 70, 'val': 10, 'test': 20}
+    """
+    asked = {
+        name: size if isinstance(size, int) else max(round(size * total), 1)
+        for name, size in sizes.items()
+        if size is not None
+    }
+    left = total - sum(asked.values())
+    rest = [name for name, size in sizes.items() if size is None]
+    if left < len(rest):
+        wishes = ", ".join(f"{name} {count}" for name, count in asked.items())
+        more = f" with at least one left for {rest[0]}" if rest else ""
+        raise DataError(
+            f"The sizes ask for {sum(asked.values())} rows ({wishes}){more}, but {total} are left after conditions and "
+            "duplicates; ask for fewer."
+        )
+    counts = {name: left if name in rest else asked[name] for name in sizes}
+    return {name: count for name, count in counts.items() if count}
+
+
+def stratified_split(labels: Sequence[str], counts: Mapping[str, int], seed: int) -> dict[str, list[int]]:
+    """Draw splits in which every class has its share, and at least one row.
+
+    Args:
+        labels: The label of each row.
+        counts: Number of rows of each split; together at most all of them.
+        seed: Seed of the draw.
+
+    Returns:
+        The places of each split's rows, ascending.
+
+    Raises:
+        DataError: A class has fewer rows than there are splits, or a split fewer rows than there are classes.
+    """
+    names, classes = np.unique(np.asarray(labels, dtype=object).astype(str), return_inverse=True)
+    class_counts = np.bincount(classes, minlength=len(names))
+    _check_possible(dict(zip(names.tolist(), class_counts.tolist(), strict=True)), counts)
+    generator = np.random.default_rng(seed)
+    pools = [generator.permutation(np.flatnonzero(classes == index)) for index in range(len(names))]
+    places: dict[str, list[int]] = {}
+    # The largest comes last, so that the small ones get their exact proportions.
+    order = sorted(counts, key=lambda name: counts[name])
+    for position, name in enumerate(order):
+        available = np.array([len(pool) for pool in pools])
+        quotas = _quotas(available, counts[name], reserve=len(order) - position - 1)
+        taken = [pool[:quota] for pool, quota in zip(pools, quotas, strict=True)]
+        pools = [pool[quota:] for pool, quota in zip(pools, quotas, strict=True)]
+        places[name] = np.sort(np.concatenate(taken)).tolist()
+    return {name: places[name] for name in counts}
+
+
+def _check_possible(class_counts: Mapping[str, int], counts: Mapping[str, int]) -> None:
+    rare = {name: count for name, count in class_counts.items() if count < len(counts)}
+    if rare:
+        shown = ", ".join(f"{name!r} ({count})" for name, count in list(rare.items())[:10])
+        raise DataError(
+            f"Too rare to be split into {', '.join(counts)}, which each need a row of every class: {shown}"
+            f"{f' and {len(rare) - 10} more' if len(rare) > 10 else ''}. Leave these labels out by a condition "
+            "in where, add rows of them, or give files for val and test."
+        )
+    for name, count in counts.items():
+        if count < len(class_counts):
+            raise DataError(
+                f"{name} would have {count} rows for {len(class_counts)} classes; "
+                f"ask for at least {len(class_counts)} ({name}_size), or check that label_column is right."
+            )
+
+
+def _quotas(available: npt.NDArray[np.int_], size: int, reserve: int) -> npt.NDArray[np.int_]:
+    """Divide a size over the classes by largest remainder: at least one each, and a reserve of each left over."""
+    exact: npt.NDArray[np.float64] = available * size / available.sum()
+    limit = available - reserve
+    quotas: npt.NDArray[np.int_] = np.clip(np.floor(exact).astype(int), 1, limit)
+    while quotas.sum() < size:
+        quotas[np.argmax(np.where(quotas < limit, exact - quotas, -np.inf))] += 1
+    while quotas.sum() > size:
+        quotas[np.argmax(np.where(quotas > 1, quotas - exact, -np.inf))] -= 1
+    return quotas

@@ -1,0 +1,281 @@
+"""Texts with one label each, from a table, a folder or the Hub."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+
+from lora_lightning.backbones.load import load_tokenizer
+from lora_lightning.data.batching import EncodedRows, LengthGroupedSampler, PadToLongest, even_batch_size
+from lora_lightning.data.conditions import parse_condition
+from lora_lightning.data.labelled_splits import LabelledSplits
+from lora_lightning.data.rows import Rows, fingerprint, sorted_labels
+from lora_lightning.data.tables import TableReader, is_hub_name
+from lora_lightning.errors import ConfigError, DataError
+
+_SPLITS_OF_STAGE = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+    None: ("train", "val", "test", "predict"),
+}
+_TOKENIZED_TOGETHER = 1000
+Batches = DataLoader[dict[str, Any]]
+
+
+class TextClassificationData(L.LightningDataModule):
+    """Reads labelled texts, divides them, tokenizes them once, and makes batches of like length.
+
+    A source is a `.csv`, `.tsv`, `.jsonl` (`.ndjson`, `.json`) or `.parquet` file, a folder with one sub-folder of
+    `.txt` files for each class, either of them inside an installed package (`pkg://package/folder/file.csv`), or the
+    name of a Hub data set. Rows without a text or a label are dropped. In `train`, so are further copies of a text, and
+    every copy of a text that stands there with different labels; sources given for `val` and `test` keep their copies,
+    so that figures stay comparable, and a warning tells how many of their texts stand in the training rows as well.
+
+    Args:
+        train: Where the training rows are, and those to split off.
+        val: Where the validation rows are; None splits them off `train`.
+        test: Where the test rows are; None splits them off `train`.
+        predict: Where the texts to predict are (no labels needed, no row is dropped); None predicts the test rows.
+        text_column: Column with the texts.
+        label_column: Column with the labels: texts, whole numbers, or true and false.
+        encoding: Encoding of the files.
+        separator: Separator of a `.csv` or `.tsv` file; None means a comma and a tab.
+        subset: Configuration of a Hub data set that has several.
+        where: Conditions that every row of `train`, `val` and `test` must meet, such as `confidence >= 0.6` or
+            `lang == 'en'`.
+        max_length: Tokens after which a text is cut.
+        batch_size: Rows in a training batch, on each device.
+        eval_batch_size: Rows in any other batch; None means `batch_size`.
+        train_size: Number (int) or share (float) of the rows to train on; None means all that the others leave.
+        val_size: Number or share of the rows to validate on, where no file is given; None means 0.1, and 0 none.
+        test_size: Number or share of the rows to test on, where no file is given; None means 0.1, and 0 none.
+        group_by_length: Put texts of like length into a batch, so that little is padded.
+        seed: Seed of the split and of the order of training, at least 0.
+        num_workers: Processes that make batches; 0 makes them in the main one, which is fast enough for texts.
+        tokenizer: Hub name, folder, or `pkg://package/folder` of the tokenizer; None means the backbone's own.
+
+    Attributes:
+        rows: Texts and labels of the splits (`train`, `val`, `test`, `predict`), in the order of their file.
+        label_names: Name of each class by its index: in the order that the model has them, if it has; otherwise sorted.
+        counts: What became of the rows: `rows_read`, `rows_filtered` (by `where`), `rows_incomplete` (no text or
+            label), `duplicates_dropped`, `contradictions_dropped`, `train`, `val`, `test`, `unused`, and `leaked` (rows
+            of sources for `val` and `test` whose text is in the training rows).
+        fingerprint: SHA-256 of the rows, their splits and the label names.
+        tokenizer: The tokenizer, once `setup` has run.
+
+    Raises:
+        ConfigError: A setting is out of its range, or contradicts another.
+
+    Example:
+        >>> data = TextClassificationData("tweets.csv", where=["confidence >= 0.6"], test_size=2000)
+    """
+
+    def __init__(
+        self,
+        train: str,
+        val: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        text_column: str = "text",
+        label_column: str = "label",
+        encoding: str = "utf-8",
+        separator: str | None = None,
+        subset: str | None = None,
+        where: list[str] | None = None,
+        max_length: int = 128,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        train_size: int | float | None = None,
+        val_size: int | float | None = None,
+        test_size: int | float | None = None,
+        group_by_length: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.group_by_length = group_by_length
+        self.seed = seed
+        self.num_workers = num_workers
+        self.tokenizer_name = tokenizer
+        self.tokenizer: Any = None
+        self.rows: dict[str, Rows] = {}
+        self.label_names: list[str] = []
+        self.counts: dict[str, int] = {}
+        self.fingerprint = ""
+        self._splits = LabelledSplits(
+            sources={"train": train, "val": val, "test": test, "predict": predict},
+            sizes={"train": train_size, "val": val_size, "test": test_size},
+            reader=TableReader(
+                text_column=text_column,
+                label_column=label_column,
+                encoding=encoding,
+                separator=separator,
+                subset=subset,
+            ),
+            conditions=tuple(map(parse_condition, where or [])),
+            seed=seed,
+        )
+        self._encoded: dict[str, EncodedRows] = {}
+        self._encoded_by = ""
+        for name, least in (
+            ("max_length", 1),
+            ("batch_size", 1),
+            ("eval_batch_size", 1),
+            ("num_workers", 0),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}: expected a whole number of at least {least}.")
+
+    # What Lightning calls.
+
+    def prepare_data(self) -> None:
+        """Download Hub data sets, in one process."""
+        for role, source in self._splits.sources.items():
+            if source is not None and is_hub_name(source):
+                self._splits.reader.read(source, role)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and divide the rows, and tokenize those that a stage needs; nothing is done twice.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`; None means all.
+
+        Raises:
+            DataError: The data is missing, malformed, or does not hold what is needed.
+            BackboneError: The tokenizer cannot be loaded.
+        """
+        if not self.rows:
+            self.rows, self.counts = self._splits.load()
+        self._name_labels()
+        self._load_tokenizer()
+        for split in _SPLITS_OF_STAGE[stage]:
+            if split in self.rows and split not in self._encoded:
+                self._encoded[split] = self._encode(self.rows[split])
+            elif split not in self.rows and stage in ("validate", "test", "predict"):
+                wanted = "val" if split == "val" else "test"
+                raise DataError(f"There are no rows to {stage}: {wanted}_size is 0. Set it, or give a file as {split}.")
+
+    def train_dataloader(self) -> Batches:
+        """Return the training batches of this rank, in an order of their own for every epoch."""
+        rows = self._encoded_rows("train")
+        num_replicas, rank = self._ranks()
+        sampler = LengthGroupedSampler(
+            rows.lengths,
+            self.batch_size,
+            seed=self.seed,
+            group_by_length=self.group_by_length,
+            num_replicas=num_replicas,
+            rank=rank,
+        )
+        # With workers, the first iterator may stand before Lightning sets the epoch.
+        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        return self._loader(rows, self.batch_size, sampler)
+
+    def val_dataloader(self) -> Batches | list[Any]:
+        """Return the validation batches of this rank, the longest texts first; an empty list without such rows."""
+        return self._evaluation_batches("val")
+
+    def test_dataloader(self) -> Batches | list[Any]:
+        """Return the test batches of this rank, the longest texts first; an empty list without such rows."""
+        return self._evaluation_batches("test")
+
+    def predict_dataloader(self) -> Batches:
+        """Return the batches to predict, in the order of their file."""
+        return self._loader(self._encoded_rows("predict"), self.eval_batch_size or self.batch_size)
+
+    # Labels, tokens and batches.
+
+    def _name_labels(self) -> None:
+        """Take the model's label names if it has some, else those of the training rows."""
+        saved = getattr(self._module(), "label_names", None)
+        names = list(saved) if saved else sorted_labels(self.rows["train"].labels)
+        if names == self.label_names:
+            return
+        self._splits.check_labels(self.rows, names, "the model does" if saved else "the training rows do")
+        self.label_names = names
+        self.fingerprint = fingerprint({name: rows for name, rows in self.rows.items() if name != "predict"}, names)
+        self._encoded.clear()
+
+    def _load_tokenizer(self) -> None:
+        """Load the tokenizer, once for each name, and make sure that it can pad."""
+        name = self.tokenizer_name or getattr(self._module(), "backbone", None)
+        if not isinstance(name, str):
+            raise ConfigError(
+                "No tokenizer is named, and there is no backbone to take it from: set tokenizer to a Hub name, a "
+                "folder, or pkg://package/folder."
+            )
+        if name == self._encoded_by:
+            return
+        tokenizer = load_tokenizer(name)
+        if self.max_length > tokenizer.model_max_length:
+            raise ConfigError(
+                f"max_length is {self.max_length}, but {name} takes at most {tokenizer.model_max_length} tokens; "
+                "set it to that or less."
+            )
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise DataError(f"The tokenizer of {name} has neither a padding token nor an end token to pad with.")
+            tokenizer.pad_token = tokenizer.eos_token
+            rank_zero_info(f"The tokenizer of {name} has no padding token; its end token {tokenizer.eos_token!r} pads.")
+        self.tokenizer = tokenizer
+        self._encoded_by = name
+        self._encoded.clear()
+
+    def _encode(self, rows: Rows) -> EncodedRows:
+        """Tokenize rows."""
+        encodings: dict[str, list[list[int]]] = {}
+        # Without special tokens an empty text has no tokens at all, and no model takes that.
+        of_nothing = {"input_ids": [self.tokenizer.pad_token_id], "attention_mask": [1]}
+        for start in range(0, len(rows), _TOKENIZED_TOGETHER):
+            texts = rows.texts[start : start + _TOKENIZED_TOGETHER]
+            encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)
+            for name, lists in encoded.items():
+                encodings.setdefault(name, []).extend(tokens or of_nothing.get(name, [0]) for tokens in lists)
+        index_of = {name: index for index, name in enumerate(self.label_names)}
+        return EncodedRows(encodings, [index_of[label] for label in rows.labels] or None)
+
+    def _module(self) -> L.LightningModule | None:
+        return getattr(self.trainer, "lightning_module", None)
+
+    def _encoded_rows(self, split: str) -> EncodedRows:
+        if split not in self._encoded:
+            raise ConfigError(f"The {split} rows are not there: call setup() first (the Trainer does).")
+        return self._encoded[split]
+
+    def _evaluation_batches(self, split: str) -> Batches | list[Any]:
+        if self.rows and split not in self.rows:
+            return []
+        rows, (num_replicas, rank) = self._encoded_rows(split), self._ranks()
+        size = even_batch_size(len(rows), num_replicas, self.eval_batch_size or self.batch_size)
+        sampler = LengthGroupedSampler(rows.lengths, size, shuffle=False, num_replicas=num_replicas, rank=rank)
+        return self._loader(rows, size, sampler)
+
+    def _ranks(self) -> tuple[int, int]:
+        """Return how many processes share the rows, and which of them this is."""
+        shared = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return (shared["num_replicas"], shared["rank"]) if shared else (1, 0)
+
+    def _loader(self, rows: EncodedRows, batch_size: int, sampler: LengthGroupedSampler | None = None) -> Batches:
+        padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
+        return DataLoader(
+            rows,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=PadToLongest(padding, self.tokenizer.padding_side),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
