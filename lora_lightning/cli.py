@@ -62,6 +62,9 @@ def run_lightning(subcommand: str, arguments: Sequence[str]) -> AdapterCLI:
     # Our own denied list is empty; giving one makes jsonargparse enforce the one that it comes with.
     set_parsing_settings(import_path_denylist=[], instantiate_subclass_spec_in_any=False)
     with _progress_on_stdout(), warnings.catch_warnings():
+        # Lightning calls a function that torch deprecates, and texts tokenized beforehand need no workers.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         if subcommand != "fit":  # said of a run's checkpoints, which an evaluation does not continue
             warnings.filterwarnings("ignore", message="The dirpath has changed from")
         return AdapterCLI(subcommand, arguments)

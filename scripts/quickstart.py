@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from lightning.pytorch.callbacks import Callback, Timer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lora_lightning.backbones.load import locate
 from lora_lightning.callbacks import AdapterCheckpoint, MergeAtEnd
 from lora_lightning.cli import AdapterCLI, run_lightning
 
@@ -24,6 +27,9 @@ console = Console()
 
 
 def main(arguments: list[str]) -> int:
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning calls a function that torch deprecates
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     console.rule("1. Train: lora-lightning fit --config " + CONFIG)
     cli = run_lightning("fit", ["--config", CONFIG, *arguments])
     checkpoint = find(cli, AdapterCheckpoint).best_model_path or find(cli, AdapterCheckpoint).last_model_path
@@ -83,11 +89,8 @@ def folder_bytes(folder: Path) -> int:
 def frozen_accuracy(cli: AdapterCLI) -> float:
     """Fit logistic regression on the frozen encoder's features; its strength is chosen on the validation split."""
     from sklearn.linear_model import LogisticRegression
-    from transformers import AutoModel
 
-    from lora_lightning.backbones.load import locate
-
-    encoder = AutoModel.from_pretrained(locate(cli.model.backbone)).eval()
+    encoder = transformers.AutoModel.from_pretrained(locate(cli.model.backbone)).eval()
 
     def features(batches: Iterable[dict[str, Tensor]]) -> tuple[Any, Any]:
         rows, labels = [], []
@@ -106,9 +109,7 @@ def frozen_accuracy(cli: AdapterCLI) -> float:
 @torch.inference_mode()
 def check_merged(cli: AdapterCLI, merged_dir: Path) -> tuple[float, float]:
     """Return the merged folder's test accuracy, and the largest distance of its logits from the adapted model's."""
-    from transformers import AutoModelForSequenceClassification
-
-    merged = AutoModelForSequenceClassification.from_pretrained(merged_dir).eval()
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(merged_dir).eval()
     adapted = cli.model.adapted.cpu().eval()
     num_right, num_all, difference = 0, 0, 0.0
     for batch in cli.datamodule.test_dataloader():
@@ -123,6 +124,8 @@ def check_merged(cli: AdapterCLI, merged_dir: Path) -> tuple[float, float]:
 def show(summary: dict[str, Any]) -> None:
     """Print the summary, and what to try next."""
     table = Table(show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name in ("test_accuracy", "frozen_accuracy", "merged_accuracy"):
         table.add_row(name.replace("_", " "), f"{summary[name]:.4f}")
     table.add_row("trained share of all parameters", f"{summary['trained_share']:.2%}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch import nn
 from lora_lightning.adapters.targets import is_within
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import BackboneError
-from lora_lightning.paths import resolve
+from lora_lightning.paths import nearest_in_folder, resolve
 
 log = logging.getLogger(__name__)
 
@@ -51,17 +50,15 @@ def locate(name: str) -> str:
         name: `pkg://package/sub/folder`, a folder, or a Hub name (`owner/model`).
 
     Raises:
-        BackboneError: A folder was meant and is not there, or holds no model.
+        BackboneError: A folder was meant and is not there, or the Hub does not give that name.
     """
     looks_local = name.startswith(("pkg://", ".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
     folder = resolve(name) if looks_local else Path(name)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise BackboneError(f"The folder {name!r} holds no model: it has no config.json.")
         return str(folder)
     if looks_local:
-        near = _nearest_folders(folder)
-        raise BackboneError(f"The backbone folder {name!r} does not exist{near}.")
+        raise BackboneError(f"The backbone folder {name!r} does not exist; {nearest_in_folder(folder)}.")
+    _require_reachable(name)
     return name
 
 
@@ -83,6 +80,8 @@ def load_backbone(name: str, auto_class: str, *, dtype: str = "auto", **config: 
     if dtype not in DTYPES:
         raise BackboneError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     source = locate(name)
+    if Path(source).is_dir() and not Path(source, "config.json").is_file():
+        raise BackboneError(f"The folder {name!r} holds no model: it has no config.json.")
     import transformers
 
     cls = getattr(transformers, auto_class)
@@ -92,7 +91,7 @@ def load_backbone(name: str, auto_class: str, *, dtype: str = "auto", **config: 
                 source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **config
             )
     except OSError as error:
-        raise BackboneError(_why_not_loaded(name, source, error)) from error
+        raise BackboneError(f"The backbone {name!r} cannot be loaded: {_first_line(error)}") from error
     except (ValueError, RuntimeError) as error:
         raise BackboneError(f"{auto_class} cannot load {name!r}: {_first_line(error)}") from error
     new = tuple(dict.fromkeys(key.rpartition(".")[0] for key in sorted(info["missing_keys"])))
@@ -166,22 +165,30 @@ def _refuse_missing_body(name: str, model: nn.Module, new: tuple[str, ...]) -> N
         )
 
 
-def _why_not_loaded(name: str, source: str, error: OSError) -> str:
-    if source != name or Path(source).is_dir():
-        return f"The backbone {name!r} cannot be loaded: {_first_line(error)}"
-    return (
-        f"The backbone {name!r} is neither a folder here nor in the local Hub cache, and the Hub did not give it "
-        "(offline, misspelt, or private). Give a folder, pkg://package/folder, or download it first."
-    )
+def _require_reachable(name: str) -> None:
+    """Ask once whether the local cache or the Hub has a model, since transformers would retry for a minute.
 
+    Raises:
+        BackboneError: Neither has it.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-def _nearest_folders(folder: Path) -> str:
     try:
-        names = [entry.name for entry in folder.parent.iterdir() if entry.is_dir()]
-    except OSError:
-        return f", nor does {str(folder.parent)!r}"
-    near = difflib.get_close_matches(folder.name, names, n=3) or sorted(names)[:3]
-    return f"; nearest there: {', '.join(near)}" if near else ""
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        HfApi().model_info(name, timeout=10)
+    except HFValidationError as error:
+        raise BackboneError(f"{name!r} is neither a folder here nor a Hub name: {_first_line(error)}") from error
+    except RepositoryNotFoundError as error:
+        raise BackboneError(
+            f"{name!r} is neither a folder here nor a model on the Hub; check the name, and log in if it is private."
+        ) from error
+    except Exception as error:  # whatever the network raises: there is no common class
+        raise BackboneError(
+            f"{name!r} is neither a folder here nor in the local Hub cache, and the Hub cannot be reached. "
+            "Give a folder, pkg://package/folder, or download it first."
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -175,13 +175,18 @@ def _write_model(model: nn.Module, folder: Path, manifest: Manifest, tokenizer_n
     if names and getattr(config, "num_labels", None) == len(names):
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
+    has_tokenizer = tokenizer_name is not None and _write_tokenizer(tokenizer_name, folder, config)
     model.save_pretrained(folder)  # type: ignore[operator]  # nn.Module.__getattr__
-    return tokenizer_name is not None and _write_tokenizer(tokenizer_name, folder)
+    return has_tokenizer
 
 
-def _write_tokenizer(name: str, folder: Path) -> bool:
+def _write_tokenizer(name: str, folder: Path, config: Any) -> bool:  # noqa: ANN401 - transformers' config
     try:
-        load_tokenizer(name).save_pretrained(folder)
+        tokenizer = load_tokenizer(name)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token  # as our data modules pad
+        config.pad_token_id = tokenizer.pad_token_id  # heads of decoders look for the last token that does not pad
+        tokenizer.save_pretrained(folder)
     except BackboneError as error:
         warnings.warn(f"The merged folder gets no tokenizer: {error}", stacklevel=2)
         return False

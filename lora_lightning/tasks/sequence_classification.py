@@ -78,13 +78,22 @@ class SequenceClassification(AdapterTask):
         return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
     def configure_backbone(self) -> nn.Module:
-        """Load the backbone with its classification head; a decoder without a padding token pads with its end token."""
+        """Load the backbone with its classification head, and tell it which token pads.
+
+        The heads of decoders look for the last token that does not pad: the tokenizer's padding token, where a data
+        module has one, else the config's, else the end token.
+        """
         model = super().configure_backbone()
-        config: Any = getattr(model, "config", None)
-        if config is not None and getattr(config, "pad_token_id", None) is None:
+        config: Any = model.config
+        tokenizer = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+        pad = getattr(tokenizer, "pad_token_id", None)
+        if pad is None:
+            pad = getattr(config, "pad_token_id", None)
+        if pad is None:
             end = getattr(config, "eos_token_id", None)
-            config.pad_token_id = end[0] if isinstance(end, list) else end
-            log.info("The backbone has no padding token; its end token (%s) pads.", config.pad_token_id)
+            pad = end[0] if isinstance(end, list) else end
+            log.info("The backbone has no padding token; its end token (%s) pads.", pad)
+        config.pad_token_id = pad
         return model
 
     def compute_loss(self, batch: dict[str, Tensor]) -> StepOutput:
