@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -55,6 +55,10 @@ class AdapterStack(nn.ModuleDict):
     def __init__(self, host_class: type[nn.Module]) -> None:
         super().__init__()
         self.host_class = host_class
+
+    def forward(self, x: Any) -> Any:  # noqa: ANN401 - whatever the host's children hand on
+        """Return the input: a host that is an `nn.Sequential` calls each of its children in turn, this one too."""
+        return x
 
     def of_kind(self, kind: type[Adapter]) -> list[Adapter]:
         """Return the adapters of one kind, in the order of attaching."""
@@ -146,13 +150,17 @@ def attach(
     methods = (method,) if isinstance(method, Method) else tuple(method)
     _refuse_reattach(model, methods)
     view = view or PlainView(model)
-    placed = [(path, one.name, adapter) for one in methods for path, adapter in one.adapters(view)]
+    placed: list[tuple[str, str, Adapter]] = []
     saved = list(dict.fromkeys([*modules_to_save, *(name for one in methods for name in one.modules_to_save or [])]))
     if saved:
         placed += [(path, "head", HeadAdapter(model.get_submodule(path))) for path in _saved_paths(model, saved)]
+    for one in methods:  # after the copies, so that merging a delta adds to what a copy leaves
+        informed = replace(one, modules_to_save=saved or None)  # all-linear leaves out what anybody copies
+        placed += [(path, one.name, adapter) for path, adapter in informed.adapters(view)]
     _check_placement(model, placed)
 
-    record = _Attachment(methods, [name for name, parameter in model.named_parameters() if parameter.requires_grad])
+    named = model.named_parameters(remove_duplicate=False)  # each name of a tied weight, which merging may untie
+    record = _Attachment(methods, [name for name, parameter in named if parameter.requires_grad])
     num_base = sum(parameter.numel() for parameter in model.parameters())
     model.requires_grad_(requires_grad=False)
     for path, name, adapter in placed:
@@ -163,7 +171,7 @@ def attach(
     return AttachReport(
         num_trainable=sum(parameter.numel() for parameter in own if parameter.requires_grad),
         num_total=num_base + sum(parameter.numel() for parameter in own),
-        hosts=tuple(path for path, _, _ in iter_adapters(model)),
+        hosts=tuple(path for path, _ in iter_hosts(model)),
     )
 
 
@@ -176,14 +184,14 @@ def detach(model: nn.Module) -> None:
     refuse_sharded(model, "detach")
     for _, host in list(iter_hosts(model)):
         _unhang(host)
-    record: _Attachment | None = getattr(model, _RECORD, None)
-    if record is None:
-        return
-    for name in record.was_trainable:
-        model.get_parameter(name).requires_grad_()
-    for path in record.nested_encoders:
-        model.get_submodule(path).use_nested_tensor = True  # type: ignore[assignment]  # an nn.TransformerEncoder
-    delattr(model, _RECORD)
+    for module in unwrap(model).modules():  # adapters may have been attached to a part of the model
+        record: _Attachment | None = module.__dict__.pop(_RECORD, None)
+        if record is None:
+            continue
+        for name in record.was_trainable:
+            module.get_parameter(name).requires_grad_()
+        for path in record.nested_encoders:
+            module.get_submodule(path).use_nested_tensor = True  # type: ignore[assignment]  # an nn.TransformerEncoder
 
 
 def is_attached(model: nn.Module) -> bool:
@@ -262,8 +270,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def join(path: str, name: str) -> str:
-    """Join a host's path and a name with a dot; the root's path is empty."""
-    return f"{path}.{name}" if path else name
+    """Join a path and a name with a dot; the root's path is empty, and so is a module's own name within itself."""
+    return ".".join(part for part in (path, name) if part)
 
 
 def refuse_sharded(model: nn.Module, action: str) -> None:

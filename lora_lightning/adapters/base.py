@@ -72,10 +72,15 @@ class Adapter(nn.Module):
 
     def check_mergeable(self, host: nn.Module) -> None:
         """Raise NotMergeable, with the reason, where this adapter cannot be folded into its host."""
+        if type(self).merged_weight is Adapter.merged_weight:
+            name = type(self).__name__
+            raise NotMergeable(f"{name} changes more than a weight and cannot be merged; keep it attached.")
         check_writable(host)
 
     def merged_weight(self, host: nn.Module, weight: Tensor) -> Tensor:
         """Return the dense weight that makes the bare host compute what host and adapter compute together.
+
+        An adapter that does not define this cannot be merged.
 
         Args:
             host: The host module.
@@ -83,12 +88,8 @@ class Adapter(nn.Module):
 
         Returns:
             The new weight, same shape and dtype.
-
-        Raises:
-            NotMergeable: No dense weight of the host does that.
         """
-        del host, weight
-        raise NotMergeable(f"{type(self).__name__} changes more than a weight and cannot be merged; keep it attached.")
+        raise NotImplementedError
 
 
 class ForwardAdapter(Adapter):
@@ -144,6 +145,14 @@ class Method(abc.ABC):
     """Short lower-case name; also the key of this method's adapter on a host."""
 
     modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a string where a list of names is meant."""
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(
+                f"{type(self).__name__}: modules_to_save must be a list of names, got a string; "
+                f"write [{self.modules_to_save!r}]."
+            )
 
     def __new__(cls, **settings: Any) -> Method:  # noqa: ANN401 - settings of any type
         """Refuse settings that this method does not have, naming ours where another library's spelling came."""
@@ -211,6 +220,7 @@ class TargetedMethod(Method):
 
     def __post_init__(self) -> None:
         """Refuse empty target lists."""
+        super().__post_init__()
         if self.target_modules is not None and not self.target_modules:
             raise ConfigError(
                 "target_modules is empty; name at least one module, or leave it out for the model type's usual ones."

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 _MIN_NORM = 1e-30
 
@@ -110,9 +111,10 @@ def _low_rank_gradients(
         if dx_ni is not None:
             dx_ni.addmm_(g_nr, a_ri, alpha=scaling)
         return (g_nr.t() @ x_ni).mul_(scaling)
+    scaled_nr = g_nr * scaling  # and not add_(alpha=...): torch's inductor fuses that with dx's product and drops alpha
     if dx_ni is not None:
-        dx_ni.add_(seeded_dropout(g_nr @ a_ri, p, seed), alpha=scaling)
-    return (g_nr.t() @ seeded_dropout(x_ni, p, seed)).mul_(scaling)
+        dx_ni.add_(seeded_dropout(scaled_nr @ a_ri, p, seed))
+    return scaled_nr.t() @ seeded_dropout(x_ni, p, seed)
 
 
 class LoRALinear(Function):
@@ -134,13 +136,13 @@ class LoRALinear(Function):
         p: float,
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return y [..., O] and h [N, R]."""
+        """Return y [N, O] and h [N, R]."""
         dtype = compute_dtype(x)
         x_ni, w_oi = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
         h_nr = _project(x_ni, lora_a, p, seed)
         y_no = torch.mm(x_ni, w_oi.t()) if bias is None else torch.addmm(bias.to(dtype), x_ni, w_oi.t())
         y_no.addmm_(h_nr, lora_b.to(dtype).t(), alpha=scaling)
-        return y_no.view(*x.shape[:-1], w_oi.shape[0]), h_nr
+        return y_no, h_nr
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401
@@ -150,16 +152,51 @@ class LoRALinear(Function):
         ctx.save_for_backward(x, weight, lora_a, lora_b, output[1], seed)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    @once_differentiable
+    def backward(ctx: Any, dy_no: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Return the gradients of x, A and B."""
         x, weight, lora_a, lora_b, h_nr, seed = ctx.saved_tensors
-        dy_no, x_ni = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]).to(dy.dtype)
-        g_nr = dy_no @ lora_b.to(dy.dtype)
-        dx_ni = dy_no @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
+        x_ni = x.reshape(-1, x.shape[-1]).to(dy_no.dtype)
+        g_nr = dy_no @ lora_b.to(dy_no.dtype)
+        dx_ni = dy_no @ weight.to(dy_no.dtype) if ctx.needs_input_grad[0] else None
         da_ri = _low_rank_gradients(x_ni, g_nr, dx_ni, lora_a, ctx.scaling, ctx.p, seed)
         db_or = (h_nr.t() @ dy_no).t() * ctx.scaling  # (h^T dy)^T is up to twice as fast as dy^T h
         dx = None if dx_ni is None else dx_ni.view(x.shape).to(x.dtype)
         return dx, None, None, da_ri.to(lora_a.dtype), db_or.to(lora_b.dtype), None, None, None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Compute x W^T + b + s (drop(x) A^T) B^T; see `LoRALinear`.
+
+    Args:
+        x: Input, `[..., I]`.
+        weight: Frozen W, `[O, I]`.
+        bias: Frozen b, `[O]`, or None.
+        lora_a: `[R, I]`.
+        lora_b: `[O, R]`.
+        scaling: The factor s.
+        p: Dropout probability on the input of A.
+        seed: Dropout seed; None turns dropout off.
+
+    Returns:
+        The output, `[..., O]`.
+
+    Example:
+        >>> lora_linear(torch.ones(2, 3), torch.ones(4, 3), None, torch.ones(1, 3), torch.ones(4, 1), 0.5)[0]
+        tensor([4.5000, 4.5000, 4.5000, 4.5000])
+    """
+    y_no, _ = LoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling, p, seed)  # type: ignore[no-untyped-call]
+    # Out here, since torch forbids in-place operations (a ReLU, a residual add) on a view made inside a Function.
+    return y_no.view(*x.shape[:-1], y_no.shape[1])
 
 
 class DoRALinear(Function):
@@ -184,7 +221,7 @@ class DoRALinear(Function):
         p: float,
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return y [..., O] and h [N, R]."""
+        """Return y [N, O] and h [N, R]."""
         dtype = compute_dtype(x)
         x_ni, w_oi = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
         h_nr = _project(x_ni, lora_a, p, seed)
@@ -192,7 +229,7 @@ class DoRALinear(Function):
         y_no.mul_((magnitude / norm).to(dtype))
         if bias is not None:
             y_no.add_(bias.to(dtype))
-        return y_no.view(*x.shape[:-1], w_oi.shape[0]), h_nr
+        return y_no, h_nr
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401
@@ -202,21 +239,60 @@ class DoRALinear(Function):
         ctx.save_for_backward(x, weight, bias, lora_a, lora_b, magnitude, norm, *output, seed)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    @once_differentiable
+    def backward(ctx: Any, dy_no: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Return the gradients of x, A, B and the magnitude."""
-        x, weight, bias, lora_a, lora_b, magnitude, norm, y, h_nr, seed = ctx.saved_tensors
-        dy_no, x_ni = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]).to(dy.dtype)
-        scale_o = (magnitude / norm).to(dy.dtype)
-        dm_o = (dy_no * y.reshape(dy_no.shape)).sum(0, dtype=magnitude.dtype)
+        x, weight, bias, lora_a, lora_b, magnitude, norm, y_no, h_nr, seed = ctx.saved_tensors
+        x_ni = x.reshape(-1, x.shape[-1]).to(dy_no.dtype)
+        scale_o = (magnitude / norm).to(dy_no.dtype)
+        dm_o = (dy_no * y_no).sum(0, dtype=magnitude.dtype)
         if bias is not None:
             dm_o -= dy_no.sum(0, dtype=magnitude.dtype) * bias
         dm_o = torch.where(magnitude == 0, 0, dm_o / magnitude)
-        g_nr = dy_no @ (lora_b.to(dy.dtype) * scale_o[:, None])
-        dx_ni = (dy_no * scale_o) @ weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
+        g_nr = dy_no @ (lora_b.to(dy_no.dtype) * scale_o[:, None])
+        dx_ni = (dy_no * scale_o) @ weight.to(dy_no.dtype) if ctx.needs_input_grad[0] else None
         da_ri = _low_rank_gradients(x_ni, g_nr, dx_ni, lora_a, ctx.scaling, ctx.p, seed)
         db_or = (h_nr.t() @ dy_no).t() * (scale_o[:, None] * ctx.scaling)
         dx = None if dx_ni is None else dx_ni.view(x.shape).to(x.dtype)
         return dx, None, None, da_ri.to(lora_a.dtype), db_or.to(lora_b.dtype), dm_o, None, None, None, None
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    norm: Tensor,
+    scaling: float,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Compute c (x W^T + s (drop(x) A^T) B^T) + b with c = m / norm; see `DoRALinear`.
+
+    Args:
+        x: Input, `[..., I]`.
+        weight: Frozen W, `[O, I]`.
+        bias: Frozen b, `[O]`, or None.
+        lora_a: `[R, I]`.
+        lora_b: `[O, R]`.
+        magnitude: m, `[O]`.
+        norm: ‖W + s B A‖ of each row, `[O]`, as `dora_norm` computes it.
+        scaling: The factor s.
+        p: Dropout probability on the input of A.
+        seed: Dropout seed; None turns dropout off.
+
+    Returns:
+        The output, `[..., O]`.
+
+    Example:
+        >>> factors = torch.ones(1, 3), torch.ones(4, 1), torch.full((4,), 2.0), torch.full((4,), 3.0)
+        >>> dora_linear(torch.ones(2, 3), torch.ones(4, 3), None, *factors, 0.5)[0]
+        tensor([3., 3., 3., 3.])
+    """
+    y_no, _ = DoRALinear.apply(x, weight, bias, lora_a, lora_b, magnitude, norm, scaling, p, seed)  # type: ignore[no-untyped-call]
+    return y_no.view(*x.shape[:-1], y_no.shape[1])
 
 
 @torch.library.custom_op("lora_lightning::dora_norm", mutates_args=())
@@ -234,10 +310,10 @@ def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, ba
         base_norm_squared: ‖w_o‖², `[O]`, computed once.
 
     Returns:
-        The norms, `[O]`, in the dtype of `base_norm_squared`, at least 1e-30.
+        The norms, `[O]`, float32 or wider, at least 1e-30.
     """
     with torch.autocast(weight.device.type, enabled=False):
-        dtype = base_norm_squared.dtype
+        dtype = torch.promote_types(base_norm_squared.dtype, torch.float32)
         a_ri, b_or = lora_a.to(dtype), lora_b.to(dtype)
         cross_o = 2 * scaling * ((weight.to(dtype) @ a_ri.t()) * b_or).sum(1)
         update_o = scaling**2 * ((b_or @ (a_ri @ a_ri.t())) * b_or).sum(1)
@@ -253,4 +329,4 @@ def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, ba
 @dora_norm.register_fake
 def _(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, base_norm_squared: Tensor) -> Tensor:
     del weight, lora_a, lora_b, scaling
-    return torch.empty_like(base_norm_squared)
+    return torch.empty_like(base_norm_squared, dtype=torch.promote_types(base_norm_squared.dtype, torch.float32))

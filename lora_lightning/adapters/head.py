@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from lora_lightning.adapters.base import ForwardAdapter, Role
+from lora_lightning.errors import TargetError
 
 
 class HeadAdapter(ForwardAdapter):
@@ -20,13 +21,21 @@ class HeadAdapter(ForwardAdapter):
 
     Args:
         host: The module to copy.
+
+    Raises:
+        TargetError: The module stores a parameter quantized.
     """
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
+        packed = [name for name, parameter in host.named_parameters() if _is_packed(parameter)]
+        if packed:
+            raise TargetError(
+                f"A copy of this {type(host).__name__} cannot train, since {packed[0]!r} is stored quantized; take it "
+                "out of modules_to_save, or load it in full precision."
+            )
         self.module = copy.deepcopy(host).requires_grad_()
-        self.host_dtype = next((p.dtype for p in host.parameters() if p.is_floating_point()), torch.float32)
-        if self.host_dtype is not torch.float64:
+        if _dtype(host) is not torch.float64:
             self.module.float()
 
     def role_of(self, name: str) -> Role:
@@ -51,16 +60,25 @@ class HeadAdapter(ForwardAdapter):
 
     def forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
         """Call the copy instead of the host."""
-        del host
-        own_dtype = next((p.dtype for p in self.module.parameters()), self.host_dtype)
-        if own_dtype is self.host_dtype or torch.is_autocast_enabled(_device_type(self.module)):
+        own_dtype, host_dtype = _dtype(self.module), _dtype(host)
+        if own_dtype is host_dtype or _is_autocast_on(self.module):
             return self.module(*args, **kwargs)
         args, kwargs = tree_map(lambda value: _cast(value, own_dtype), (args, kwargs))
-        return tree_map(lambda value: _cast(value, self.host_dtype), self.module(*args, **kwargs))
+        return tree_map(lambda value: _cast(value, host_dtype), self.module(*args, **kwargs))
 
 
-def _device_type(module: nn.Module) -> str:
-    return next((p.device.type for p in module.parameters()), "cpu")
+def _is_packed(parameter: nn.Parameter) -> bool:
+    """Tell whether a parameter's elements are not weights but packed bits, which may be stored as any dtype."""
+    return not parameter.is_floating_point() or getattr(parameter, "quant_state", None) is not None
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def _is_autocast_on(module: nn.Module) -> bool:
+    device = next((p.device.type for p in module.parameters()), "cpu")
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:  # noqa: ANN401 - leaves of any type pass through

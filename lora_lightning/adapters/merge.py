@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import torch
 from torch import nn
 
-from lora_lightning.adapters.attach import detach, iter_adapters, iter_hosts, refuse_sharded
+from lora_lightning.adapters.attach import detach, iter_adapters, iter_hosts, join, refuse_sharded
 from lora_lightning.adapters.view import ModelView, PlainView
 
 
@@ -42,10 +40,20 @@ def merge(model: nn.Module, view: ModelView | None = None) -> None:
     view = view or PlainView(model)
     for _, host, adapter in iter_adapters(model):
         adapter.check_mergeable(host)
-    holders = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
     for path, host in list(iter_hosts(model)):
-        if any(holders[id(parameter)] > 1 for parameter in host._parameters.values() if parameter is not None):
-            view.untie(path)
+        for name in _tied_modules(model, host):
+            view.untie(join(path, name))
     for _, host, adapter in list(iter_adapters(model)):
         adapter.merge_into(host)
     detach(model)
+
+
+def _tied_modules(model: nn.Module, host: nn.Module) -> list[str]:
+    """Return the paths, from `host`, of the modules in it that share a parameter with a module outside it."""
+    inside = set(host.modules())
+    outside = {id(own) for module in model.modules() if module not in inside for own in module._parameters.values()}
+    return [
+        name
+        for name, module in host.named_modules()
+        if any(own is not None and id(own) in outside for own in module._parameters.values())
+    ]

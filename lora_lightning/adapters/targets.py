@@ -62,9 +62,9 @@ def select_hosts(view: ModelView, method: TargetedMethod) -> list[tuple[str, nn.
         chosen = _all_linear(modules, [*view.head_paths(), *saved])
     else:
         chosen = _matching(modules, targets, "target_modules")
-        _refuse_unsupported(modules, chosen, saved)
     chosen = _exclude(modules, chosen, method)
     chosen = _keep_layers(chosen, method.layers_to_transform)
+    _refuse_unsupported(modules, chosen, saved)
     return [(path, modules[path]) for path in chosen]
 
 
@@ -72,10 +72,13 @@ def find_modules(model: nn.Module, names: Sequence[str], setting: str) -> list[s
     """Return the paths of the modules that `names` (path suffixes) name.
 
     Raises:
-        TargetError: A name matches nothing.
+        TargetError: A name matches nothing, or a module that is never called.
     """
     modules = {path: module for path, module in model.named_modules() if RESERVED not in path.split(".")}
-    return _matching(modules, list(names), setting)
+    chosen = _matching(modules, list(names), setting)
+    for path in chosen:
+        _refuse_attention_output(modules, path, setting)
+    return chosen
 
 
 def by_pattern(path: str, patterns: Mapping[str, T] | None, default: T) -> T:
@@ -115,7 +118,10 @@ def _all_linear(modules: Mapping[str, nn.Module], left_out: Sequence[str]) -> li
         elif codec is None and isinstance(module, nn.Linear):
             unknown.append(f"{path} ({type(module).__name__})")
     if unknown:
-        warnings.warn(f"all-linear leaves out layers with a forward of their own: {', '.join(unknown)}", stacklevel=2)
+        warnings.warn(
+            f"all-linear leaves out layers whose forward or weight is not that of nn.Linear: {', '.join(unknown)}",
+            stacklevel=2,
+        )
     if not chosen:
         raise TargetError("all-linear found no linear layer outside the output head; name the modules to adapt.")
     return chosen
@@ -142,11 +148,7 @@ def _refuse_unsupported(modules: Mapping[str, nn.Module], chosen: Sequence[str],
     for path in chosen:
         if is_within(path, saved):
             raise TargetError(f"{path!r} is both a target and in modules_to_save; take it out of one of them.")
-        if _is_attention_output(modules, path):
-            raise TargetError(
-                f"{path!r} is never called by torch's MultiheadAttention, which reads its weight directly: an adapter "
-                "there would do nothing. Leave it out of target_modules."
-            )
+        _refuse_attention_output(modules, path, "target_modules")
         module = modules[path]
         if find_codec(module) is None:
             inner = [
@@ -187,6 +189,14 @@ def _is_attention_output(modules: Mapping[str, nn.Module], path: str) -> bool:
     return name == "out_proj" and isinstance(modules.get(parent), nn.MultiheadAttention)
 
 
+def _refuse_attention_output(modules: Mapping[str, nn.Module], path: str, setting: str) -> None:
+    if _is_attention_output(modules, path):
+        raise TargetError(
+            f"{path!r} is never called by torch's MultiheadAttention, which reads its weight directly: an adapter "
+            f"there would do nothing. Leave it out of {setting}."
+        )
+
+
 def _compile(pattern: str, setting: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
@@ -201,7 +211,6 @@ def _nearest(name: str, paths: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, suffixes, n=3, cutoff=0.5)
     if near:
         return f"Nearest names: {', '.join(near)}."
-    leaves = list(
-        dict.fromkeys(path.rpartition(".")[2] for path in paths if path and not path.rpartition(".")[2].isdigit())
-    )
-    return f"Module names of this model: {', '.join(leaves[:12])}{', …' if len(leaves) > 12 else ''}."
+    last = dict.fromkeys(path.rpartition(".")[2] for path in paths if path)
+    names = [name for name in last if not name.isdigit()] or list(last)
+    return f"Module names of this model: {', '.join(names[:12])}{', …' if len(names) > 12 else ''}."

@@ -70,7 +70,13 @@ def original_class(host: Host) -> type[Any]:
 
 
 def find_codec(host: Host) -> Codec | None:
-    """Return the codec of a host, or None where its class, or an override of `forward`, is unknown."""
+    """Return the codec of a host, or None where its class, or an override of `forward`, is unknown.
+
+    None, too, where the weight is no parameter but computed from others, as under weight norm and pruning: what is
+    written to it would be lost.
+    """
+    if host._parameters.get("weight") is None:
+        return None
     cls: Any = original_class(host)
     for ancestor in cls.__mro__:
         codec = _CODECS.get(f"{ancestor.__module__}.{ancestor.__qualname__}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, Role, check_choice
-from lora_lightning.adapters.functional import DoRALinear, LoRALinear, dora_norm
+from lora_lightning.adapters.functional import dora_linear, dora_norm, lora_linear
 from lora_lightning.adapters.weights import Host, HostKind, codec_of, read_weight
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.lora import LoRA
@@ -54,9 +54,9 @@ class DoRAAdapter(LowRankAdapter):
             weight = codec.read(host)
             factors = (self.lora_A, self.lora_B)
             if self.axis == "output":
-                return DoRALinear.apply(x, weight, host.bias, *factors, self.magnitude, norm, self.scaling, p, seed)[0]  # type: ignore[no-untyped-call]
+                return dora_linear(x, weight, host.bias, *factors, self.magnitude, norm, self.scaling, p, seed)
             scaled = x * (self.magnitude / norm).to(x.dtype)
-            return LoRALinear.apply(scaled, weight, host.bias, *factors, self.scaling, p, seed)[0]  # type: ignore[no-untyped-call]
+            return lora_linear(scaled, weight, host.bias, *factors, self.scaling, p, seed)
         return self._scale_output(host, x, norm, args, kwargs)
 
     def _scale_output(
@@ -102,7 +102,7 @@ class DoRAAdapter(LowRankAdapter):
         if seen == self._seen:
             return
         weight = read_weight(host)
-        wide = weight.to(self.lora_A.dtype)
+        wide = weight.to(torch.promote_types(self.lora_A.dtype, torch.float32))
         self.base_norm_squared = wide.square().sum(1 if self.axis == "output" else 0)
         self._seen = seen
 

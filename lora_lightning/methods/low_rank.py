@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that everybody gives it
+from torch.nn import functional as F
 
 from lora_lightning.adapters.base import ForwardAdapter, Role
-from lora_lightning.adapters.functional import LoRALinear, draw_seed, low_rank_update, seeded_dropout
+from lora_lightning.adapters.functional import draw_seed, lora_linear, low_rank_update, seeded_dropout
 from lora_lightning.adapters.weights import Host, HostKind, codec_of
 
 
@@ -81,7 +81,7 @@ class LowRankAdapter(ForwardAdapter):
         if self.kind is HostKind.LINEAR and codec.is_view:
             p, seed = self.draw_dropout()
             weight = codec.read(host)
-            return LoRALinear.apply(x, weight, host.bias, self.lora_A, self.lora_B, self.scaling, p, seed)[0]  # type: ignore[no-untyped-call]
+            return lora_linear(x, weight, host.bias, self.lora_A, self.lora_B, self.scaling, p, seed)
         output: Tensor = self.base_forward(host, x, *args, **kwargs)
         return output + self.update(host, x).to(output.dtype)
 
@@ -96,7 +96,7 @@ class LowRankAdapter(ForwardAdapter):
         if self.kind is HostKind.LINEAR:
             return low_rank_update(x, self.lora_A, self.lora_B, self.scaling, p, seed)
         if self.kind is HostKind.EMBEDDING:
-            rows = F.linear(F.embedding(x, self.lora_A.t()), self.lora_B) * self.scaling
+            rows = F.linear(F.embedding(x, self.lora_A.t(), host.padding_idx), self.lora_B) * self.scaling
             return rows * getattr(host, "embed_scale", 1.0)  # transformers' scaled embeddings, as in Gemma
         if seed is not None:
             x = seeded_dropout(x, p, seed)

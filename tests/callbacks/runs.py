@@ -25,7 +25,7 @@ LIGHTNING_WARNINGS = [
 NUM_SAMPLES, BATCH_SIZE = 24, 4
 
 
-class ToyTask(AdapterTask):
+class LineTask(AdapterTask):
     """Classifies vectors; logs a validation accuracy beside the loss."""
 
     def __init__(self, method: Method | None = None, optim: Optim | None = None) -> None:
@@ -45,7 +45,7 @@ class ToyTask(AdapterTask):
         return StepOutput(nn.functional.cross_entropy(logits, batch["labels"]))
 
 
-class ToyData(L.LightningDataModule):
+class LineData(L.LightningDataModule):
     """Vectors whose first number decides the label; every second position of the mask counts."""
 
     fingerprint = "toy"
@@ -88,11 +88,11 @@ def fit(
     folder: Path,
     *callbacks: L.Callback,
     task: L.LightningModule | None = None,
-    data: ToyData | None = None,
+    data: LineData | None = None,
     **settings: Any,
 ) -> L.Trainer:
     """Train the toy task; return the Trainer."""
     torch.manual_seed(0)
     trainer = make_trainer(folder, *callbacks, **settings)
-    trainer.fit(task or ToyTask(), data or ToyData())
+    trainer.fit(task or LineTask(), data or LineData())
     return trainer

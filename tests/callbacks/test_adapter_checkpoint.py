@@ -15,7 +15,7 @@ from lora_lightning.callbacks.adapter_checkpoint import link_folder
 from lora_lightning.checkpoint import load_adapter, read_adapter_folder
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import LoRA
-from tests.callbacks.runs import LIGHTNING_WARNINGS, ToyData, ToyTask, fit, make_trainer
+from tests.callbacks.runs import LIGHTNING_WARNINGS, LineData, LineTask, fit, make_trainer
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -45,7 +45,7 @@ def assert_twins(folder: Path) -> list[str]:
 
 
 def test_defaults_keep_the_newest_and_last(tmp_path: Path) -> None:
-    task = ToyTask()
+    task = LineTask()
     fit(tmp_path, AdapterCheckpoint(), task=task)
     assert assert_twins(checkpoints(tmp_path)) == ["epoch=1-step=12", "last"]
     manifest, state = read_adapter_folder(checkpoints(tmp_path) / "last")
@@ -55,7 +55,7 @@ def test_defaults_keep_the_newest_and_last(tmp_path: Path) -> None:
     assert manifest.label_names == ["no", "yes"]
     assert manifest.data_fingerprint == "toy"
     assert manifest.base_fingerprint == task.base_fingerprint
-    assert manifest.task == "tests.callbacks.runs.ToyTask"
+    assert manifest.task == "tests.callbacks.runs.LineTask"
     assert {"val/loss", "val/accuracy", "train/loss"} <= manifest.metrics.keys()
     assert (manifest.epoch, manifest.step) == (1, 12)
 
@@ -137,20 +137,20 @@ def test_version_counter(tmp_path: Path) -> None:
 
 
 def test_resumes_and_moves_last_on(tmp_path: Path) -> None:
-    task = ToyTask()
+    task = LineTask()
     fit(tmp_path, AdapterCheckpoint(), task=task, max_epochs=1)
     trainer = make_trainer(tmp_path, AdapterCheckpoint(), max_epochs=2)
     with pytest.warns(UserWarning, match="is not empty"):
-        trainer.fit(ToyTask(), ToyData(), ckpt_path=checkpoints(tmp_path) / "last.ckpt", weights_only=True)
+        trainer.fit(LineTask(), LineData(), ckpt_path=checkpoints(tmp_path) / "last.ckpt", weights_only=True)
     found = assert_twins(checkpoints(tmp_path))
     assert "epoch=1-step=12" in found
     assert read_adapter_folder(checkpoints(tmp_path) / "last")[0].step == 12
 
 
 def test_folder_loads_into_a_fresh_model(tmp_path: Path) -> None:
-    task = ToyTask()
+    task = LineTask()
     fit(tmp_path, AdapterCheckpoint(), task=task)
-    other = ToyTask()
+    other = LineTask()
     other.configure_model()
     x = torch.randn(3, 8)
     assert not torch.allclose(other.adapted(x), task.adapted(x), atol=1e-4)

@@ -15,7 +15,7 @@ from lora_lightning.callbacks import AdapterCheckpoint, MergeAtEnd
 from lora_lightning.callbacks.merge_at_end import checkpoint_path
 from lora_lightning.checkpoint import read_manifest
 from lora_lightning.errors import CheckpointError, ConfigError
-from tests.callbacks.runs import LIGHTNING_WARNINGS, ToyTask, fit, make_trainer
+from tests.callbacks.runs import LIGHTNING_WARNINGS, LineTask, fit, make_trainer
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -27,7 +27,7 @@ def merged_model(folder: Path) -> nn.Module:
 
 
 def test_last_equals_the_running_model(tmp_path: Path) -> None:
-    task, callback = ToyTask(), MergeAtEnd(which="last")
+    task, callback = LineTask(), MergeAtEnd(which="last")
     fit(tmp_path, AdapterCheckpoint(), callback, task=task)
     assert callback.merged_dir == tmp_path / "run" / "version_0" / "merged"
     assert is_attached(task.adapted)

@@ -10,7 +10,7 @@ from matplotlib import image
 from matplotlib.figure import Figure
 
 from lora_lightning.callbacks import AdapterCheckpoint, MetricCurve, Throughput, metric_curve
-from tests.callbacks.runs import LIGHTNING_WARNINGS, ToyData, ToyTask, fit, make_trainer
+from tests.callbacks.runs import LIGHTNING_WARNINGS, LineData, LineTask, fit, make_trainer
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -65,7 +65,7 @@ def test_a_resumed_run_draws_the_whole_curve(tmp_path: Path) -> None:
     callback = MetricCurve()
     trainer = make_trainer(tmp_path, callback, AdapterCheckpoint(dirpath=tmp_path / "other"), logger=False)
     with pytest.warns(UserWarning, match="dirpath has changed"):
-        trainer.fit(ToyTask(), ToyData(), ckpt_path=tmp_path / "c" / "last.ckpt", weights_only=True)
+        trainer.fit(LineTask(), LineData(), ckpt_path=tmp_path / "c" / "last.ckpt", weights_only=True)
     assert [step for step, _ in callback.curves["train/loss"]] == [2, 4, 6, 8, 10, 12]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_lightning.callbacks import Throughput, throughput
 from lora_lightning.callbacks.throughput import count_samples, count_tokens
-from tests.callbacks.runs import BATCH_SIZE, LIGHTNING_WARNINGS, ToyData, ToyTask, fit
+from tests.callbacks.runs import BATCH_SIZE, LIGHTNING_WARNINGS, LineData, LineTask, fit
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -27,7 +27,7 @@ class Clock:
         return self.now
 
 
-class TickingTask(ToyTask):
+class TickingTask(LineTask):
     """Takes half a second for a training step, and a hundred for one of validation."""
 
     clock: Clock
@@ -82,7 +82,7 @@ def test_reads_the_device_at_the_log_interval_only(tmp_path: Path, monkeypatch: 
 
 
 def test_without_a_mask_samples_alone(tmp_path: Path) -> None:
-    trainer = fit(tmp_path, Throughput(), data=ToyData(with_mask=False))
+    trainer = fit(tmp_path, Throughput(), data=LineData(with_mask=False))
     assert "train/samples_per_second" in trainer.logged_metrics
     assert "train/tokens_per_second" not in trainer.logged_metrics
 
