@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> int:
     cli = run_lightning("fit", ["--config", CONFIG, *arguments])
     checkpoint = find(cli, AdapterCheckpoint).best_model_path or find(cli, AdapterCheckpoint).last_model_path
     merged_dir = find(cli, MergeAtEnd).merged_dir
+    train_seconds = find(cli, Timer).time_elapsed("train")  # now: loading a checkpoint adds its time on top
 
     console.rule("2. Test the best checkpoint")
     result = cli.trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint, verbose=False, weights_only=True)[0]
@@ -59,7 +60,7 @@ def main(arguments: list[str]) -> int:
         "adapter_bytes": folder_bytes(adapter_dir),
         "checkpoint_bytes": Path(checkpoint).stat().st_size,
         "base_bytes": base_bytes,
-        "train_seconds": round(find(cli, Timer).time_elapsed("train"), 1),
+        "train_seconds": round(train_seconds, 1),
         "validation_accuracy": float(cli.trainer.checkpoint_callback.best_model_score or float("nan")),
         "checkpoint": checkpoint,
         "adapter_dir": str(adapter_dir),
