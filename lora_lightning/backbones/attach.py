@@ -9,6 +9,7 @@ from torch import nn
 import lora_lightning.backbones.codecs  # noqa: F401 - registers how transformers' and bitsandbytes' layers are read
 from lora_lightning import adapters
 from lora_lightning.adapters import AttachReport, Method
+from lora_lightning.backbones.quantized import settle
 from lora_lightning.backbones.view import view_of
 
 
@@ -23,6 +24,7 @@ def attach(model: nn.Module, method: Method | Sequence[Method], *, modules_to_sa
         >>> attach(nn.Sequential(nn.Linear(8, 8)), LoRA(r=2)).hosts
         ('0',)
     """
+    settle(model)
     return adapters.attach(model, method, view_of(model), modules_to_save=modules_to_save)
 
 

@@ -5,6 +5,9 @@ Importing this module registers the codecs by class name; it imports neither lib
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from torch import Tensor
 
 from lora_lightning.adapters.weights import Codec, Host, HostKind, register_codec
@@ -21,7 +24,31 @@ def _read_4bit(host: Host) -> Tensor:
         return weight
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.data, weight.quant_state)
+    return dequantize_4bit(*_usual_layout(weight.data, weight.quant_state))
+
+
+def restore_layout(host: Host) -> None:
+    """Bring the weight of a `Linear4bit` back from the layout of bitsandbytes' inference kernel for CPUs.
+
+    In that layout it can neither train nor be dequantized. The constants stay rounded to bfloat16, as the change of
+    layout left them.
+    """
+    if getattr(getattr(host.weight, "quant_state", None), "packing_format_for_cpu", False):
+        host.weight.data, host.weight.quant_state = _usual_layout(host.weight.data, host.weight.quant_state)
+        host.quant_state = host.weight.quant_state
+
+
+def _usual_layout(packed: Tensor, state: Any) -> tuple[Tensor, Any]:  # noqa: ANN401 - bitsandbytes' QuantState
+    """Return packed data and its state in the usual layout, both unchanged where they have it already."""
+    if not getattr(state, "packing_format_for_cpu", False):
+        return packed, state
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    usual = copy.copy(state)
+    usual.original_nested = False  # its own way back quantizes the constants once more
+    packed, usual = _convert_weight_packed_for_cpu_inverse(packed, usual)
+    usual.absmax = state.absmax.t().reshape(-1).float()
+    return packed, usual
 
 
 def _read_8bit(host: Host) -> Tensor:

@@ -43,3 +43,30 @@ USUAL_TARGETS: Mapping[str, tuple[str, ...]] = {
     "xlm-roberta": _QUERY_VALUE,
 }
 """Modules that low-rank methods take where the user names none: queries and values, as in the LoRA paper."""
+
+DENSE_MODULES: tuple[str, ...] = (
+    "classification_head",
+    "classifier",
+    "cls",
+    "embed_out",
+    "lm_head",
+    "pooler",
+    "pre_classifier",
+    "proj_out",
+    "qa_outputs",
+    "score",
+    "summary",
+)
+"""Modules that are never stored quantized, by the last part of their path: heads and poolers, which may be new."""
+
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+DENSE_MODULES_BY_TYPE: Mapping[str, tuple[str, ...]] = {
+    "deepseek_v3": _ROUTERS,
+    "mixtral": _ROUTERS,
+    "olmoe": _ROUTERS,
+    "phimoe": _ROUTERS,
+    "qwen2_moe": _ROUTERS,
+    "qwen3_moe": _ROUTERS,
+    "switch_transformers": ("classifier", "router"),
+}
+"""Further ones of single architectures: routers, whose choice of experts small errors flip."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,10 @@ from typing import Any
 from torch import nn
 
 from lora_lightning.adapters.targets import is_within
+from lora_lightning.backbones.gguf import gguf_folder, gguf_parts
+from lora_lightning.backbones.quantization import Quantization
+from lora_lightning.backbones.quantized import load_quantized
+from lora_lightning.backbones.skeleton import build_skeleton, is_without_weights
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import BackboneError
 from lora_lightning.paths import nearest_in_folder, resolve
@@ -37,21 +41,27 @@ class Backbone:
         model: The model, in evaluation mode as transformers returns it.
         new_modules: Paths of the modules whose weights were not in the files and were drawn at random: the head of a
             model that was pretrained without one. They must be trained.
+        storage: How the weights are stored and computed with, in a line for the log; None where they are dense.
     """
 
     model: nn.Module
     new_modules: tuple[str, ...]
+    storage: str | None = None
 
 
 def locate(name: str) -> str:
     """Return what transformers should load: a folder's path, or the Hub name unchanged.
 
     Args:
-        name: `pkg://package/sub/folder`, a folder, or a Hub name (`owner/model`).
+        name: `pkg://package/sub/folder`, a folder, a Hub name (`owner/model`), or a GGUF file, which is converted to a
+            folder the first time (see `lora_lightning.backbones.gguf`).
 
     Raises:
         BackboneError: A folder was meant and is not there, or the Hub does not give that name.
     """
+    parts = gguf_parts(name)
+    if parts is not None:
+        return str(gguf_folder(parts))
     looks_local = name.startswith(("pkg://", ".", "/", "~")) or name.count("/") > 1 or name.endswith("/")
     folder = resolve(name) if looks_local else Path(name)
     if folder.is_dir():
@@ -62,13 +72,23 @@ def locate(name: str) -> str:
     return name
 
 
-def load_backbone(name: str, auto_class: str, *, dtype: str = "auto", **config: Any) -> Backbone:  # noqa: ANN401
+def load_backbone(
+    name: str,
+    auto_class: str,
+    *,
+    dtype: str = "auto",
+    quantization: Quantization | None = None,
+    keep_dense: Sequence[str] = (),
+    **config: Any,  # noqa: ANN401
+) -> Backbone:
     """Load a transformers model.
 
     Args:
         name: See `locate`.
         auto_class: Name of transformers' class, such as `AutoModelForSequenceClassification`.
         dtype: `auto` keeps the files' own, else `float32`, `bfloat16` or `float16`.
+        quantization: Store the linear layers in 4 or 8 bits, on torch's default device; None stores them dense.
+        keep_dense: Modules (path suffixes) to leave out of quantization, beside heads and poolers.
         **config: Overrides of the model's config, such as `id2label`.
 
     Returns:
@@ -79,17 +99,26 @@ def load_backbone(name: str, auto_class: str, *, dtype: str = "auto", **config: 
     """
     if dtype not in DTYPES:
         raise BackboneError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if is_without_weights():
+        return Backbone(*build_skeleton(name, auto_class, dtype, config))
     source = locate(name)
     if Path(source).is_dir() and not Path(source, "config.json").is_file():
         raise BackboneError(f"The folder {name!r} holds no model: it has no config.json.")
     import transformers
 
-    cls = getattr(transformers, auto_class)
+    cls, storage = getattr(transformers, auto_class), None
     try:
         with _quiet(transformers.utils.logging):
-            model, info = cls.from_pretrained(
-                source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **config
-            )
+            if quantization is None:
+                model, info = cls.from_pretrained(
+                    source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **config
+                )
+            else:
+                model, info, storage = load_quantized(
+                    cls, source, quantization, dtype=dtype, keep_dense=keep_dense, **config
+                )
+    except BackboneError:
+        raise
     except OSError as error:
         raise BackboneError(f"The backbone {name!r} cannot be loaded: {_first_line(error)}") from error
     except (ValueError, RuntimeError) as error:
@@ -98,7 +127,7 @@ def load_backbone(name: str, auto_class: str, *, dtype: str = "auto", **config: 
     _refuse_missing_body(name, model, new)
     if new:
         log.info("Not in %s, so drawn at random and trained: %s", name, ", ".join(new))
-    return Backbone(model, new)
+    return Backbone(model, new, storage)
 
 
 def load_tokenizer(name: str) -> Any:  # noqa: ANN401 - transformers' tokenizers share no public base class

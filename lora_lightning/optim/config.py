@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
 import math
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from lora_lightning.errors import ConfigError
 
 Schedule = Literal["constant", "linear", "cosine"]
 EMBEDDING_LR_OF_LORA_PLUS = 1e-6
+BITSANDBYTES_OPTIMIZERS = (
+    *(f"{name}{bits}bit" for name in ("AdEMAMix", "Adam", "AdamW", "LAMB", "LARS", "Lion", "SGD") for bits in (8, 32)),
+    *(f"Paged{name}{bits}" for name in ("AdEMAMix", "Adam", "AdamW", "Lion") for bits in ("", "8bit", "32bit")),
+)
+"""Short names that need no `class_path`; those that torch has too (`AdamW`) are torch's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +36,9 @@ class Optim:
         embedding_lr: Rate of adapters on embeddings; None means 1e-6 with LoRA+ (the paper's value), else `lr`.
         lora_plus_ratio: lr(B) / lr(A), at least 1 in practice; None turns LoRA+ off.
         weight_decay: For matrices; vectors (biases, norms, magnitudes) get none.
-        optimizer: Name of a class in `torch.optim`, or `{class_path: ..., init_args: {...}}` for any optimizer class.
+        optimizer: Name of a class in `torch.optim`, or one of bitsandbytes' whose state takes 8 bits or is paged out of
+            a full GPU (`AdamW8bit`, `PagedAdamW`, `PagedAdamW8bit`, ...), or `{class_path: ..., init_args: {...}}` for
+            any optimizer class.
         schedule: `constant`, or `linear` or `cosine` decay to zero at the last optimizer step.
         warmup: Linear warm-up: a number of optimizer steps, or, below 1, a share of all steps.
 
@@ -63,7 +71,15 @@ class Optim:
             raise ConfigError(f"Optim: warmup is a share below 1 or a whole number of steps, got {self.warmup!r}.")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ConfigError(f"Optim: schedule must be one of constant, linear, cosine, got {self.schedule!r}.")
-        self.optimizer_class()
+        if not self.is_of_bitsandbytes:  # importing that takes seconds, and who only tests a checkpoint can do without
+            self.optimizer_class()
+
+    @property
+    def is_of_bitsandbytes(self) -> bool:
+        """Whether the optimizer is one of bitsandbytes'; it is imported only once it is built."""
+        spec = self.optimizer
+        name = str(spec.get("class_path", "")) if isinstance(spec, dict) else spec
+        return name in BITSANDBYTES_OPTIMIZERS or name.startswith("bitsandbytes.")
 
     def optimizer_class(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
         """Return the optimizer's class and its extra arguments.
@@ -80,7 +96,10 @@ class Optim:
             raise ConfigError(
                 f"Optim: optimizer is a class name or has class_path and init_args, got {self.optimizer!r}."
             )
-        cls, arguments = _import_optimizer(str(spec["class_path"])), dict(spec.get("init_args") or {})
+        class_path = str(spec["class_path"])
+        if "." not in class_path and class_path in BITSANDBYTES_OPTIMIZERS:
+            class_path = f"bitsandbytes.optim.{class_path}"
+        cls, arguments = _import_optimizer(class_path), dict(spec.get("init_args") or {})
         accepted = inspect.signature(cls.__init__).parameters
         unknown = [name for name in arguments if name not in accepted]
         reserved = [name for name in arguments if name in ("params", "lr", "weight_decay")]
@@ -92,14 +111,31 @@ class Optim:
         return cls, arguments
 
 
+def dense_alternative(name: str) -> str:
+    """Return the optimizer of torch that takes the steps of one of bitsandbytes', or `AdamW` where torch has none.
+
+    Example:
+        >>> dense_alternative("PagedAdam8bit"), dense_alternative("PagedLion")
+        ('Adam', 'AdamW')
+    """
+    plain = name.removeprefix("Paged").removesuffix("bit").rstrip("0123456789")
+    return plain if hasattr(torch.optim, plain) else "AdamW"
+
+
 def _import_optimizer(class_path: str) -> type[torch.optim.Optimizer]:
     module_name, _, name = class_path.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name or "torch.optim"), name, None)
     except ImportError as error:
+        if class_path.startswith("bitsandbytes.") and importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"Optim: {name} is an optimizer of bitsandbytes, which is not installed: "
+                f"pip install 'lora-lightning[quant]', or use optimizer={dense_alternative(name)}."
+            ) from error
         raise ConfigError(f"Optim: the optimizer {class_path!r} cannot be imported ({error}).") from error
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         known = [key for key, value in vars(torch.optim).items() if isinstance(value, type)]
+        known += BITSANDBYTES_OPTIMIZERS
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "name a subclass of torch.optim.Optimizer."
         raise ConfigError(f"Optim: {class_path!r} is no optimizer class; {hint}")

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_lightning.adapters import Role, iter_roles
 from lora_lightning.errors import ConfigError
-from lora_lightning.optim.config import EMBEDDING_LR_OF_LORA_PLUS, Optim
+from lora_lightning.optim.config import EMBEDDING_LR_OF_LORA_PLUS, Optim, dense_alternative
 
 _VECTOR_ROLES = (Role.MAGNITUDE, Role.VECTOR, Role.BIAS)
 
@@ -72,7 +72,30 @@ def build_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """Build the optimizer over the groups of `param_groups`.
 
     Raises:
-        ConfigError: As `param_groups`.
+        ConfigError: As `param_groups`; or the optimizer cannot run where the model is.
     """
     cls, arguments = optim.optimizer_class()
+    if optim.is_of_bitsandbytes:
+        _refuse_unable(cls.__name__, [p for p in model.parameters() if p.requires_grad])
     return cls(param_groups(model, optim), lr=optim.lr, **arguments)  # type: ignore[call-arg]  # every optimizer has lr
+
+
+def _refuse_unable(name: str, parameters: list[nn.Parameter]) -> None:
+    """Raise ConfigError where an optimizer of bitsandbytes has nothing to page to, or no kernel for these parameters.
+
+    On a CPU bitsandbytes itself would go on without paging, with a warning.
+    """
+    devices = {parameter.device.type for parameter in parameters}
+    if name.startswith("Paged") and "cpu" in devices:
+        rest = name.removeprefix("Paged")
+        small = f"{rest} to keep its state in 8 bits, or " if rest.endswith("8bit") else ""
+        raise ConfigError(
+            f"Optim: {name} moves its state between a GPU's memory and the machine's, and this model trains on the "
+            f"CPU, where there is nothing to move. Use optimizer={small}{dense_alternative(name)}."
+        )
+    operator = "bitsandbytes::optimizer_update_8bit_blockwise" if name.endswith("8bit") else None
+    if operator and "cpu" in devices and not torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU"):
+        raise ConfigError(
+            f"Optim: {name} of the installed bitsandbytes runs on a GPU only, and this model trains on the CPU. Use "
+            f"optimizer={dense_alternative(name)}, or a newer bitsandbytes."
+        )
