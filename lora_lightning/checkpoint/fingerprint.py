@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lightning.adapters import iter_adapters
 from lora_lightning.adapters.base import Role
-from lora_lightning.adapters.weights import find_codec, read_weight
+from lora_lightning.adapters.weights import codec_of, find_codec
+from lora_lightning.backbones.samples import host_sample
 from lora_lightning.errors import CheckpointError
-
-SAMPLES = 1024
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -20,8 +18,10 @@ def fingerprint(model: nn.Module) -> str:
 
     The digest covers, for every host in the order of its path: the path, the shape of its dense weight, and 1,024
     evenly strided values of it (all of them in a smaller weight) as float32. It does not depend on the device, nor on
-    whether adapters are enabled, nor on the dtype as long as the values survive the cast to float32. A module that is
-    trained as a full copy (a head) does not count: its own starting values are replaced by the copy.
+    whether adapters are enabled, nor on the dtype as long as the values survive the cast to float32. A base that
+    `load_backbone` quantized has the fingerprint of the dense one, since the values are those before quantizing; one
+    that was quantized elsewhere has a fingerprint of its own. A module that is trained as a full copy (a head) does
+    not count: its own starting values are replaced by the copy.
 
     Args:
         model: A model with adapters attached.
@@ -31,31 +31,11 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for path, host in sorted(_hosts(model).items()):
-        weight = read_weight(host)
-        values = sample(weight)
-        digest.update(f"{path}\0{tuple(weight.shape)}\0".encode())
+        values, are_original = host_sample(host)
+        digest.update(f"{path}\0{tuple(codec_of(host).shape(host))}\0".encode())
+        digest.update(b"" if are_original else b"quantized\0")
         digest.update(values.numpy().astype("<f4", copy=False).tobytes())
     return digest.hexdigest()
-
-
-def sample(weight: Tensor) -> Tensor:
-    """Pick up to 1,024 evenly strided values of a weight, in row order and without copying the rest.
-
-    Args:
-        weight: Any floating-point tensor of two dimensions, shape `[out, in]`, contiguous or not.
-
-    Returns:
-        The values as float32 on the CPU, shape `[min(1024, out * in)]`; the first and the last are always among them.
-
-    Example:
-        >>> sample(torch.arange(6.0).reshape(2, 3))
-        tensor([0., 1., 2., 3., 4., 5.])
-    """
-    total, columns = weight.numel(), weight.shape[1]
-    count = min(SAMPLES, total)
-    steps = torch.arange(count, device=weight.device)
-    positions = steps * (total - 1) // max(count - 1, 1)
-    return weight.detach()[positions // columns, positions % columns].float().cpu()
 
 
 def check_fingerprint(found: str, expected: str, source: str) -> None:

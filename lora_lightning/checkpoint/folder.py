@@ -118,7 +118,7 @@ def read_adapter_folder(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:
             "name the adapter folder that stands beside a checkpoint."
         )
     check_files(folder, manifest)
-    state = _load_tensors(folder / needed[-1])
+    state = load_tensors(folder / needed[-1])
     if is_peft:
         state = from_peft(_load_config(folder / CONFIG_NAME), state)
     check_finite(state, str(folder))
@@ -141,7 +141,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     manifest, state = read_adapter_folder(folder)
-    _check_methods(model, manifest, folder)
+    check_methods([class_config(method) for method in attached_methods(model)], manifest.methods, folder)
     check_fingerprint(fingerprint(model), manifest.base_fingerprint, str(folder))
     load_adapter_state_dict(model, state)
     return manifest
@@ -172,7 +172,12 @@ def _save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     save_file(own, path, metadata={"format": "pt"})
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        CheckpointError: It is cut short, damaged, or of another kind.
+    """
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -190,17 +195,25 @@ def _load_config(path: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _check_methods(model: nn.Module, manifest: Manifest, folder: Path) -> None:
-    """Refuse methods that compute something else from the same tensors, such as another alpha."""
-    attached = [class_config(method) for method in attached_methods(model)]
-    names = [[method["class_path"] for method in methods] for methods in (attached, manifest.methods)]
+def check_methods(attached: list[dict[str, Any]], stored: list[dict[str, Any]], folder: Path) -> None:
+    """Refuse methods that compute something else from the same tensors, such as another alpha.
+
+    Args:
+        attached: The methods of the model, as `class_config` gives them.
+        stored: Those of the folder.
+        folder: Where it is, for the message.
+
+    Raises:
+        CheckpointError: They differ in more than how they were trained or found their hosts.
+    """
+    names = [[method["class_path"] for method in methods] for methods in (attached, stored)]
     if names[0] != names[1]:
         raise CheckpointError(
             f"{folder} was trained with {names[1]}, and the model has {names[0]} attached; attach the same."
         )
-    for own, stored in zip(attached, manifest.methods, strict=True):
-        for key in sorted((own["init_args"].keys() | stored["init_args"].keys()) - _FREE_SETTINGS):
-            left, right = own["init_args"].get(key), stored["init_args"].get(key)
+    for own, other in zip(attached, stored, strict=True):
+        for key in sorted((own["init_args"].keys() | other["init_args"].keys()) - _FREE_SETTINGS):
+            left, right = own["init_args"].get(key), other["init_args"].get(key)
             if left != right:
                 raise CheckpointError(
                     f"{folder} was trained with {key}={right!r}, and the model has {key}={left!r}; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_lightning.adapters import Adapter, attached_methods, is_attached, iter_adapters
-from lora_lightning.adapters.base import Role
-from lora_lightning.adapters.weights import read_weight
 from lora_lightning.backbones.attach import merge
 from lora_lightning.backbones.load import load_tokenizer
+from lora_lightning.backbones.quantized import is_quantized
+from lora_lightning.checkpoint.dense import dequantize as dequantize_base
 from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import fingerprint
 from lora_lightning.checkpoint.manifest import FileRecord, Manifest, class_config, write_manifest
+from lora_lightning.checkpoint.merge_report import THRESHOLD, LayerMerge, MergeLoss, MergeReport, UpdateLost, measure
+from lora_lightning.checkpoint.peft_format import is_copy
+from lora_lightning.checkpoint.precision import dtype_of, final_dtypes, name_of, narrow, round_to, widen
+from lora_lightning.checkpoint.probe import Probe, sample_batch
 from lora_lightning.checkpoint.rebuild import read_checkpoint, rebuild_task
 from lora_lightning.errors import BackboneError, CheckpointError
 
@@ -28,87 +32,64 @@ if TYPE_CHECKING:
 WEIGHTS_NAME = "model.safetensors"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerMerge:
-    """What became of one layer's update when it was cast to the base's dtype.
-
-    Args:
-        path: The layer's path in the base model.
-        num_changed: Elements of the weight that the update changes in float32.
-        num_survived: Those of them that the cast to the base's dtype did not round back.
-    """
-
-    path: str
-    num_changed: int
-    num_survived: int
-
-    @property
-    def survived(self) -> float:
-        """Share of changed elements that survived, 1.0 where nothing changes."""
-        return self.num_survived / self.num_changed if self.num_changed else 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class MergeReport:
-    """What `merge_checkpoint` wrote.
-
-    Args:
-        output_dir: The folder.
-        layers: Every merged layer.
-        num_bytes: Bytes of all files in the folder.
-        has_tokenizer: Whether a tokenizer is among them.
-    """
-
-    output_dir: Path
-    layers: tuple[LayerMerge, ...]
-    num_bytes: int
-    has_tokenizer: bool
-
-    @property
-    def survived(self) -> float:
-        """Share of all changed elements that survived the cast, 1.0 where nothing changes."""
-        changed = sum(layer.num_changed for layer in self.layers)
-        return sum(layer.num_survived for layer in self.layers) / changed if changed else 1.0
-
-
 def merge_checkpoint(
-    ckpt_path: str | Path, output_dir: str | Path, task_class: type[L.LightningModule] | str | None = None
+    ckpt_path: str | Path,
+    output_dir: str | Path,
+    task_class: type[L.LightningModule] | str | None = None,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    dequantize: bool = False,
+    force: bool = False,
+    threshold: float = THRESHOLD,
+    sample: str | None = None,
 ) -> MergeReport:
     """Merge a checkpoint into its base and write a model folder that needs nothing of this library.
 
-    The arithmetic is done in float32 with one cast, to the base's own dtype, at the end. A transformers model is
-    written with `save_pretrained`, its tokenizer and its label names; any other model as the safetensors of its state
-    dict, with a manifest. The folder appears only when it is complete.
+    The arithmetic is done in float32 with one cast at the end, so a base in half precision takes twice its memory. A
+    transformers model is written with `save_pretrained`, its tokenizer and its label names; any other model as the
+    safetensors of its state dict, with a manifest. The folder appears only when it is complete.
+
+    A run on a quantized base is merged into the dense base, loaded anew from the same files, or with `dequantize`
+    into what the quantized weights stand for, which is what the adapter was trained beside.
 
     Args:
         ckpt_path: The `.ckpt` file.
         output_dir: The folder to write; it must not exist, or be empty.
         task_class: See `rebuild_task`.
+        dtype: `float32`, `bfloat16` or `float16`; None keeps the base's own.
+        max_shard_size: Largest size of one weight file, such as `5GB` (transformers models).
+        dequantize: Merge into the dequantized base of a quantized run.
+        force: Write even where too much of the update is lost.
+        threshold: Least share of the update, by its squared norm, that must be kept; see `MergeLoss.kept`.
+        sample: A text on which the outputs are compared; None takes 64 random tokens.
 
     Returns:
-        What was written.
+        What was written, and what was lost.
 
     Raises:
         CheckpointError: The folder is taken or cannot be written, or the checkpoint cannot be used.
         NotMergeable: The adapter cannot be folded into weights.
+        UpdateLost: Less than `threshold` of the update would be kept; nothing is written.
     """
-    ckpt_path, output_dir = Path(ckpt_path), Path(output_dir)
+    ckpt_path, output_dir, chosen = Path(ckpt_path), Path(output_dir), dtype_of(dtype)
     refuse_taken(output_dir)
-    task = rebuild_task(ckpt_path, task_class)
-    model = getattr(task, "model", None)
-    if not isinstance(model, nn.Module) or not is_attached(model):
-        raise CheckpointError(f"{ckpt_path} holds no adapter, so there is nothing to merge.")
     checkpoint = read_checkpoint(ckpt_path)
+    task, model = _load(ckpt_path, checkpoint, task_class, dequantize=dequantize)
     manifest = _describe(task, model, checkpoint)
-    layers = merge_and_measure(model)
+    if dequantize and not dequantize_base(model):
+        raise CheckpointError(f"{ckpt_path} stands on a base that is not quantized; leave dequantize out.")
     tokenizer_name = _tokenizer_name(task, checkpoint)
+    loss = _merge(model, chosen, sample, tokenizer_name)
+    if loss.kept < threshold and not force:
+        raise UpdateLost(loss, threshold)
     try:
         with atomic_folder(output_dir) as folder:
-            has_tokenizer = _write_model(model, folder, manifest, tokenizer_name)
+            has_tokenizer = _write_model(model, folder, manifest, tokenizer_name, max_shard_size)
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
         raise CheckpointError(f"{output_dir} could not be written ({error}); nothing was left there.") from error
-    return MergeReport(output_dir=output_dir, layers=layers, num_bytes=num_bytes, has_tokenizer=has_tokenizer)
+    return MergeReport(output_dir=output_dir, loss=loss, num_bytes=num_bytes, has_tokenizer=has_tokenizer)
 
 
 def refuse_taken(output_dir: Path) -> None:
@@ -119,32 +100,62 @@ def refuse_taken(output_dir: Path) -> None:
         raise CheckpointError(f"{output_dir} exists already; name a folder that does not, or remove it.")
 
 
+def _load(
+    ckpt_path: Path, checkpoint: dict[str, Any], task_class: type[L.LightningModule] | str | None, *, dequantize: bool
+) -> tuple[L.LightningModule, nn.Module]:
+    """Rebuild the task and its adapted model; a quantized run on the dense base, unless told to dequantize."""
+    is_dense = dequantize or checkpoint["hyper_parameters"].get("quantization") is None
+    task = rebuild_task(ckpt_path, task_class, **({} if is_dense else {"quantization": None}))
+    model = getattr(task, "model", None)
+    if not isinstance(model, nn.Module) or not is_attached(model):
+        raise CheckpointError(f"{ckpt_path} holds no adapter, so there is nothing to merge.")
+    if is_quantized(model) and not dequantize:
+        raise CheckpointError(
+            f"{ckpt_path} stands on a base that its task loads quantized by itself, so there is no dense one to merge "
+            "into; merge into the dequantized one (--dequantize)."
+        )
+    for _, host, adapter in iter_adapters(model):
+        if not dequantize:
+            adapter.check_mergeable(host)
+    return task, model
+
+
 @torch.no_grad()
-def merge_and_measure(model: nn.Module) -> tuple[LayerMerge, ...]:
-    """Merge all adapters of a model in place, and tell what survived the cast in each layer.
+def _merge(model: nn.Module, chosen: torch.dtype | None, text: str | None, tokenizer_name: str | None) -> MergeLoss:
+    """Merge all adapters of a model in place, in float32 with one cast, and tell what was lost."""
+    dtypes = final_dtypes(model, chosen)
+    widen(model)
+    tokenizer = None if tokenizer_name is None else lambda: load_tokenizer(tokenizer_name)
+    batch = sample_batch(model, text, tokenizer)
+    probe = None if batch is None else Probe(model, batch)
+    layers = merge_and_measure(model, dtypes)
+    round_to(model, dtypes)
+    move = None if probe is None else probe.compare(model)
+    narrow(model, dtypes)
+    names = {name: dtype for name, dtype in dtypes.items() if name in dict(model.named_parameters())}
+    return MergeLoss(layers=layers, dtype=name_of(names), logits=move)
+
+
+@torch.no_grad()
+def merge_and_measure(model: nn.Module, dtypes: dict[str, torch.dtype]) -> tuple[LayerMerge, ...]:
+    """Merge all adapters of a model in place, and tell what a cast to its final dtypes leaves of each update.
+
+    Args:
+        model: An adapted model, widened to float32.
+        dtypes: What each tensor is going to be cast to.
 
     Raises:
         NotMergeable: An adapter cannot be folded; the model is unchanged.
     """
     for _, host, adapter in iter_adapters(model):
         adapter.check_mergeable(host)
-    layers = [_measure(path, host, adapter) for path, host, adapter in iter_adapters(model) if not _is_head(adapter)]
+    layers = [
+        measure(path, host, adapter, dtypes.get(f"{path}.weight", torch.float32))
+        for path, host, adapter in iter_adapters(model)
+        if not is_copy(adapter) and type(adapter).merged_weight is not Adapter.merged_weight
+    ]
     merge(model)
     return tuple(layers)
-
-
-def _measure(path: str, host: nn.Module, adapter: Adapter) -> LayerMerge:
-    """Compare what the update changes in float32 with what it changes in the host's own dtype."""
-    weight = read_weight(host)
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    merged = adapter.merged_weight(host, wide)
-    changed = merged != wide
-    survived = changed & (merged.to(weight.dtype) != weight)
-    return LayerMerge(path=path, num_changed=int(changed.sum()), num_survived=int(survived.sum()))
-
-
-def _is_head(adapter: Adapter) -> bool:
-    return {role for _, _, role in adapter.named_roles()} == {Role.HEAD}
 
 
 def _describe(task: L.LightningModule, model: nn.Module, checkpoint: dict[str, Any]) -> Manifest:
@@ -162,7 +173,9 @@ def _describe(task: L.LightningModule, model: nn.Module, checkpoint: dict[str, A
     )
 
 
-def _write_model(model: nn.Module, folder: Path, manifest: Manifest, tokenizer_name: str | None) -> bool:
+def _write_model(
+    model: nn.Module, folder: Path, manifest: Manifest, tokenizer_name: str | None, max_shard_size: str
+) -> bool:
     """Write a merged model into a folder; return whether a tokenizer was found for it."""
     if not hasattr(model, "save_pretrained"):
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
@@ -176,7 +189,7 @@ def _write_model(model: nn.Module, folder: Path, manifest: Manifest, tokenizer_n
         config.id2label = dict(enumerate(names))
         config.label2id = {name: index for index, name in enumerate(names)}
     has_tokenizer = tokenizer_name is not None and _write_tokenizer(tokenizer_name, folder, config)
-    model.save_pretrained(folder)  # type: ignore[operator]  # nn.Module.__getattr__
+    model.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]  # nn.Module.__getattr__
     return has_tokenizer
 
 

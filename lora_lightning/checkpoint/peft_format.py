@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters import Adapter, Role, adapter_state_dict, attached_methods, iter_adapters
 from lora_lightning.adapters.weights import RESERVED, HostKind, original_class
+from lora_lightning.checkpoint.peft_keys import PREFIX
 from lora_lightning.methods.dora import DoRAAdapter
 from lora_lightning.methods.low_rank import LowRankAdapter
-
-PREFIX = "base_model.model."
 
 # PEFT picks its wrapper by `task_type`; for classifiers that wrapper adds names of its own to `modules_to_save`.
 _TASK_TYPES: Mapping[str, str] = {
@@ -85,6 +84,25 @@ def to_peft(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> Peft
     return PeftAdapter(config=_build_config(model, parts, paths, task_type), state=tensors)
 
 
+def why_not_peft(model: nn.Module) -> str:
+    """Return the reason for which `to_peft` has no answer, as the end of a sentence."""
+    names = sorted({type(method).__name__ for method in attached_methods(model)})
+    for path, host, adapter in iter_adapters(model):
+        if is_copy(adapter) and path:
+            continue
+        if type(adapter) not in (LowRankAdapter, DoRAAdapter):
+            return f"PEFT's format for LoRA and DoRA has no words for {type(adapter).__name__} (at {path!r})"
+        if getattr(adapter, "axis", "output") != "output":
+            return "PEFT's DoRA has one magnitude per output, and this one has magnitude_axis='input'"
+        if getattr(host, "groups", 1) != 1:
+            return f"PEFT adapts a convolution with groups ({path!r}) in another way"
+        if not path:
+            return "PEFT cannot adapt a model that is itself the adapted layer"
+    if len(names) > 1:
+        return f"a folder of PEFT holds one method, and {' and '.join(names)} are attached"
+    return "PEFT would match names of its modules_to_save or targets to other modules of this model too"
+
+
 def from_peft(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Turn tensors in PEFT's naming back into those of `adapter_state_dict`.
 
@@ -100,7 +118,9 @@ def from_peft(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[st
     own = {}
     for key, tensor in state.items():
         path = key.removeprefix(PREFIX)
-        match = re.fullmatch(r"(.+)\.(?:(lora_A|lora_B)\.weight|lora_embedding_(A|B)|(lora_magnitude_vector))", path)
+        match = re.fullmatch(
+            r"(.+)\.(?:(lora_A|lora_B)\.weight|lora_embedding_(A|B)|(lora_magnitude_vector)(?:\.weight)?)", path
+        )
         if match is None:
             if any(path.startswith(f"{name}.") for name in saved):
                 own[path] = tensor
@@ -115,7 +135,7 @@ def _sort_adapters(model: nn.Module) -> _Parts | None:
     """Sort adapters into low-rank ones and heads; None where PEFT knows one of them not."""
     low_rank, heads = {}, []
     for path, host, adapter in iter_adapters(model):
-        if _is_head(adapter) and path:
+        if is_copy(adapter) and path:
             heads.append(path)
         elif path and path not in low_rank and _is_expressible(host, adapter):
             assert isinstance(adapter, LowRankAdapter)
@@ -126,7 +146,8 @@ def _sort_adapters(model: nn.Module) -> _Parts | None:
     return _Parts(low_rank, heads) if len(kinds) == 1 else None
 
 
-def _is_head(adapter: Adapter) -> bool:
+def is_copy(adapter: Adapter) -> bool:
+    """Tell whether an adapter is a module trained as a full copy, such as a head."""
     return {role for _, _, role in adapter.named_roles()} == {Role.HEAD}
 
 
@@ -171,7 +192,9 @@ def _rename(parts: _Parts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if magnitude is not None:
             if adapter.kind is HostKind.CONV:
                 magnitude = magnitude.reshape(1, -1, *[1] * (a.dim() - 2))
-            renamed[f"{PREFIX}{path}.lora_magnitude_vector"] = magnitude
+            # PEFT itself leaves `.weight` out and reads both; transformers' `load_adapter` (5.23) reads only
+            # this form, and would silently start from a fresh magnitude otherwise.
+            renamed[f"{PREFIX}{path}.lora_magnitude_vector.weight"] = magnitude
     heads = tuple(f"{path}." for path in parts.heads)
     renamed |= {f"{PREFIX}{name}": tensor for name, tensor in state.items() if heads and name.startswith(heads)}
     return renamed
@@ -208,7 +231,7 @@ def _build_config(model: nn.Module, parts: _Parts, paths: Sequence[str], task_ty
         "r": r,
         "rank_pattern": _pattern(ranks, r),
         "revision": None,
-        "target_modules": _target_modules(paths, list(adapters)),
+        "target_modules": target_modules(paths, list(adapters)),
         "task_type": task_type,
         "use_dora": any(isinstance(adapter, DoRAAdapter) for adapter in adapters.values()),
         "use_rslora": use_rslora,
@@ -234,7 +257,7 @@ def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:  # noqa: 
     return {f"^{re.escape(path)}": value for path, value in values.items() if value != usual}
 
 
-def _target_modules(paths: Sequence[str], hosts: list[str]) -> list[str] | str:
+def target_modules(paths: Sequence[str], hosts: list[str]) -> list[str] | str:
     """Return the hosts as a list where PEFT's suffix matching takes these alone, else as a regular expression."""
     taken = [path for path in paths if any(path == host or path.endswith(f".{host}") for host in hosts)]
     return hosts if set(taken) == set(hosts) else f"({'|'.join(re.escape(host) for host in hosts)})"

@@ -50,13 +50,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return dict(checkpoint)
 
 
-def rebuild_task(path: Path, task_class: type[L.LightningModule] | str | None = None) -> L.LightningModule:
+def rebuild_task(
+    path: Path,
+    task_class: type[L.LightningModule] | str | None = None,
+    **changes: Any,  # noqa: ANN401 - settings of any type
+) -> L.LightningModule:
     """Build the task that wrote a checkpoint, on its base model, with the checkpoint's adapter loaded.
 
     Args:
         path: The `.ckpt` file.
         task_class: The task's class or its import path; None takes the one that the checkpoint names, which must be
             part of this library or imported already, because importing a module runs its code.
+        **changes: Settings of the task to take instead of the checkpoint's, such as `quantization=None`.
 
     Returns:
         The task, its model built and adapted, on the CPU.
@@ -67,7 +72,7 @@ def rebuild_task(path: Path, task_class: type[L.LightningModule] | str | None = 
     checkpoint = read_checkpoint(path)
     cls = task_class if isinstance(task_class, type) else find_task_class(checkpoint, task_class, path)
     try:
-        task = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        task = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True, **changes)
     except TypeError as error:
         raise CheckpointError(
             f"The settings in {path} do not fit {cls.__qualname__} ({error}); it was written by another version."

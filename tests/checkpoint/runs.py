@@ -44,6 +44,19 @@ def save_backbone(folder: Path, dtype: torch.dtype = torch.float32, *, tokenizer
     return folder
 
 
+def save_wide_base(architecture: str, folder: Path) -> Path:
+    """Write a tiny decoder that is wide enough for 4-bit layers: their inputs are multiples of 64."""
+    import transformers
+
+    wide = {"llama": {"hidden_size": 64, "intermediate_size": 128}, "gpt2": {"n_embd": 64}}[architecture]
+    name = {"llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}[architecture]
+    config = models.build(architecture).config
+    config.update(wide)
+    torch.manual_seed(0)
+    getattr(transformers, name)(config).save_pretrained(folder)
+    return folder
+
+
 def save_checkpoint(task: AdapterTask, path: Path, *, moved: bool = True) -> Path:
     """Build a task's model, move its adapters off their start unless told not to, and save it as a Trainer would."""
     task.configure_model()

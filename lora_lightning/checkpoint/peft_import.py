@@ -1,0 +1,288 @@
+"""Load an adapter that PEFT wrote: attach what its config says to a bare model, then load its tensors strictly."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters import (
+    AttachReport,
+    TargetedMethod,
+    detach,
+    is_attached,
+    load_adapter_state_dict,
+)
+from lora_lightning.adapters.targets import select_hosts
+from lora_lightning.adapters.view import ModelView
+from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec
+from lora_lightning.backbones.attach import attach
+from lora_lightning.backbones.view import view_of
+from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.folder import (
+    OWN_WEIGHTS_NAME,
+    PEFT_WEIGHTS_NAME,
+    check_finite,
+    is_adapter_folder,
+    load_tensors,
+)
+from lora_lightning.checkpoint.manifest import check_files, read_manifest
+from lora_lightning.checkpoint.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
+from lora_lightning.checkpoint.peft_format import target_modules
+from lora_lightning.checkpoint.peft_keys import SortedTensors, saved_paths, sort_tensors
+from lora_lightning.errors import CheckpointError, ConfigError, TargetError
+from lora_lightning.methods import DoRA, LoRA
+
+_PICKLED_NAME = "adapter_model.bin"
+_ALL_LINEAR = "all-linear"
+_CLASSIFIER_NAMES = ("score", "classifier")  # what PEFT leaves out of all-linear on a classifier
+_BASE_TOLERANCE = 1e-2  # a base saved in bfloat16 and loaded in float32 is the same base
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftFolder:
+    """An adapter folder in PEFT's format, understood for one model.
+
+    Args:
+        method: What to attach; it names copies to train in `modules_to_save`.
+        state: The tensors by the names of `adapter_state_dict`.
+        base_fingerprint: The base's digest where this library wrote the folder, else None.
+    """
+
+    method: LoRA
+    state: dict[str, Tensor]
+    base_fingerprint: str | None
+
+
+def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
+    """Attach an adapter in PEFT's format to a bare model, and load its tensors.
+
+    Reads what PEFT wrote (any version whose adapters are safetensors), what transformers' `save_pretrained` wrote for
+    a model with an adapter, and what this library wrote in PEFT's format. LoRA, rsLoRA and DoRA on linear layers,
+    Conv1D, embeddings and convolutions, `rank_pattern`, `alpha_pattern` and `modules_to_save`.
+
+    Args:
+        model: A model without adapters, on the base that the adapter was trained on; frozen, as `attach` does.
+        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+        What was attached.
+
+    Raises:
+        CheckpointError: The folder is damaged, uses an option that this library does not compute, or its keys or
+            shapes are not those of this model; the model is unchanged.
+        TargetError: The model has adapters already, or a host is of a kind that cannot be adapted.
+    """
+    folder = Path(folder)
+    if is_attached(model):
+        raise TargetError(f"This model has adapters already; load {folder} into a bare model, or detach them first.")
+    found = read_peft_folder(model, folder)
+    report = attach(model, found.method)
+    try:
+        load_adapter_state_dict(model, found.state)
+        if found.base_fingerprint is not None:
+            check_fingerprint(fingerprint(model), found.base_fingerprint, str(folder))
+    except CheckpointError as error:
+        detach(model)
+        raise CheckpointError(f"{folder}: {error}") from error
+    return report
+
+
+def read_peft_folder(model: nn.Module, folder: Path) -> PeftFolder:
+    """Read and check an adapter folder in PEFT's format, for one model and without changing it; see `load_peft`."""
+    _check_there(folder)
+    base_fingerprint = _own_fingerprint(folder)
+    config = read_peft_config(folder / CONFIG_NAME)
+    tensors = load_tensors(folder / PEFT_WEIGHTS_NAME)
+    check_finite(tensors, str(folder))
+    _warn_of_other_base(model, config, folder)
+    modules = {path: one for path, one in model.named_modules() if path and RESERVED not in path.split(".")}
+    saved = saved_paths(list(modules), [*config.modules_to_save, *_implied_copies(config, tensors)])
+    found = sort_tensors(tensors, saved, model.state_dict().keys(), str(folder / PEFT_WEIGHTS_NAME))
+    saved = [path for path in saved if modules[path].state_dict()]
+    if not found.hosts:
+        raise CheckpointError(f"{folder / PEFT_WEIGHTS_NAME} holds no LoRA tensor; the file is no adapter of PEFT.")
+    _check_base_parameters(model, found, folder)
+    view = view_of(model)
+    hosts = _hosts(modules, config, found, view)
+    _refuse_grouped(modules, hosts, folder)
+    return PeftFolder(
+        method=_method(config, view, list(modules), hosts, saved, folder),
+        state={**found.low_rank, **found.copies},
+        base_fingerprint=base_fingerprint,
+    )
+
+
+def _check_there(folder: Path) -> None:
+    """Refuse folders without a config or without safetensors, saying what is there instead."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; name the one that holds {CONFIG_NAME}.")
+    if (folder / OWN_WEIGHTS_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter in this library's own format, which PEFT has no words for; attach its method "
+            "and use load_adapter."
+        )
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}, so it is no adapter of PEFT.")
+    if (folder / PEFT_WEIGHTS_NAME).is_file():
+        return
+    if (folder / _PICKLED_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} holds its weights as {_PICKLED_NAME}, a pickle, which could run code when it is read, so it is "
+            "refused. If you trust it, load it with PEFT and save it again: that writes safetensors."
+        )
+    raise CheckpointError(f"{folder} holds no {PEFT_WEIGHTS_NAME}; get the adapter again.")
+
+
+def _implied_copies(config: PeftConfig, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names that PEFT's wrapper for classifiers adds to `modules_to_save`, where the file has tensors."""
+    if config.task_type not in ("SEQ_CLS", "TOKEN_CLS"):
+        return []
+    return [name for name in _CLASSIFIER_NAMES if any(re.search(rf"{name}\.[^.]+$", key) for key in tensors)]
+
+
+def _own_fingerprint(folder: Path) -> str | None:
+    """Return the base's fingerprint where this library wrote the folder, whose files are then checked too."""
+    if not is_adapter_folder(folder):
+        return None
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    return manifest.base_fingerprint
+
+
+def _warn_of_other_base(model: nn.Module, config: PeftConfig, folder: Path) -> None:
+    """Say that the adapter names another base; only its last part counts, since folders move."""
+    here = getattr(getattr(model, "config", None), "_name_or_path", None)
+    names = [PurePosixPath(str(name).replace("\\", "/")).name.lower() for name in (here, config.base) if name]
+    if len(names) == 2 and names[0] != names[1]:
+        warnings.warn(
+            f"{folder} names {config.base!r} as its base, and this model came from {here!r}: the shapes are compared, "
+            "the base's weights are not.",
+            stacklevel=4,
+        )
+
+
+def _hosts(modules: Mapping[str, nn.Module], config: PeftConfig, found: SortedTensors, view: ModelView) -> list[str]:
+    """Return the hosts by the config, in the model's order; by the tensors where the config does not say.
+
+    Raises:
+        CheckpointError: The tensors are for other modules than the config names.
+    """
+    targets = config.target_modules
+    if targets is None:
+        expected = [path for path in modules if path in found.hosts]
+    elif isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
+        expected = _all_linear(modules, config, view)
+    else:
+        expected = [path for path in modules if config.takes(path)]
+    missing = [path for path in expected if path not in found.hosts]
+    unknown = [path for path in found.hosts if path not in expected]
+    if missing or unknown:
+        raise CheckpointError(
+            f"The adapter's tensors do not fit its config on this model: of {len(expected)} targets, {len(missing)} "
+            f"have no tensors{_some(missing)}, and {len(unknown)} modules with tensors are no targets here"
+            f"{_some(unknown)}. Load the base that it was trained on, or get the adapter again."
+        )
+    return expected
+
+
+def _all_linear(modules: Mapping[str, nn.Module], config: PeftConfig, view: ModelView) -> list[str]:
+    """Return what PEFT means by `all-linear`: every linear layer but the output one."""
+    find: Any = getattr(view.model, "get_output_embeddings", lambda: None)
+    output = find()
+    left_out = [path for path, module in modules.items() if output is not None and module is output]
+    if output is None and config.task_type == "SEQ_CLS":
+        left_out = [name for name in _CLASSIFIER_NAMES if name in modules][:1]
+    copied = saved_paths(list(modules), config.modules_to_save)
+    return [
+        path
+        for path, module in modules.items()
+        if (codec := find_codec(module)) is not None
+        and codec.kind is HostKind.LINEAR
+        and path not in left_out
+        and not any(path == other or path.startswith(f"{other}.") for other in copied)
+    ]
+
+
+def _method(
+    config: PeftConfig, view: ModelView, paths: Sequence[str], hosts: list[str], saved: list[str], folder: Path
+) -> LoRA:
+    """Build the method: with the config's own words for the targets where they mean the same here, else by paths."""
+    cls = DoRA if config.use_dora else LoRA
+    settings: dict[str, Any] = {
+        "r": config.r,
+        "alpha": config.alpha,
+        "dropout": config.dropout,
+        "scaling": "rslora" if config.use_rslora else "standard",
+        "rank_pattern": {f"^{_escape(p)}": r for p in hosts if (r := config.rank_and_alpha(p)[0]) != config.r} or None,
+        "alpha_pattern": {f"^{_escape(p)}": a for p in hosts if (a := config.rank_and_alpha(p)[1]) != config.alpha}
+        or None,
+        "modules_to_save": saved or None,
+    }
+    targets = config.target_modules  # PEFT keeps a set, whose order means nothing
+    own_words: dict[str, Any] = {
+        "target_modules": sorted(targets) if isinstance(targets, list) else targets,
+        "exclude_modules": config.exclude_modules or None,
+        "layers_to_transform": config.layers_to_transform,
+    }
+    try:
+        method = cls(**settings, **own_words)
+        if _selected(view, method) == hosts:
+            return method
+        return cls(**settings, target_modules=target_modules(paths, hosts))
+    except ConfigError as error:
+        raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
+
+
+def _selected(view: ModelView, method: TargetedMethod) -> list[str] | None:
+    """Return the hosts that a method would take, or None where it would refuse."""
+    try:
+        return [path for path, _ in select_hosts(view, method)]
+    except (TargetError, ConfigError):
+        return None
+
+
+def _check_base_parameters(model: nn.Module, found: SortedTensors, folder: Path) -> None:
+    """Compare the base's own parameters that PEFT put beside the adapter with those of the model.
+
+    PEFT does so for embeddings that are targets or were resized; in the first case they are the base's, unchanged.
+    """
+    own = model.state_dict()
+    for name, tensor in found.base.items():
+        mine = own[name]
+        if mine.is_floating_point() and not _is_same(tensor, mine):
+            raise CheckpointError(
+                f"{folder} holds {name!r} itself, {list(tensor.shape)}, which is not what this base has "
+                f"({list(mine.shape)}): the vocabulary was resized or the layer trained, or it is another base. Load "
+                "the base as it was in training, or merge the adapter with PEFT."
+            )
+
+
+def _is_same(left: Tensor, right: Tensor) -> bool:
+    if left.shape != right.shape:
+        return False
+    scale = right.detach().abs().max().float().item()
+    return torch.allclose(left.float().to(right.device), right.float(), rtol=_BASE_TOLERANCE, atol=1e-3 * scale)
+
+
+def _refuse_grouped(modules: Mapping[str, nn.Module], hosts: Sequence[str], folder: Path) -> None:
+    grouped = [path for path in hosts if getattr(modules[path], "groups", 1) != 1]
+    if grouped:
+        raise CheckpointError(
+            f"{folder} adapts {grouped[0]!r}, a convolution with groups, for which PEFT and this library build "
+            "different updates; merge it with PEFT."
+        )
+
+
+def _escape(path: str) -> str:
+    return path.replace(".", r"\.")
+
+
+def _some(names: Sequence[str], count: int = 3) -> str:
+    return f" ({', '.join(names[:count])}{', …' if len(names) > count else ''})" if names else ""

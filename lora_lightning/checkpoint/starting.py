@@ -1,0 +1,113 @@
+"""Start a new run from an existing adapter: ours or one of PEFT's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lightning.adapters import Method, Role, iter_adapters, iter_roles, load_adapter_state_dict
+from lora_lightning.adapters.attach import join
+from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.folder import check_methods, is_adapter_folder, read_adapter_folder
+from lora_lightning.checkpoint.manifest import class_config, read_manifest
+from lora_lightning.checkpoint.peft_format import is_copy
+from lora_lightning.checkpoint.peft_import import read_peft_folder
+from lora_lightning.errors import CheckpointError
+from lora_lightning.paths import resolve
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartingAdapter:
+    """An adapter folder that a new run starts from.
+
+    Args:
+        folder: Where it is.
+        methods: What to attach, as `{"class_path": ..., "init_args": {...}}`.
+        state: The tensors by the names of `adapter_state_dict`.
+        base_fingerprint: The base's digest where this library wrote the folder, else None.
+        label_names: The classes in the order of its head, or None.
+    """
+
+    folder: Path
+    methods: list[dict[str, Any]]
+    state: dict[str, Tensor]
+    base_fingerprint: str | None
+    label_names: list[str] | None
+
+    def load_into(self, model: nn.Module, methods: Sequence[Method]) -> None:
+        """Load the tensors into a model to which `methods` are attached.
+
+        Keys and shapes must be exactly the model's, but for trained copies (heads) of which the folder holds nothing:
+        these start from the base's.
+
+        Raises:
+            CheckpointError: The methods compute something else, the base is another one, or keys or shapes differ.
+        """
+        check_methods([class_config(method) for method in methods], self.methods, self.folder)
+        if self.base_fingerprint is not None:
+            check_fingerprint(fingerprint(model), self.base_fingerprint, str(self.folder))
+        fresh = self._fresh_copies(model)
+        if fresh:
+            log.info("%s holds no %s: these start from the base's.", self.folder, ", ".join(fresh))
+        try:
+            load_adapter_state_dict(model, {**fresh, **self.state})
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.folder}: {error}") from error
+
+    def check_labels(self, label_names: Sequence[str] | None, model: nn.Module) -> None:
+        """Refuse a trained head whose classes are others, or in another order, than the run's.
+
+        Raises:
+            CheckpointError: They are.
+        """
+        heads = [name for name, _, role in iter_roles(model) if role is Role.HEAD and name in self.state]
+        if heads and label_names and self.label_names and list(label_names) != self.label_names:
+            raise CheckpointError(
+                f"{self.folder} holds a head for the labels {', '.join(self.label_names)}, and this run has "
+                f"{', '.join(label_names)}: name the same labels in the same order, or start without this adapter."
+            )
+
+    def _fresh_copies(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return the model's own tensors of those copies that the folder has none of."""
+        fresh: dict[str, Tensor] = {}
+        for path, _, adapter in iter_adapters(model):
+            if is_copy(adapter) and not any(name.startswith(f"{path}.") for name in self.state):
+                fresh |= {join(path, adapter.public_name(name)): one for name, one in adapter.state_dict().items()}
+        return fresh
+
+
+def read_starting_adapter(model: nn.Module, folder: str) -> StartingAdapter:
+    """Read the adapter folder that a run starts from.
+
+    Args:
+        model: The bare base model.
+        folder: A folder of this library (beside a checkpoint) or of PEFT; `pkg://package/folder` too.
+
+    Raises:
+        CheckpointError: It is missing, damaged, or not for this model.
+    """
+    path = resolve(folder)
+    if path.is_file():
+        raise CheckpointError(f"adapter={folder!r} is a file; name the folder that stands beside a .ckpt file.")
+    if path.is_dir() and is_adapter_folder(path):
+        if read_manifest(path).adapter_format == "merged":
+            raise CheckpointError(f"{path} is a merged model, not an adapter; name it as the backbone.")
+        manifest, state = read_adapter_folder(path)
+        return StartingAdapter(
+            folder=path,
+            methods=manifest.methods,
+            state=state,
+            base_fingerprint=manifest.base_fingerprint,
+            label_names=manifest.label_names,
+        )
+    found = read_peft_folder(model, path)
+    return StartingAdapter(
+        folder=path, methods=[class_config(found.method)], state=found.state, base_fingerprint=None, label_names=None
+    )
