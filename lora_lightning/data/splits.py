@@ -1,4 +1,4 @@
-"""Divide rows into training, validation and test rows, each class in the same proportion."""
+"""Divide rows into training, validation and test rows: each class in the same proportion, or groups kept together."""
 
 from __future__ import annotations
 
@@ -99,6 +99,51 @@ def stratified_split(labels: Sequence[str], counts: Mapping[str, int], seed: int
         pools = [pool[quota:] for pool, quota in zip(pools, quotas, strict=True)]
         places[name] = np.sort(np.concatenate(taken)).tolist()
     return {name: places[name] for name in counts}
+
+
+def group_split(groups: Sequence[str], counts: Mapping[str, int], rest: str, seed: int) -> dict[str, list[int]]:
+    """Draw splits such that rows of one group are never divided.
+
+    Args:
+        groups: The group of each row.
+        counts: Number of rows of each split; whole groups come as near to it as they can without going over.
+        rest: The split that gets every row that the others leave, where `counts` does not name it.
+        seed: Seed of the draw.
+
+    Returns:
+        The places of each split's rows, ascending.
+
+    Raises:
+        DataError: A split would stay empty.
+
+    Example:
+        >>> group_split(["a", "b", "a", "c"], {"val": 1}, rest="train", seed=0)["train"][::2]
+        [0, 2]
+    """
+    members: dict[str, list[int]] = {}
+    for place, group in enumerate(groups):
+        members.setdefault(group, []).append(place)
+    pool = list(members.values())
+    pool = [pool[index] for index in np.random.default_rng(seed).permutation(len(pool))]
+    places: dict[str, list[int]] = {}
+    for name in sorted(counts, key=lambda name: counts[name]):
+        taken: list[int] = []
+        left = []
+        for group_places in pool:
+            if len(taken) + len(group_places) <= counts[name]:
+                taken.extend(group_places)
+            else:
+                left.append(group_places)
+        pool, places[name] = left, sorted(taken)
+    if rest not in counts:
+        places[rest] = sorted(place for group_places in pool for place in group_places)
+    empty = [name for name, taken in places.items() if not taken]
+    if empty:
+        raise DataError(
+            f"No rows can be had for {empty[0]}: rows with the same first question stay together, and there are "
+            f"{len(members)} different ones in {len(groups)} rows. Ask for other sizes, or give a file for {empty[0]}."
+        )
+    return places
 
 
 def _check_possible(class_counts: Mapping[str, int], counts: Mapping[str, int]) -> None:

@@ -137,26 +137,42 @@ class TableReader:
     def _from_hub(self, name: str, role: str) -> pd.DataFrame:
         import datasets
 
-        try:
-            splits = datasets.load_dataset(name, self.subset)
-        except Exception as error:  # every storage and network library below raises its own
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise DataError(
-                f"{name!r} is neither a file or folder here nor a data set that could be had from the Hub: {reason} "
-                f"If a local path was meant: {nearest_in_folder(resolve(name))}."
-            ) from error
-        found = next((split for split in _HUB_SPLITS[role] if split in splits), None)
-        if found is None:
-            raise DataError(
-                f"The Hub data set {name!r} has no split {_HUB_SPLITS[role][0]!r} to use for {role}; "
-                f"it has: {', '.join(splits)}."
-            )
-        rows = splits[found]
+        rows = hub_rows(name, self.subset, role)
         frame: pd.DataFrame = rows.to_pandas()
         for column, feature in rows.features.items():
             if isinstance(feature, datasets.ClassLabel):
                 frame[column] = [_class_name(feature.names, index) for index in frame[column].tolist()]
         return frame
+
+
+def hub_rows(name: str, subset: str | None, role: str) -> Any:  # noqa: ANN401 - a datasets.Dataset
+    """Load the rows of a Hub data set that are meant for a role.
+
+    Args:
+        name: The data set's name.
+        subset: Its configuration, where it has several.
+        role: `train`, `val`, `test` or `predict`.
+
+    Raises:
+        DataError: It cannot be had, or has no rows for the role.
+    """
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(name, subset)
+    except Exception as error:  # every storage and network library below raises its own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(
+            f"{name!r} is neither a file or folder here nor a data set that could be had from the Hub: {reason} "
+            f"If a local path was meant: {nearest_in_folder(resolve(name))}."
+        ) from error
+    found = next((split for split in _HUB_SPLITS[role] if split in splits), None)
+    if found is None:
+        raise DataError(
+            f"The Hub data set {name!r} has no split {_HUB_SPLITS[role][0]!r} to use for {role}; "
+            f"it has: {', '.join(splits)}."
+        )
+    return splits[found]
 
 
 def is_hub_name(source: str) -> bool:

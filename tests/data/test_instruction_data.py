@@ -1,0 +1,414 @@
+import itertools
+import json
+import re
+import warnings
+
+import lightning as L
+import pytest
+import torch
+
+from lora_lightning.data import InstructionData
+from lora_lightning.data.chat_templates import chat_template
+from lora_lightning.data.streaming import StreamedRows
+from lora_lightning.errors import ConfigError, DataError, UserError
+from tests.data.talk import learnt, llama_config, save_tokenizer, turns, write_lines
+
+CHATTERBOT = "pkg://chatterbot_corpus/data/english"
+PAIRS = [{"prompt": f"question {index} ", "completion": f"answer {index}"} for index in range(40)]
+# Without markers; what follows an answer's end is not the assistant's.
+UNMARKED = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), config=llama_config())
+
+
+@pytest.fixture
+def build(tmp_path, folder):
+    def _build(records=PAIRS, stage="fit", **settings):
+        path = write_lines(tmp_path / "train.jsonl", records)
+        data = InstructionData(path, **{"tokenizer": folder, "batch_size": 4, "val_size": 0, **settings})
+        data.setup(stage)
+        return data
+
+    return _build
+
+
+def texts(data, split="train"):
+    """Each sample as text and what of it is learnt, in the order of the file."""
+    rows = data.rows[split]
+    return [
+        (data.tokenizer.decode(one.ids), learnt(data.tokenizer, one.ids, one.labels))
+        for index in range(len(rows))
+        for one in rows[index]
+    ]
+
+
+# What is learnt.
+
+
+def test_prompts_and_completions_are_plainly_joined(build):
+    data = build([{"prompt": "the question is ", "completion": "yes"}, {"prompt": "1+1=", "completion": "2"}])
+    assert texts(data) == [("the question is yes<eos>", ["yes<eos>"]), ("1+1=2<eos>", ["2<eos>"])]
+    # The blank before "yes" would be one token with it, and the model's prompt ends with the blank.
+    alone = data.tokenizer("the question is ")["input_ids"]
+    assert data.rows["train"][0][0].ids[: len(alone)].tolist() == alone
+    assert data.tokenizer("the question is yes")["input_ids"][: len(alone)] != alone  # control
+
+
+def test_only_the_assistants_words_are_learnt(build):
+    talk = turns("Hi", "Hello", "A?", "B", system="Be kind.")
+    data = build([{"messages": talk}], template="chatml")
+    assert texts(data)[0][1] == ["Hello<|im_end|>", "B<|im_end|><eos>"]
+    assert texts(build([{"messages": talk}], template="dialogue"))[0] == (
+        "Be kind.\nUser: Hi\nAssistant: Hello<eos>\nUser: A?\nAssistant: B<eos>",
+        [" Hello<eos>", " B<eos>"],
+    )
+    everything = texts(build([{"messages": talk}], template="dialogue", train_on="all"))[0]
+    assert everything[1] == [everything[0][1:]]  # all but the first token, which nothing predicts
+    assert texts(build([{"text": "plain words"}]))[0] == ("plain words<eos>", ["lain words<eos>"])
+    weighed = [*talk[:2], {**talk[2], "weight": 0}, *talk[3:]]
+    assert texts(build([{"messages": weighed}], template="chatml"))[0][1] == ["B<|im_end|><eos>"]
+
+
+def test_a_template_without_markers_gives_the_same_as_one_with_them(build, tmp_path):
+    records = [{"messages": turns("Hi", "Hello", "A?", "B")}, {"messages": turns("Who?", "Me", "And")}]
+    for name, template in {"marked": chat_template("chatml"), "unmarked": UNMARKED}.items():
+        (tmp_path / name).mkdir()
+        save_tokenizer(tmp_path / name, template=template, config=llama_config(eos_token_id=[2, 4]))
+    marked, unmarked = (build(records, tokenizer=str(tmp_path / name)) for name in ("marked", "unmarked"))
+    assert texts(marked) == texts(unmarked)
+    # Where the model stops at <|im_end|> itself, no further end is learnt; what follows the last answer is left out.
+    assert texts(marked)[0][1] == ["Hello<|im_end|>", "B<|im_end|>"]
+    assert texts(marked)[1][0].endswith("Me<|im_end|>")
+
+
+def test_a_template_that_hides_the_answers_is_refused(build, tmp_path):
+    reverse = "{% for message in messages | reverse %}{{ message['content'] }}\n{% endfor %}"
+    source = save_tokenizer(tmp_path, template=reverse, config=llama_config())
+    with pytest.raises(DataError, match=r"line 1: the assistant's words cannot be told .* no assistant markers"):
+        build([{"messages": turns("Hi", "Hello")}], tokenizer=source)
+    assert texts(build([{"messages": turns("Hi", "Hello")}], tokenizer=source, train_on="all"))
+    (tmp_path / "few").mkdir()
+    marks_none = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    marks_none += "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    source = save_tokenizer(tmp_path / "few", template=marks_none, config=llama_config())
+    with pytest.raises(DataError, match="marks 0 answers where the conversation has 1"):
+        build([{"messages": turns("Hi", "Hello")}], tokenizer=source)
+    with pytest.raises(DataError, match="refuses this conversation: it takes the roles system, user and assistant"):
+        build([{"messages": [*turns("Hi", "Hello"), {"role": "tool", "content": "x"}]}], template="chatml")
+
+
+def test_which_template_is_taken(build, tmp_path):
+    with pytest.raises(
+        DataError, match=r"train\.jsonl, line 1: the tokenizer .* has no chat template.* set template to one of"
+    ):
+        build([{"messages": turns("Hi", "Hello")}])
+    alpaca = [{"instruction": "Add.", "input": "1, 1", "output": "2"}]
+    text, answers = texts(build(alpaca))[0]
+    assert "### Input:\n1, 1\n\n### Response:\n2" in text
+    assert answers == ["2<eos>"]
+    source = save_tokenizer(tmp_path, template=UNMARKED, config=llama_config())
+    pair = [{"prompt": "a", "completion": "b"}]
+    assert texts(build(pair, tokenizer=source))[0][1] == ["b<|im_end|><eos>"]
+    assert texts(build(pair, tokenizer=source, template="plain"))[0] == ("ab<eos>", ["b<eos>"])
+    assert texts(build(pair, tokenizer=source, template="dialogue"))[0][0] == "User: a\nAssistant: b<eos>"
+    with pytest.warns(UserWarning, match=r"writes <\|eot_id\|>, which .* does not know as one token"):
+        build(pair, template="llama3")
+
+
+def test_begin_and_end_tokens(build, tmp_path):
+    begins = save_tokenizer(tmp_path, special=("bos", "eos", "pad"), begins=True, config=llama_config())
+    assert texts(build([{"prompt": "a", "completion": "b"}], tokenizer=begins))[0] == ("<bos>ab<eos>", ["b<eos>"])
+    data = build([{"messages": turns("a", "b")}], tokenizer=begins, template="dialogue")
+    assert texts(data)[0][0] == "<bos>User: a\nAssistant: b<eos>"
+    (tmp_path / "none").mkdir()
+    none = save_tokenizer(tmp_path / "none", special=(), config=llama_config(eos_token_id=2))
+    data = build([{"prompt": "a", "completion": "b"}], tokenizer=none)
+    assert texts(data)[0] == ("ab<eos>", ["b<eos>"])  # the model's end, which also pads
+    assert data.tokenizer.pad_token == "<eos>"
+    none = save_tokenizer(tmp_path / "none", special=(), config=llama_config(eos_token_id=None))
+    with (
+        pytest.warns(UserWarning, match="no answer learns to end"),
+        pytest.raises(DataError, match="neither a padding token nor an end token"),
+    ):
+        build([{"prompt": "a", "completion": "b"}], tokenizer=none)
+
+
+# What is too long, or cannot be learnt.
+
+
+def test_what_is_cut_is_counted_and_told(build):
+    records = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": "bcdfghjklmnpqrtvwx"},
+        {"prompt": "qwrtzpsdfgh", "completion": "b"},
+    ]
+    with pytest.warns(
+        UserWarning, match=r"2 of 3 train rows of .* longer than 8 tokens and were cut; 1 rows were left out"
+    ):
+        data = build(records, max_length=8)
+    assert texts(data) == [("ab<eos>", ["b<eos>"]), ("abcdfghj", ["bcdfghj"])]
+    assert (data.counts["train"], data.counts["cut"], data.counts["answers_lost"]) == (2, 2, 1)
+    with pytest.raises(
+        DataError, match=r"All labels of the 1 train rows of .* are masked, so there is nothing to learn"
+    ):
+        build(records[2:], max_length=8)
+
+
+def test_the_models_limits(build, folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"max_length is 1024, but .* takes at most 512 tokens"):
+        build(max_length=1024)
+    assert build()._encoder.max_length == 512
+    small = save_tokenizer(tmp_path, config=llama_config(vocab_size=90))
+    with pytest.raises(
+        DataError, match=r"line 1: token \d+ .* is beyond the vocabulary of the model, which knows 90 tokens"
+    ):
+        build(tokenizer=small)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{broken", r"line 2: this is no valid JSON"),
+        ({"messages": [{"content": "a"}]}, r"line 2, turn 1: the role is missing"),
+        ({"messages": []}, r"line 2: the conversation is empty"),
+        ({"messages": turns("a")}, r"line 2: no turn is the assistant's"),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_bad_lines_end_in_one_sentence(build, record, message, streaming):
+    with pytest.raises(UserError, match=rf"train\.jsonl, {message}") as caught:
+        build([PAIRS[0], record, PAIRS[1]], streaming=streaming)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"max_length": 1}, "max_length is 1: expected a whole number of at least 2"),
+        ({"train_on": "user"}, "train_on is 'user': expected assistant or all"),
+        ({"padding_side": "top"}, "padding_side is 'top'"),
+        ({"template": "chatlm"}, "Did you mean 'chatml'"),
+        ({"val": "v.jsonl", "val_size": 3}, "val_size is 3, but val names rows of its own"),
+        ({"streaming": True}, "streaming divides nothing"),
+        ({"columns": {"promt": "q"}}, r"columns names the field 'promt'.* Did you mean 'prompt'"),
+    ],
+)
+def test_settings_are_checked_before_anything_is_read(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        InstructionData("no/such.jsonl", **settings)
+
+
+# Dividing.
+
+
+def test_questions_stay_on_one_side(build):
+    records = [{"prompt": f"Question {index % 12}", "completion": f"answer {index}"} for index in range(60)]
+    data = build([*records, records[0]], val_size=0.2, test_size=10, stage=None)
+    groups = {split: {one.group for one in those} for split, those in data.samples.items()}
+    assert not groups["train"] & groups["val"]
+    assert not groups["val"] & groups["test"]
+    assert [data.counts[key] for key in ("train", "val", "test", "unused", "duplicates_dropped")] == [40, 10, 10, 0, 1]
+    assert {split: len(those) for split, those in groups.items()} == {"train": 8, "val": 2, "test": 2}
+    other = build([*records, records[0]], val_size=0.2, test_size=10, seed=1)
+    assert other.fingerprint != data.fingerprint
+    assert build([*records, records[0]], val_size=0.2, test_size=10, packing=True).fingerprint == data.fingerprint
+    with pytest.raises(DataError, match="No rows can be had for val: rows with the same first question stay together"):
+        build(records, val_size=3)
+
+
+def test_leaks_from_sources_of_their_own_are_warned_of(build, tmp_path):
+    other = write_lines(tmp_path / "val.jsonl", [*PAIRS[:2], {"prompt": "new", "completion": "b"}])
+    with pytest.warns(UserWarning, match=r"2 of 3 rows of .*val\.jsonl begin with a question .* trained on too"):
+        data = build(val=other, val_size=None)
+    assert data.counts["leaked"] == 2
+    assert len(data.rows["val"]) == 3
+
+
+def test_chatterbots_pairs(tmp_path):
+    tokenizer = save_tokenizer(tmp_path, config=llama_config(max_position_embeddings=4096))
+    data = InstructionData(CHATTERBOT, tokenizer=tokenizer, template="dialogue")
+    with pytest.warns(UserWarning, match="1 of 2026 rows"):
+        data.setup("fit")
+    assert (data.counts["rows_read"], data.counts["train"] + data.counts["val"]) == (2026, 898)
+    assert not {one.group for one in data.samples["train"]} & {one.group for one in data.samples["val"]}
+    assert re.fullmatch(r"User: .*\nAssistant: .*<eos>", texts(data, "val")[0][0], re.DOTALL)
+
+
+# Batches.
+
+
+def everything(loader):
+    return sorted([token for token in row.tolist() if token != -100] for batch in loader for row in batch["labels"])
+
+
+def test_batches_hold_every_sample(build):
+    plain = build()
+    batches = list(plain.train_dataloader())
+    assert set(batches[0]) == {"input_ids", "attention_mask", "labels"}
+    assert len(batches) == 10
+    packed = build(packing=True, max_length=64)
+    rows = list(packed.train_dataloader())
+    assert set(rows[0]) == {"input_ids", "position_ids", "labels"}
+    assert sum(len(batch["labels"]) for batch in rows) < 20
+    assert sorted(itertools.chain(*everything(rows))) == sorted(itertools.chain(*everything(batches)))
+    left = next(iter(build(padding_side="left").train_dataloader()))
+    assert (left["attention_mask"][:, -1] == 1).all()
+    assert set(left) == {"input_ids", "attention_mask", "position_ids", "labels"}
+    first, second = (list(build().train_dataloader()) for _ in range(2))
+    assert all(torch.equal(one["input_ids"], two["input_ids"]) for one, two in zip(first, second, strict=True))
+
+
+class Model(L.LightningModule):
+    """As much of a task as the data looks at, with every batch written down."""
+
+    def __init__(self, backbone=None, model=None):
+        super().__init__()
+        self.backbone, self.model = backbone, model
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append((self.current_epoch, batch["input_ids"].tolist()))
+        return self.weight * 0.0
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(data, model, **settings):
+    L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_epochs": 2, **settings},
+    ).fit(model, data)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list`")  # Lightning's, for val_size 0
+def test_the_backbones_tokenizer_is_taken_and_every_epoch_has_its_order(build, folder):
+    data = build(tokenizer=folder)
+    data.tokenizer_name = None
+    seen = fit(data, Model(folder)).seen
+    epochs = [[ids for at, ids in seen if at == epoch] for epoch in (0, 1)]
+    assert epochs[0] != epochs[1]
+    assert len(epochs[0]) == len(epochs[1]) == 10
+    assert seen == fit(build(), Model(folder)).seen
+
+
+class Bloomlike(torch.nn.Module):
+    def forward(self, input_ids, attention_mask=None):
+        return input_ids
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list`")
+def test_models_without_positions(build, folder):
+    with pytest.raises(ConfigError, match="Bloomlike takes no position_ids, so packed samples would see each other"):
+        fit(build(packing=True), Model(folder, Bloomlike()))
+    assert fit(build(padding_side="left"), Model(folder, Bloomlike())).seen  # control
+
+
+def test_nothing_is_done_twice(build, monkeypatch):
+    data = build(test_size=5)
+    rows = data.rows["train"]
+    monkeypatch.setattr("lora_lightning.data.sample_splits.read_records", None)
+    data.setup("fit")
+    data.setup("test")
+    assert data.rows["train"] is rows
+    assert len(data.rows["test"]) == 5
+    assert len(list(data.predict_dataloader())) == 2
+    with pytest.raises(DataError, match="no rows to validate: give a file as val, or set val_size"):
+        data.setup("validate")
+    with pytest.raises(ConfigError, match="call setup"):
+        InstructionData("x.jsonl").train_dataloader()
+
+
+def test_settings_are_plain(build, folder):
+    kept = build(columns={"prompt": "prompt"}).hparams
+    assert json.loads(json.dumps(dict(kept)))["columns"] == {"prompt": "prompt"}
+
+
+# Streaming.
+
+
+def test_a_stream_gives_the_same_samples(build):
+    whole = everything(build().train_dataloader())
+    for settings in ({}, {"num_workers": 2}, {"shuffle_buffer": 1}, {"packing": True, "max_length": 64}):
+        data = build(streaming=True, **settings)
+        batches = list(data.train_dataloader())
+        assert "position_ids" in batches[0] or everything(batches) == whole
+        assert sorted(itertools.chain(*everything(batches))) == sorted(itertools.chain(*whole))
+    assert data.counts["rows_read"] == 0
+    assert len(data.fingerprint) == 64
+    loader = build(streaming=True).train_dataloader()
+    assert [one["input_ids"].tolist() for one in loader] != [one["input_ids"].tolist() for one in loader]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_ranks_and_workers_share_a_stream(build, monkeypatch, packing):
+    data = build(PAIRS[:39], streaming=True, packing=packing, max_length=64)
+
+    def rows(rank, worker):
+        info = type("Info", (), {"id": worker, "num_workers": 2})
+        monkeypatch.setattr("lora_lightning.data.streaming.get_worker_info", lambda: info)
+        stream = StreamedRows(**{**vars(data._stream()), "num_replicas": 2, "rank": rank})
+        return [tuple(one.ids.tolist() for one in row) for row in stream]
+
+    parts = {(rank, worker): rows(rank, worker) for rank in (0, 1) for worker in (0, 1)}
+    for worker in (0, 1):
+        assert len(parts[0, worker]) == len(parts[1, worker])  # no rank waits for the other
+    seen = [str(row) for part in parts.values() for row in part]
+    assert len(set(seen)) == len(seen)
+    documents = sum(len(row) for part in parts.values() for row in part)
+    assert 39 - documents <= (2 if not packing else 16)
+
+
+def test_streams_tell_what_they_lose(build):
+    data = build([*PAIRS[:3], {"prompt": "q" * 30, "completion": "b"}], streaming=True, max_length=25)
+    with pytest.warns(UserWarning, match=r"of 4 rows, 1 were cut at 25 tokens, and 1 were left out"):
+        assert len(everything(data.train_dataloader())) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(build(PAIRS[:3], streaming=True).train_dataloader())  # control
+    with pytest.raises(DataError, match="nothing can be learnt from any of 1 rows"):
+        build([{"prompt": "q" * 30, "completion": "b"}], streaming=True, max_length=10)
+
+
+def test_mistakes_in_workers_are_told_in_one_sentence(build):
+    data = build([*PAIRS * 3, "{broken"], streaming=True, num_workers=1)
+    with pytest.raises(DataError, match=r"^\S+train\.jsonl, line 121: this is no valid JSON") as caught:
+        list(data.train_dataloader())
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_data_sets(monkeypatch, folder):
+    import datasets
+
+    asked = []
+
+    def load(*names):
+        asked.append(names)
+        return datasets.DatasetDict(
+            train=datasets.Dataset.from_list(PAIRS), validation=datasets.Dataset.from_list(PAIRS)
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    data = InstructionData("owner/talk", subset="english", tokenizer=folder, val_size=4)
+    data.prepare_data()
+    assert asked == [("owner/talk", "english")]
+    data.setup("fit")
+    assert (data.counts["train"], data.counts["val"]) == (36, 4)
+    with pytest.raises(ConfigError, match="streaming reads files, and train is the Hub data set 'owner/talk'"):
+        InstructionData("owner/talk", streaming=True, val_size=0, tokenizer=folder).setup("fit")
