@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lora_lightning.callbacks.places import is_trial, run_folder
+from lora_lightning.checkpoint.merge_report import UpdateLost
 from lora_lightning.checkpoint.merging import merge_checkpoint, refuse_taken
+from lora_lightning.checkpoint.precision import DTYPES
 from lora_lightning.errors import ConfigError
 
 
@@ -24,14 +26,28 @@ class MergeAtEnd(L.Callback):
         output_dir: Where to; None means `merged` in the run's folder. It must not exist, or be empty.
         which: `best` takes the best checkpoint by the metric that the checkpoint callback monitors (the newest where
             it monitors none), `last` the last one.
+        dtype: `float32`, `bfloat16` or `float16`; None keeps the base's own.
+        dequantize: Merge a run on a quantized base into the dequantized base, not into the dense one.
+        force: Write even where the cast to `dtype` loses most of the update; else that is a warning, and nothing is
+            written.
 
     Raises:
-        ConfigError: `which` is something else.
+        ConfigError: `which` or `dtype` is something else.
     """
 
-    def __init__(self, output_dir: str | Path | None = None, which: Literal["best", "last"] = "best") -> None:
+    def __init__(
+        self,
+        output_dir: str | Path | None = None,
+        which: Literal["best", "last"] = "best",
+        dtype: str | None = None,
+        dequantize: bool = False,
+        force: bool = False,
+    ) -> None:
         if which not in ("best", "last"):
             raise ConfigError(f"MergeAtEnd: which must be best or last, got {which!r}.")
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigError(f"MergeAtEnd: dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        self.dtype, self.dequantize, self.force = dtype, dequantize, force
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.which = which
         self.merged_dir: Path | None = None
@@ -54,12 +70,15 @@ class MergeAtEnd(L.Callback):
         if path is None:
             rank_zero_warn(f"MergeAtEnd found no {self.which} checkpoint, so nothing was merged.")
             return
-        report = merge_checkpoint(path, folder, task_class=type(pl_module))
+        try:
+            report = merge_checkpoint(
+                path, folder, type(pl_module), dtype=self.dtype, dequantize=self.dequantize, force=self.force
+            )
+        except UpdateLost as error:
+            rank_zero_warn(f"MergeAtEnd: {error}")
+            return
         self.merged_dir = report.output_dir
-        rank_zero_info(
-            f"Merged {path.name} into {report.output_dir}: {report.survived:.1%} of the update's elements survived the "
-            "cast to the base's precision."
-        )
+        rank_zero_info(f"Merged {path.name} into {report.output_dir}. {report.loss.lines()[0]}")
 
     def _folder(self, trainer: L.Trainer) -> Path:
         return run_folder(trainer) / "merged" if self.output_dir is None else self.output_dir

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -23,12 +24,17 @@ from lora_lightning.adapters import (
 )
 from lora_lightning.backbones.attach import attach
 from lora_lightning.backbones.load import enable_gradient_checkpointing, load_backbone
+from lora_lightning.backbones.quantization import Quantization
+from lora_lightning.backbones.quantized import is_quantized
+from lora_lightning.backbones.skeleton import is_without_weights
 from lora_lightning.backbones.view import view_of
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.manifest import class_config
+from lora_lightning.checkpoint.starting import StartingAdapter, read_starting_adapter
 from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
+from lora_lightning.tasks.quantized import refuse_unfit_trainer
 from lora_lightning.tasks.settings import methods_from, plain
 
 if TYPE_CHECKING:
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _MODEL = "model."
+T = TypeVar("T")
 
 
 class StepOutput(NamedTuple):
@@ -64,6 +71,9 @@ class AdapterTask(L.LightningModule):
         optim: Learning rates, optimizer and schedule; None means `Optim()`.
         dtype: Precision of the frozen weights: `auto` (as stored), `float32`, `bfloat16`, `float16`.
         gradient_checkpointing: Recompute activations in backward instead of keeping them (transformers models).
+        quantization: Store the backbone's linear layers in 4 or 8 bits (QLoRA); None stores them dense.
+        adapter: Folder of an adapter, of this library or of PEFT, to start from instead of a fresh one. It says which
+            method is attached; a method given beside it must be the same.
 
     Attributes:
         model: The adapted model; None before `configure_model`.
@@ -80,6 +90,8 @@ class AdapterTask(L.LightningModule):
         optim: Optim | None = None,
         dtype: str = "auto",
         gradient_checkpointing: bool = False,
+        quantization: Quantization | None = None,
+        adapter: str | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -87,6 +99,11 @@ class AdapterTask(L.LightningModule):
         self.optim = Optim(**optim) if isinstance(optim, Mapping) else optim or Optim()
         self.backbone_dtype = dtype
         self.gradient_checkpointing = gradient_checkpointing
+        self.quantization = Quantization(**quantization) if isinstance(quantization, Mapping) else quantization
+        self.adapter = adapter
+        self._takes_method_of_adapter = adapter is not None and method is None
+        # Settings from a checkpoint are plain: then its weights follow, and the folder may be gone or changed.
+        self._takes_state_of_checkpoint = adapter is not None and _is_plain(method)
         self.model: nn.Module | None = None
         self.report: AttachReport | None = None
         self.label_names: list[str] | None = None
@@ -98,10 +115,12 @@ class AdapterTask(L.LightningModule):
         self.keep_settings(
             _class_path=f"{type(self).__module__}.{type(self).__qualname__}",
             backbone=backbone,
-            method=specs[0] if len(specs) == 1 else specs,
+            method=None if self._takes_method_of_adapter else specs[0] if len(specs) == 1 else specs,
             optim=asdict(self.optim),
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
+            quantization=None if self.quantization is None else asdict(self.quantization),
+            adapter=adapter,
         )
 
     def keep_settings(self, **settings: Any) -> None:  # noqa: ANN401 - checked to be plain
@@ -122,8 +141,17 @@ class AdapterTask(L.LightningModule):
                 f"{type(self).__name__} needs a backbone: a Hub name, a folder, or pkg://package/folder "
                 "(or override configure_backbone)."
             )
-        loaded = load_backbone(self.backbone, self.auto_class, dtype=self.backbone_dtype, **self.backbone_config())
+        loaded = load_backbone(
+            self.backbone,
+            self.auto_class,
+            dtype=self.backbone_dtype,
+            quantization=self.quantization,
+            keep_dense=[name for method in self.methods for name in method.modules_to_save or ()],
+            **self.backbone_config(),
+        )
         self._new_modules = loaded.new_modules
+        if loaded.storage is not None:
+            rank_zero_info(loaded.storage)
         return loaded.model
 
     def backbone_config(self) -> dict[str, Any]:
@@ -168,10 +196,17 @@ class AdapterTask(L.LightningModule):
         """Load the backbone, freeze it and attach the adapters; does nothing the second time."""
         if self.model is not None:
             return
+        if self.quantization is not None and self._trainer is not None:
+            refuse_unfit_trainer(self._trainer)  # before minutes go into loading
         model: Any = self.configure_backbone()
         if is_attached(model):
             raise ConfigError("configure_backbone returned a model with adapters; return the bare model.")
+        self._check_quantization(model)
+        start = self._starting_adapter(model)
         self.report = attach(model, self.methods, modules_to_save=self.trained_modules(model))
+        if start is not None:
+            start.check_labels(self.label_names, model)
+            start.load_into(model, self.methods)
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         self.model = model.train()
@@ -191,7 +226,7 @@ class AdapterTask(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
         """Return the loss of a batch, with the methods' penalties, and log it."""
         del batch_idx
-        loss = self._checked("train", batch).loss
+        loss = self._checked("train", self.compute_loss, batch).loss
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=_batch_size(batch))
         for method in self.methods:
             extra = method.extra_loss(self.adapted)
@@ -288,22 +323,56 @@ class AdapterTask(L.LightningModule):
             )
         adapters = {name.removeprefix(_MODEL): t for name, t in state_dict.items() if name.startswith(_MODEL)}
         load_adapter_state_dict(self.adapted, adapters)
+        self._takes_state_of_checkpoint = False
         if own:
             super().load_state_dict(own, strict=False, assign=assign)
         return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])
 
+    def expect_checkpoint(self) -> None:
+        """Leave `adapter` unread, since a checkpoint's weights follow: the folder may be gone or changed by then."""
+        self._takes_state_of_checkpoint = self.adapter is not None
+
     # Helpers.
 
-    def _checked(self, stage: str, batch: Any) -> StepOutput:  # noqa: ANN401
-        """Compute the loss; on a stage's first batch, make sure that every adapter is called."""
+    def _starting_adapter(self, model: nn.Module) -> StartingAdapter | None:
+        """Read the adapter to start from, where there is one and no checkpoint is going to be loaded anyway."""
+        if self.adapter is None:
+            return None
+        if self._takes_state_of_checkpoint and not self._takes_method_of_adapter:
+            return None
+        start = read_starting_adapter(model, self.adapter)
+        if self._takes_method_of_adapter:
+            self.methods = methods_from(start.methods)
+            self.keep_settings(method=start.methods[0] if len(start.methods) == 1 else start.methods)
+            self._takes_method_of_adapter = False
+        return start
+
+    def _check_quantization(self, model: nn.Module) -> None:
+        """Refuse a Trainer that a quantized model does not survive, and a setting that had no effect."""
+        if is_quantized(model):
+            if self._trainer is not None:
+                refuse_unfit_trainer(self._trainer)
+        elif self.quantization is not None and not is_without_weights():
+            raise ConfigError(
+                "quantization is set, and configure_backbone returned a model without quantized layers; quantize it "
+                "there, or leave the setting out."
+            )
+
+    def _checked(self, stage: str, compute: Callable[[Any], T], batch: Any) -> T:  # noqa: ANN401
+        """Call `compute` on a batch; on a stage's first one, make sure that every adapter is called."""
+        if self._takes_state_of_checkpoint:
+            raise CheckpointError(
+                f"The adapter {self.adapter!r} was not loaded: with a method in its plain form the weights are "
+                "expected from a checkpoint. Give the method as an object, or leave it out."
+            )
         if stage in self._stages_checked or hasattr(self.model, "_orig_mod"):
-            return self.compute_loss(batch)
+            return compute(batch)
         self._stages_checked.add(stage)
         with require_calls(self.adapted):
-            return self.compute_loss(batch)
+            return compute(batch)
 
     def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401
-        output = self._checked(stage, batch)
+        output = self._checked(stage, self.compute_loss, batch)
         self.log(f"{stage}/loss", output.loss, prog_bar=True, sync_dist=True, batch_size=_batch_size(batch))
         metrics = self._metrics_of.get(stage)
         if metrics is not None:
@@ -318,6 +387,11 @@ class AdapterTask(L.LightningModule):
     def _total_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches
         return int(total) if total != float("inf") else -1
+
+
+def _is_plain(method: Any) -> bool:  # noqa: ANN401 - objects, plain forms or lists of them
+    """Tell whether a method is given as a checkpoint keeps it."""
+    return any(isinstance(one, Mapping) for one in (method if isinstance(method, list | tuple) else [method]))
 
 
 def _batch_size(batch: Any) -> int:  # noqa: ANN401

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lightning.adapters import Method
+from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.base import AdapterTask, StepOutput
@@ -34,6 +35,8 @@ class SequenceClassification(AdapterTask):
         class_weights: Weight of each class in the loss by its name; classes left out weigh 1.
         dtype: See `AdapterTask`.
         gradient_checkpointing: See `AdapterTask`.
+        quantization: See `AdapterTask`.
+        adapter: See `AdapterTask`.
     """
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
@@ -48,8 +51,10 @@ class SequenceClassification(AdapterTask):
         class_weights: dict[str, float] | None = None,
         dtype: str = "auto",
         gradient_checkpointing: bool = False,
+        quantization: Quantization | None = None,
+        adapter: str | None = None,
     ) -> None:
-        super().__init__(backbone, method, optim, dtype, gradient_checkpointing)
+        super().__init__(backbone, method, optim, dtype, gradient_checkpointing, quantization, adapter)
         if label_names is not None and len(set(label_names)) < max(len(label_names), 2):
             raise ConfigError(f"label_names must be at least two different names, got {label_names!r}.")
         self.label_names = label_names

@@ -48,7 +48,8 @@ def test_tied_weights_count_once_and_frozen_factors_apart() -> None:
 
 
 def test_packed_weights() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
+    import bitsandbytes
+
     weight = torch.randn(64, 128)
     plain = nn.Sequential(nn.Linear(128, 64, bias=False))
     layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, quant_type="nf4", compress_statistics=True)

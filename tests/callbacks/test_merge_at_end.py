@@ -81,3 +81,22 @@ def test_takes_the_other_one_where_one_was_not_kept(tmp_path: Path, which: Liter
 def test_which_must_be_known() -> None:
     with pytest.raises(ConfigError, match="which must be best or last, got 'first'"):
         MergeAtEnd(which="first")  # type: ignore[arg-type]
+
+
+def test_dtype_must_be_known() -> None:
+    with pytest.raises(ConfigError, match="dtype must be one of float32, bfloat16, float16, got 'int4'"):
+        MergeAtEnd(dtype="int4")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_lost_update_is_a_warning_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
+    monkeypatch.setattr("lora_lightning.checkpoint.merge_report.MergeLoss.kept", 0.1)
+    callback = MergeAtEnd(tmp_path / "merged", dtype="bfloat16", force=force)
+    if force:
+        fit(tmp_path, AdapterCheckpoint(), callback)
+        assert load_file(tmp_path / "merged" / "model.safetensors")["0.weight"].dtype == torch.bfloat16
+        return
+    with pytest.warns(UserWarning, match="MergeAtEnd: Merging into bfloat16 would lose the update"):
+        fit(tmp_path, AdapterCheckpoint(), callback)
+    assert callback.merged_dir is None
+    assert not (tmp_path / "merged").exists()

@@ -1,0 +1,143 @@
+"""What grows with the batch: the tensors that a forward pass keeps for backward, and the loss."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from lora_lightning.tasks.base import AdapterTask
+from lora_lightning.tasks.memory_parts import WIDE, MemoryPart, base_modules, own_tensors
+
+_BUFFERS_IN_FLIGHT = 2
+"""Tensors as large as the largest kept one that a backward pass holds beside those kept: a gradient in and one out."""
+
+
+def activations(model: nn.Module, task: AdapterTask, batch_size: int, length: int, precision: str) -> list[MemoryPart]:
+    """Return what a forward pass keeps for backward, what backward needs beside it, and the loss."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        how = f"not counted: {type(model).__name__} is not a transformers model"
+        return [MemoryPart(name="activations", num_bytes=0, how=how, per_sample=True)]
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = _number(config, "hidden_size", "d_model", "dim", "n_embd")
+    num_layers = max(_number(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers"), 1)
+    itemsize = 2 if "16" in precision or _base_itemsize(model) == 2 else WIDE
+    tokens = batch_size * length
+    counted = _count_saved(model, batch_size, length, precision)
+    if counted is None:
+        inner = _number(config, "intermediate_size", "hidden_dim", "n_inner", "d_ff") or 4 * width
+        kept, largest = num_layers * tokens * (8 * width + 3 * inner) * itemsize, tokens * inner * itemsize
+        how = f"roughly: 8 x {width} + 3 x {inner} numbers for each token and layer"
+    else:
+        kept, largest = counted
+        how = "kept for backward, counted on a forward pass without data"
+    if task.gradient_checkpointing:
+        kept = kept // num_layers + num_layers * tokens * width * itemsize
+        how = "with checkpointing: each layer's input, and all of one layer"
+    in_flight = _BUFFERS_IN_FLIGHT * largest
+    parts = [
+        MemoryPart(name="activations", num_bytes=kept, how=how, per_sample=True),
+        MemoryPart(
+            name="in flight", num_bytes=in_flight, how="two tensors like the largest kept, in backward", per_sample=True
+        ),
+    ]
+    return [*parts, *_loss(task, config, tokens, itemsize)]
+
+
+def _count_saved(model: nn.Module, batch_size: int, length: int, precision: str) -> tuple[int, int] | None:
+    """Return the bytes that a forward pass of the model's body keeps for backward, and those of the largest tensor.
+
+    Storages are counted once, and none that hold parameters. None where the pass depends on values.
+    """
+    try:
+        with FakeTensorMode(), _on_fake_cpu(model), _autocast(precision):
+            body: Any = getattr(model, "base_model", model)
+            ids = torch.zeros(batch_size, length, dtype=torch.long)
+            inputs = {"input_ids": ids}
+            if getattr(body.config, "is_encoder_decoder", False):
+                inputs["decoder_input_ids"] = ids
+            if "use_cache" in inspect.signature(body.forward).parameters:
+                inputs["use_cache"] = False  # type: ignore[assignment]  # one flag among tensors
+            own = {tensor.untyped_storage()._cdata for module in model.modules() for tensor in own_tensors(module)}
+            kept: dict[int, Any] = {}
+
+            def note(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage._cdata not in own:
+                    kept[storage._cdata] = storage  # held, so that no later one takes its address
+                return tensor
+
+            with saved_tensors_hooks(note, lambda tensor: tensor):
+                output = body(**inputs)
+            sizes = [storage.nbytes() for storage in kept.values()]
+            del output
+    except Exception:  # whatever stops a model from running without data
+        return None
+    return sum(sizes), max(sizes, default=0)
+
+
+@contextmanager
+def _on_fake_cpu(model: nn.Module) -> Iterator[None]:
+    """Give a model, for the block, tensors that claim to be on the CPU, so that it takes the attention that runs there.
+
+    On the meta device itself, attention falls back to the form that keeps all its probabilities, which no device uses.
+    """
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor | None) -> Any:  # noqa: ANN401 - a parameter for a parameter, a tensor for a tensor
+        if tensor is None:
+            return None
+        if id(tensor) not in fakes:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            fakes[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        return fakes[id(tensor)]
+
+    before = [(module, module._parameters, module._buffers) for module in model.modules()]
+    try:
+        for module, parameters, buffers in before:
+            module._parameters = {name: fake(tensor) for name, tensor in parameters.items()}
+            module._buffers = {name: fake(tensor) for name, tensor in buffers.items()}
+        yield
+    finally:
+        for module, parameters, buffers in before:
+            module._parameters, module._buffers = parameters, buffers
+
+
+@contextmanager
+def _autocast(precision: str) -> Iterator[None]:
+    is_mixed = precision.endswith("-mixed")
+    dtype = torch.bfloat16 if precision.startswith("bf16") else torch.float16
+    with torch.autocast("cpu", dtype=dtype, enabled=is_mixed):
+        yield
+
+
+def _loss(task: AdapterTask, config: Any, tokens: int, itemsize: int) -> list[MemoryPart]:  # noqa: ANN401
+    """Return what the logits of a language model take: all of them, or a chunk where the task computes them so."""
+    vocabulary = _number(config, "vocab_size")
+    if not vocabulary or "LM" not in task.auto_class:
+        return []
+    chunk = getattr(task, "loss_chunk_size", None)
+    if chunk is not None:
+        num_bytes = min(chunk, tokens) * vocabulary * (itemsize + WIDE)
+        how = f"{chunk} tokens of {vocabulary:,} at a time"
+        return [MemoryPart(name="logits and loss", num_bytes=num_bytes, how=how)]
+    num_bytes = tokens * vocabulary * (itemsize + 2 * WIDE)
+    how = f"{tokens:,} tokens of {vocabulary:,}, in float32 with their gradient"
+    return [MemoryPart(name="logits and loss", num_bytes=num_bytes, how=how, per_sample=True)]
+
+
+def _base_itemsize(model: nn.Module) -> int:
+    sizes = [p.element_size() for m in base_modules(model) for p in m._parameters.values() if p is not None]
+    return min((size for size in sizes if size > 1), default=WIDE)
+
+
+def _number(config: Any, *names: str) -> int:  # noqa: ANN401 - transformers' config
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), 0)

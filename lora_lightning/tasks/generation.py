@@ -1,0 +1,153 @@
+"""Let a causal language model go on from prompts of different lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.attach import unwrap
+from lora_lightning.errors import ConfigError
+from lora_lightning.tasks.token_loss import IGNORED
+
+
+class Example(NamedTuple):
+    """What stands before the first supervised tokens of a row, and these tokens themselves, as ids."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+def examples_of(batch: Mapping[str, Any]) -> list[Example]:
+    """Return the first prompt and answer of each row of a batch.
+
+    Padding is left out, and of packed rows all but the first document. Where everything is supervised, the first half
+    of a row counts as the prompt; without labels, all of it.
+
+    Args:
+        batch: `input_ids` `[batch, length]`, and where there are any, `labels`, `attention_mask` and `position_ids` of
+            the same shape.
+
+    Example:
+        >>> examples_of({"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[-100, -100, 3]])})
+        [Example(prompt=[1, 2], answer=[3])]
+    """
+    ids = batch["input_ids"]
+    columns = {name: batch.get(name) for name in ("labels", "attention_mask", "position_ids")}
+    given = {name: value for name, value in columns.items() if isinstance(value, Tensor) and value.shape == ids.shape}
+    rows = range(len(ids))
+    return [_example(ids[row].tolist(), {name: value[row].tolist() for name, value in given.items()}) for row in rows]
+
+
+def _example(ids: list[int], columns: Mapping[str, list[int]]) -> Example:
+    mask, positions = columns.get("attention_mask"), columns.get("position_ids")
+    kept = [index for index in range(len(ids)) if mask is None or mask[index]]
+    if positions is not None:
+        starts = [at for at, index in enumerate(kept) if at and positions[index] == 0]
+        kept = kept[: starts[0]] if starts else kept
+    tokens = [ids[index] for index in kept]
+    if "labels" not in columns:
+        return Example(tokens, [])
+    wanted = [columns["labels"][index] != IGNORED for index in kept]
+    if True not in wanted:
+        return Example(tokens, [])
+    first = wanted.index(True)
+    if first == 0 or all(wanted[1:]):  # nothing, or only a start token, stands before what is learnt
+        first = max(1, len(tokens) // 2)
+    last = next((index for index in range(first, len(tokens)) if not wanted[index]), len(tokens))
+    return Example(tokens[:first], tokens[first:last])
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop: Sequence[int] = (),
+    seed: int = 0,
+    streamer: Any = None,  # noqa: ANN401 - transformers' streamers have no public base class with types
+) -> list[list[int]]:
+    """Go on from prompts, all in one batch, padded on the left.
+
+    The model is in evaluation mode meanwhile, and neither its modes nor the global random state change.
+
+    Args:
+        model: A model of transformers that generates, with or without adapters.
+        prompts: Token ids, at least one each.
+        max_new_tokens: How many tokens to add at most; fewer where the model's positions end.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+        top_p: Draw from the likeliest tokens that make up this share of the probability.
+        top_k: Draw from this many of the likeliest tokens; 0 means all.
+        stop: Tokens that end an answer, beside the model's own end tokens.
+        seed: Seed of the draws.
+        streamer: Is given each token as soon as it is there, as transformers' `TextStreamer` is; for one prompt only.
+
+    Returns:
+        The new tokens of each prompt, without the one that ended it.
+
+    Raises:
+        ConfigError: A prompt is empty, or leaves no room for a new token.
+    """
+    from transformers import GenerationConfig
+
+    bare: Any = unwrap(model)
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if not all(prompts):
+        raise ConfigError("A prompt has no tokens; give at least one word, or a tokenizer that adds a start token.")
+    room = max_positions(bare) - longest
+    if room < 1:
+        raise ConfigError(f"A prompt of {longest} tokens leaves no room: the model takes {max_positions(bare)}.")
+    ends = list(dict.fromkeys([*_own_ends(bare), *stop]))
+    pad = ends[0] if ends else 0
+    device = next(bare.parameters()).device
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
+    )
+    config = GenerationConfig(
+        **{"do_sample": False, **sampling},
+        max_new_tokens=min(max_new_tokens, int(min(room, 2**31))),
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+    )
+    with _evaluating(bare), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        output = bare.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+    return [_until(row[longest:].tolist(), ends) for row in output]
+
+
+def max_positions(model: Any) -> float:  # noqa: ANN401 - a transformers model
+    """Return how many positions a model takes, infinity where its config sets no limit."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "max_position_embeddings", None) or float("inf")
+
+
+def _own_ends(model: Any) -> list[int]:  # noqa: ANN401
+    configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
+    found: Any = next((end for config in configs if (end := getattr(config, "eos_token_id", None)) is not None), [])
+    return list(found) if isinstance(found, Sequence) else [found]
+
+
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return ids[: next((index for index, token in enumerate(ids) if token in ends), len(ids))]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back into its own afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

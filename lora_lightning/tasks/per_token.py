@@ -1,0 +1,155 @@
+"""Tasks whose loss is a mean over supervised tokens, exact over accumulated batches and ranks."""
+
+from __future__ import annotations
+
+import abc
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lora_lightning.tasks.base import AdapterTask, StepOutput
+from lora_lightning.tasks.token_loss import TokenSums
+
+_UNIT = 1024.0
+"""Backward starts from the sum over this many tokens, so that gradients stay in half precision's range."""
+
+
+@dataclass
+class _Totals:
+    """Token sums over many batches, on the device, so that adding does not make the host wait for it."""
+
+    loss: Tensor = field(default_factory=lambda: torch.zeros(()))
+    num_right: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    num_tokens: int = 0
+
+    def add(self, sums: TokenSums) -> None:
+        loss = sums.loss.detach()
+        wide = loss if loss.device.type == "mps" else loss.double()  # which has no float64
+        self.loss = self.loss.to(wide) + wide
+        self.num_right = self.num_right.to(sums.num_right.device) + sums.num_right
+        self.num_tokens += sums.num_tokens
+
+
+class PerTokenTask(AdapterTask, abc.ABC):
+    """A task whose loss is the mean over supervised tokens; subclass it and define `token_sums`.
+
+    Batches hold different numbers of supervised tokens, so a mean over micro-batches, or over ranks, of their own means
+    is not the mean over the tokens of an optimizer step. Here backward runs on sums, and the gradients are divided by
+    the number of tokens of the whole step on all ranks, just before clipping and the optimizer. Penalties of methods
+    join at that moment, once and whole. A step without any supervised token changes nothing.
+
+    Logged: `train/loss` of each optimizer step; `val/…` and `test/…` of `loss`, `perplexity` (its exponential) and
+    `accuracy` (share of supervised tokens with the largest logit), over all tokens of the set.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of AdapterTask
+        super().__init__(*args, **kwargs)
+        self._totals: dict[str, _Totals] = defaultdict(_Totals)
+        self._has_warned = False
+
+    @abc.abstractmethod
+    def token_sums(self, batch: Any) -> TokenSums:  # noqa: ANN401 - the data module's own type
+        """Return the loss summed over the supervised tokens of a batch, their number, and how many are right."""
+
+    def compute_loss(self, batch: Any) -> StepOutput:  # noqa: ANN401
+        """Return the mean loss over the supervised tokens of one batch, 0 where there is none."""
+        sums = self.token_sums(batch)
+        return StepOutput(sums.loss / max(sums.num_tokens, 1))
+
+    # What Lightning calls.
+
+    def on_train_start(self) -> None:
+        """Start counting, and let methods look at data."""
+        self._totals.pop("train", None)
+        super().on_train_start()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
+        """Return the sum of a batch's losses, in units of 1,024 tokens, times what Lightning will divide it by."""
+        del batch_idx
+        sums = self._checked("train", self.token_sums, batch)
+        self._totals["train"].add(sums)
+        return sums.loss * (self.trainer.accumulate_grad_batches / _UNIT)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the step's number of tokens, add those of penalties, then let methods act on them."""
+        totals = self._totals.pop("train", _Totals())
+        num_tokens = int(self._over_ranks(torch.tensor(totals.num_tokens, device=self.device)))
+        if num_tokens == 0:
+            self._skip(optimizer)
+            return
+        gradients = [parameter.grad for parameter in _parameters(optimizer) if parameter.grad is not None]
+        # Strategies average gradients over the ranks.
+        torch._foreach_mul_(gradients, _UNIT * self.trainer.world_size / num_tokens)
+        loss = self._over_ranks(totals.loss.to(self.device)) / num_tokens
+        self.log("train/loss", loss.float(), prog_bar=True)
+        self._add_penalties(optimizer)
+        super().on_before_optimizer_step(optimizer)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting."""
+        self._totals.pop("val", None)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of the whole validation set."""
+        self._log_totals("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting."""
+        self._totals.pop("test", None)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the metrics of the whole test set."""
+        self._log_totals("test")
+
+    # Helpers.
+
+    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401
+        self._totals[stage].add(self._checked(stage, self.token_sums, batch))
+
+    def _log_totals(self, stage: str) -> None:
+        totals = self._totals.pop(stage, _Totals())
+        num_tokens = int(self._over_ranks(torch.tensor(totals.num_tokens, device=self.device)))
+        if num_tokens == 0:
+            rank_zero_warn(f"No token of the {stage} batches is supervised, so {stage}/loss is not a number.")
+        loss = self._over_ranks(totals.loss.to(self.device)) / num_tokens
+        accuracy = self._over_ranks(totals.num_right.to(self.device)) / num_tokens
+        metrics = {"loss": loss, "perplexity": loss.exp(), "accuracy": accuracy}
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in metrics.items()}, prog_bar=True)
+
+    def _over_ranks(self, value: Tensor) -> Tensor:
+        """Return the sum of a scalar over all ranks."""
+        reduced: Tensor = self.trainer.strategy.reduce(value, reduce_op="sum")
+        return reduced
+
+    def _skip(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the gradients away, so that the optimizer leaves parameters and its own state alone."""
+        if not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"No token of optimizer step {self.trainer.global_step} is supervised on any rank, so it changes "
+                "nothing, and neither will others like it. Check the data's labels, or how prompts are masked."
+            )
+        for parameter in _parameters(optimizer):
+            parameter.grad = None
+
+    def _add_penalties(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the gradients of the methods' penalties, which know no tokens and are alike on all ranks."""
+        parameters = [parameter for parameter in _parameters(optimizer) if parameter.requires_grad]
+        for method in self.methods:
+            with torch.enable_grad():
+                extra = method.extra_loss(self.adapted)
+            if extra is None:
+                continue
+            self.log(f"train/{method.name}_penalty", extra.detach())
+            found = torch.autograd.grad(extra, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, found, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,57 @@
+"""What a Trainer must not do to a quantized base."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lora_lightning.errors import ConfigError
+
+if TYPE_CHECKING:
+    import lightning as L
+
+_PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def refuse_unfit_trainer(trainer: L.Trainer) -> None:
+    """Refuse strategies and precisions that would shard, move or cast a quantized base.
+
+    Raises:
+        ConfigError: The Trainer has one of them.
+    """
+    _refuse_strategy(trainer)
+    plugin = type(trainer.precision_plugin).__name__
+    if plugin == "BitsandbytesPrecision":
+        raise ConfigError(
+            f"{plugin} quantizes the model itself, heads and adapters included; leave it out, since the base is "
+            "quantized already."
+        )
+    if trainer.precision not in _PRECISIONS:
+        raise ConfigError(
+            f"precision={trainer.precision!r} casts the whole model, and a quantized base must not be cast: its "
+            "adapters would lose their precision, its packed weights their meaning. Use 32-true or bf16-mixed; "
+            "quantization.compute_dtype says in which dtype the quantized layers multiply."
+        )
+
+
+def _refuse_strategy(trainer: L.Trainer) -> None:
+    from lightning.pytorch.strategies import (
+        DDPStrategy,
+        DeepSpeedStrategy,
+        FSDPStrategy,
+        ModelParallelStrategy,
+        SingleDeviceStrategy,
+    )
+
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        raise ConfigError(
+            f"A quantized base cannot be sharded by {type(strategy).__name__} (FSDP): the packed bytes of a weight and "
+            "the constants that give them meaning would end up on different ranks. Use strategy=ddp, where each rank "
+            "holds the whole quantized base, or leave quantization out."
+        )
+    is_known = isinstance(strategy, DDPStrategy | SingleDeviceStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    if not is_known:
+        raise ConfigError(
+            f"A quantized base runs on one device or with strategy=ddp; {type(strategy).__name__} moves weights in "
+            "ways that quantized ones do not survive. Use strategy=ddp, or leave quantization out."
+        )
