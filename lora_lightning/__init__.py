@@ -9,25 +9,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_lightning.adapters import (
-        adapter_state_dict,
-        detach,
-        disabled,
-        load_adapter_state_dict,
-    )
+    from lora_lightning.adapters import adapter_state_dict, detach, disabled, load_adapter_state_dict
     from lora_lightning.backbones.attach import attach, merge
+    from lora_lightning.backbones.quantization import Quantization
     from lora_lightning.callbacks import (
         AdapterCheckpoint,
         AdapterSummary,
         MergeAtEnd,
         MetricCurve,
+        SampleGenerations,
         Throughput,
     )
-    from lora_lightning.checkpoint import load_adapter, merge_checkpoint
-    from lora_lightning.data import TextClassificationData
+    from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
+    from lora_lightning.data import InstructionData, TextClassificationData
     from lora_lightning.methods import DoRA, LoRA
     from lora_lightning.optim import Optim, param_groups
-    from lora_lightning.tasks import AdapterTask, SequenceClassification, StepOutput
+    from lora_lightning.tasks import AdapterTask, CausalLM, PerTokenTask, SequenceClassification, StepOutput, TokenSums
 
 __version__ = "0.1.0"
 
@@ -35,49 +32,67 @@ _HOME = {
     "AdapterCheckpoint": "callbacks",
     "AdapterSummary": "callbacks",
     "AdapterTask": "tasks",
+    "CausalLM": "tasks",
     "DoRA": "methods",
+    "InstructionData": "data",
     "LoRA": "methods",
     "MergeAtEnd": "callbacks",
     "MetricCurve": "callbacks",
     "Optim": "optim",
+    "PerTokenTask": "tasks",
+    "Quantization": "backbones.quantization",
+    "SampleGenerations": "callbacks",
     "SequenceClassification": "tasks",
     "StepOutput": "tasks",
     "TextClassificationData": "data",
     "Throughput": "callbacks",
+    "TokenSums": "tasks",
     "adapter_state_dict": "adapters",
     "attach": "backbones.attach",
     "detach": "adapters",
     "disabled": "adapters",
+    "export_peft": "checkpoint",
     "load_adapter": "checkpoint",
     "load_adapter_state_dict": "adapters",
+    "load_peft": "checkpoint",
     "merge": "backbones.attach",
     "merge_checkpoint": "checkpoint",
     "param_groups": "optim",
+    "preflight": "checkpoint",
 }
 
 __all__ = [
     "AdapterCheckpoint",
     "AdapterSummary",
     "AdapterTask",
+    "CausalLM",
     "DoRA",
+    "InstructionData",
     "LoRA",
     "MergeAtEnd",
     "MetricCurve",
     "Optim",
+    "PerTokenTask",
+    "Quantization",
+    "SampleGenerations",
     "SequenceClassification",
     "StepOutput",
     "TextClassificationData",
     "Throughput",
+    "TokenSums",
     "__version__",
     "adapter_state_dict",
     "attach",
     "detach",
     "disabled",
+    "export_peft",
     "load_adapter",
     "load_adapter_state_dict",
+    "load_peft",
     "merge",
     "merge_checkpoint",
     "param_groups",
+    "preflight",
 ]
 
 

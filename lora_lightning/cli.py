@@ -236,6 +236,8 @@ class AdapterCLI(LightningCLI):
             self.config_init = self.parser.instantiate(self.config)
             self.datamodule = self._get(self.config_init, "data")
             self.model = self._get(self.config_init, "model")
+            if self.config[self.chosen].get("ckpt_path") not in (None, *KEYWORDS):
+                self.model.expect_checkpoint()
             self.trainer = self.instantiate_trainer()
         except ValueError as error:
             raise ConfigError(explain(collect(self.arguments), self._schema()) or str(error)) from error

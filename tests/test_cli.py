@@ -104,7 +104,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "a command is needed: fit, validate, test, predict, merge"),
+        ([], "a command is needed: fit, validate, test, predict, chat"),
         (["fitt"], "unknown command `fitt`; did you mean `fit`?"),
         (["frobnicate"], "unknown command `frobnicate`; commands: "),
         (["--config", "good.yaml", "fit"], "the command comes first, but got `--config`"),

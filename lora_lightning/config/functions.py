@@ -11,7 +11,7 @@ from lora_lightning.config.config_option import StrictConfigFile
 from lora_lightning.config.diagnosis import explain
 from lora_lightning.config.parser_errors import reduce_error, unknown_options
 from lora_lightning.config.settings import collect
-from lora_lightning.config.signatures import flag_names, parameters_of_function
+from lora_lightning.config.signatures import Parameters, alternatives, flag_names, parameters_of_function
 from lora_lightning.config.strict_yaml import PARSER_MODE, register
 from lora_lightning.errors import ConfigError
 
@@ -34,12 +34,44 @@ def call_from_arguments(prog: str, function: Callable[..., Any], arguments: Sequ
     parser = ArgumentParser(prog=prog, exit_on_error=False, parser_mode=PARSER_MODE, allow_abbrev=False)
     parser.add_argument("-c", "--config", action=StrictConfigFile, help="Path to a YAML file with these settings.")
     parser.add_function_arguments(function, as_positional=False)
+    arguments = plain_flags(arguments, parameters_of_function(function))
     try:
-        config = parser.parse_args(list(arguments))
+        config = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ConfigError(_explain(error, function, arguments)) from error
     config.pop("config", None)
-    return function(**parser.instantiate(config).as_dict())
+    try:
+        settings = parser.instantiate(config).as_dict()
+    except ValueError as error:  # a class refuses its settings
+        raise ConfigError(explain(collect(arguments), parameters_of_function(function)) or str(error)) from error
+    return function(**settings)
+
+
+def plain_flags(arguments: Sequence[str], parameters: Parameters) -> list[str]:
+    """Return a command line with flags as the parser takes them: `--compare-base` becomes `--compare_base=true`.
+
+    Hyphens in a known flag's name count as underscores, and a flag that is true or false may stand alone.
+
+    Args:
+        arguments: The command line.
+        parameters: What the function takes.
+
+    Example:
+        >>> plain_flags(["--dry-run", "--num", "3"], Parameters({"dry_run": bool, "num": int}))
+        ['--dry_run=true', '--num', '3']
+    """
+    plain: list[str] = []
+    for position, argument in enumerate(arguments):
+        name, has_value, value = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not argument.startswith("--") or name not in parameters.types:
+            plain.append(argument)
+            continue
+        following = arguments[position + 1] if position + 1 < len(arguments) else "--"
+        if not has_value and bool in alternatives(parameters.types[name]) and following.startswith("--"):
+            has_value, value = "=", "true"
+        plain.append(f"--{name}{has_value}{value}")
+    return plain
 
 
 def _explain(error: Exception, function: Callable[..., Any], arguments: Sequence[str]) -> str:

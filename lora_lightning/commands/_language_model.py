@@ -1,0 +1,341 @@
+"""What `generate` and `chat` share: a language model with its tokenizer, from a checkpoint, an adapter or a base."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lora_lightning.adapters import is_attached
+from lora_lightning.backbones.load import load_backbone, load_tokenizer
+from lora_lightning.backbones.quantized import is_quantized
+from lora_lightning.checkpoint.folder import is_adapter_folder
+from lora_lightning.checkpoint.manifest import read_manifest
+from lora_lightning.checkpoint.peft_config import CONFIG_NAME, read_peft_config
+from lora_lightning.checkpoint.rebuild import find_task_class, read_checkpoint, rebuild_task
+from lora_lightning.data.chat_templates import TEMPLATE_NAMES, begins_with_bos, chat_template
+from lora_lightning.errors import BackboneError, CheckpointError, ConfigError
+from lora_lightning.paths import resolve
+from lora_lightning.tasks import AdapterTask, CausalLM
+from lora_lightning.tasks.generation import generate, max_positions
+
+log = logging.getLogger(__name__)
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Message = dict[str, str]
+PLAINLY_JOINED = "plain"
+"""The template's name under which prompts and completions are joined without any frame."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Args:
+        max_new_tokens: How many to add at most.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
+        top_p: Draw from the likeliest tokens that make up this share of the probability, in (0, 1].
+        top_k: Draw from this many of the likeliest tokens; 0 means all.
+
+    Raises:
+        ConfigError: A value is out of its range, or has no effect.
+    """
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        ranges = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (0 <= self.temperature < float("inf"), "at least 0"),
+            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "at least 0"),
+        }
+        for name, (is_right, expected) in ranges.items():
+            if not is_right:
+                raise ConfigError(f"{name} is {getattr(self, name)}: expected {expected}.")
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
+            raise ConfigError(
+                "top_p and top_k choose among tokens that are drawn, and at temperature 0 none is drawn; set "
+                "temperature above 0, or leave them out."
+            )
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A model that goes on with texts, and what it needs for that.
+
+    Args:
+        model: The model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        name: What it was loaded from, for messages.
+        template: The chat template, as Jinja, that it was trained with or that was asked for, or None.
+        answers: Whether its training, or whoever loaded it, had it answer messages instead of going on with texts.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+    template: str | None = None
+    answers: bool = False
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether there is an adapter, and so a base to compare with."""
+        return is_attached(self.model)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template that it was trained with, else the tokenizer's own, else None."""
+        return self.template or getattr(self.tokenizer, "chat_template", None)
+
+    @property
+    def context(self) -> float:
+        """Positions that the model takes; infinity where its config sets no limit."""
+        return max_positions(self.model)
+
+    def encode(self, text: str) -> list[int]:
+        """Return a text's token ids, with a start token where the tokenizer adds one, and no end token."""
+        ids = list(self.tokenizer(text)["input_ids"])
+        ends = {self.tokenizer.eos_token_id, self.tokenizer.sep_token_id} - {None, self.tokenizer.bos_token_id}
+        return ids[:-1] if len(ids) > 1 and ids[-1] in ends else ids
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a conversation up to the assistant's next words.
+
+        Raises:
+            ConfigError: There is no chat template, or it refuses the conversation.
+        """
+        if self.chat_template is None:
+            raise ConfigError(
+                f"The tokenizer of {self.name} has no chat template, and its training named none; choose one with "
+                f"--template ({', '.join(TEMPLATE_NAMES)})."
+            )
+        from jinja2 import TemplateError
+
+        try:
+            ids = self.tokenizer.apply_chat_template(
+                list(messages), chat_template=self.chat_template, add_generation_prompt=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise ConfigError(f"The chat template of {self.name} refuses these messages: {error}") from error
+        return list(ids)
+
+    def stops(self, *, is_chat: bool) -> list[int]:
+        """Return the tokens that end an answer: the tokenizer's end token, and in a chat what ends a turn."""
+        ends = [self.tokenizer.eos_token_id, self._end_of_turn() if is_chat else None]
+        return [end for end in ends if end is not None]
+
+    def go_on(
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        seed: int,
+        is_chat: bool = False,
+        write: Callable[[str], None] | None = None,
+    ) -> str:
+        """Return what the model says after some tokens.
+
+        Args:
+            ids: The tokens.
+            sampling: How to choose the next ones.
+            seed: Seed of the draws.
+            is_chat: Whether the tokens are a conversation.
+            write: Is given the words as they come.
+        """
+        room = self.context - len(ids)
+        if 0 < room < sampling.max_new_tokens:
+            log.warning("After these %d tokens the model has room for %d more.", len(ids), room)
+        answers = generate(
+            self.model,
+            [ids],
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            stop=self.stops(is_chat=is_chat),
+            seed=seed,
+            streamer=None if write is None else _streamer(self.tokenizer, write),
+        )
+        return str(self.tokenizer.decode(answers[0], skip_special_tokens=True))
+
+    def _end_of_turn(self) -> int | None:
+        """Return the special token that the template puts right after an assistant's words, if any."""
+        words = "x"
+        turns = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
+        try:
+            text = self.tokenizer.apply_chat_template(turns, chat_template=self.chat_template, tokenize=False)
+        except Exception:  # a template that wants other roles; the usual end token will do
+            return None
+        ids = self.tokenizer(text.rpartition(words)[2].lstrip(), add_special_tokens=False)["input_ids"]
+        first = ids[0] if ids else None
+        return first if first in self.tokenizer.all_special_ids else None
+
+
+def load_language_model(
+    ckpt_path: str | None,
+    adapter_dir: str | None,
+    backbone: str | None,
+    *,
+    template: str | None = None,
+    device: Device = "auto",
+    task_class: str | None = None,
+) -> LanguageModel:
+    """Load a language model from one of the places where it may be.
+
+    Args:
+        ckpt_path: A checkpoint of a task for language models.
+        adapter_dir: An adapter folder, ours or PEFT's.
+        backbone: The base to put the adapter on, where it is not the one that it was trained on; without an adapter,
+            the model itself.
+        template: Name of a chat template, or a `.jinja` file; None takes the one that the training used.
+        device: Where it shall run; `auto` takes a GPU if there is one.
+        task_class: The task's import path, for checkpoints of a task of one's own.
+
+    Raises:
+        ConfigError: None or both of checkpoint and adapter are named.
+        CheckpointError: They hold no language model, or are damaged.
+        BackboneError: The base cannot be loaded, or is no language model.
+    """
+    if template is not None:
+        chat_template(template)  # a misspelt name shows before minutes go into loading
+    if ckpt_path is not None and adapter_dir is not None:
+        raise ConfigError("Both --ckpt_path and --adapter_dir are given; name one of them.")
+    with _on(_device(device)) as place:
+        if ckpt_path is not None:
+            found = _from_checkpoint(Path(ckpt_path), backbone, task_class)
+        elif adapter_dir is not None:
+            found = _from_adapter(resolve(adapter_dir), backbone)
+        elif backbone is not None:
+            found = _from_base(backbone)
+        else:
+            raise ConfigError("No model is named: give --ckpt_path, --adapter_dir, or --backbone for a base alone.")
+        if not is_quantized(found.model):
+            found.model.to(place)
+    found.model.eval()
+    if template is None:
+        return found
+    return replace(found, template=_jinja(template, found.tokenizer), answers=True)
+
+
+def _from_checkpoint(path: Path, backbone: str | None, task_class: str | None) -> LanguageModel:
+    checkpoint = read_checkpoint(path)
+    cls = find_task_class(checkpoint, task_class, path)
+    _refuse_other_tasks(cls, str(path))
+    task: Any = rebuild_task(path, cls, **({} if backbone is None else {"backbone": backbone}))
+    model = getattr(task, "model", None)
+    if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
+        raise CheckpointError(f"{path} holds a {cls.__name__}, whose model does not generate text.")
+    settings = checkpoint.get("datamodule_hyper_parameters")
+    settings = settings if isinstance(settings, Mapping) else {}
+    named = settings.get("tokenizer") or task.backbone
+    if not isinstance(named, str):
+        raise CheckpointError(f"{path} names no backbone and no tokenizer, so there are no words to generate.")
+    tokenizer = load_tokenizer(named)
+    recorded = settings.get("template")
+    return LanguageModel(
+        model,
+        tokenizer,
+        str(path),
+        template=_jinja(recorded, tokenizer) if isinstance(recorded, str) else None,
+        # Without a name, data for language models are laid out with the tokenizer's own template, if it has one.
+        answers=recorded != PLAINLY_JOINED if recorded else "template" in settings and bool(tokenizer.chat_template),
+    )
+
+
+def _from_adapter(folder: Path, backbone: str | None) -> LanguageModel:
+    base = backbone or _base_of(folder)
+    task = CausalLM(backbone=base, adapter=str(folder))
+    task.configure_model()
+    return LanguageModel(task.adapted, load_tokenizer(base), str(folder))
+
+
+def _from_base(backbone: str) -> LanguageModel:
+    loaded = load_backbone(backbone, CausalLM.auto_class)
+    if loaded.new_modules:
+        raise BackboneError(
+            f"{backbone!r} is no language model: its files hold no weights for {', '.join(loaded.new_modules)}."
+        )
+    return LanguageModel(loaded.model, load_tokenizer(backbone), backbone)
+
+
+def _base_of(folder: Path) -> str:
+    """Return the base that an adapter folder names.
+
+    Raises:
+        CheckpointError: It names none, or is for another kind of task.
+    """
+    base = None
+    if is_adapter_folder(folder):
+        manifest = read_manifest(folder)
+        if manifest.adapter_format == "merged":
+            raise CheckpointError(f"{folder} is a merged model, not an adapter; give it as --backbone.")
+        base = manifest.base
+        if manifest.label_names:
+            raise CheckpointError(
+                f"{folder} was trained to tell {len(manifest.label_names)} labels apart, not to write."
+            )
+    elif (folder / CONFIG_NAME).is_file():
+        config = read_peft_config(folder / CONFIG_NAME)
+        base = config.base
+        if config.task_type not in (None, "CAUSAL_LM"):
+            raise CheckpointError(f"{folder} is for the task {config.task_type}, not for a language model.")
+    else:
+        raise CheckpointError(f"{folder} is no adapter folder: it holds neither a manifest nor {CONFIG_NAME}.")
+    if base is None:
+        raise CheckpointError(f"{folder} does not say which base it is for; name it with --backbone.")
+    return base
+
+
+def _refuse_other_tasks(cls: type[Any], source: str) -> None:
+    """Raise CheckpointError where a task's models do not write; a task of one's own that says nothing may."""
+    auto_class = getattr(cls, "auto_class", None)
+    if issubclass(cls, AdapterTask) and auto_class not in (CausalLM.auto_class, AdapterTask.auto_class):
+        raise CheckpointError(
+            f"{source} was written by {cls.__name__}, whose model does not write text; generate and chat need a "
+            f"checkpoint of {CausalLM.__name__}."
+        )
+
+
+def _jinja(name: str, tokenizer: Any) -> str:  # noqa: ANN401
+    """Return a template by its name, as the data modules use it with this tokenizer."""
+    return chat_template(name, bos=begins_with_bos(tokenizer))
+
+
+def _device(name: Device) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    is_there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not is_there[name]:
+        raise ConfigError(f"device is {name}, which this machine does not have; leave it out.")
+    return torch.device(name)
+
+
+@contextmanager
+def _on(device: torch.device) -> Iterator[torch.device]:
+    """Load onto a device inside the block: quantized layers cannot be moved afterwards."""
+    with nullcontext() if device.type == "cpu" else device:
+        yield device
+
+
+def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:  # noqa: ANN401
+    """Return a streamer of transformers that hands on words as they are complete."""
+    from transformers import TextStreamer
+
+    class Streamer(TextStreamer):  # type: ignore[misc]  # transformers has no types
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            del stream_end
+            if text:
+                write(text)
+
+    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,110 @@
+"""The command `lora-lightning export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from safetensors.torch import load_file
+from torch import nn
+
+from lora_lightning.checkpoint.folder import CONFIG_NAME, PEFT_WEIGHTS_NAME, RunFacts
+from lora_lightning.checkpoint.merge_report import UpdateLost
+from lora_lightning.checkpoint.merging import merge_checkpoint, refuse_taken
+from lora_lightning.checkpoint.peft_export import export_peft
+from lora_lightning.checkpoint.peft_preflight import TOOLS, preflight
+from lora_lightning.checkpoint.rebuild import read_checkpoint, rebuild_task
+from lora_lightning.errors import CheckpointError, ConfigError
+
+
+def export(
+    ckpt_path: str,
+    output_dir: str,
+    to: Literal["peft", "merged"] = "peft",
+    task_class: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    dequantize: bool = False,
+    force: bool = False,
+    sample: str | None = None,
+) -> None:
+    """Write a checkpoint's adapter for other tools, in PEFT's format or merged into its base.
+
+    `peft` writes a folder that PEFT and transformers load, and says what vLLM and llama.cpp would not take of it.
+    `merged` writes a plain Hugging Face folder, and says what the merge lost.
+
+    Args:
+        ckpt_path: The .ckpt file, such as runs/version_0/checkpoints/last.ckpt.
+        output_dir: The folder to write; it must not exist, or be empty.
+        to: peft or merged.
+        task_class: Import path of the task, such as my_module.MyTask; needed only where the checkpoint was written by
+            a task of your own.
+        dtype: For merged: float32, bfloat16 or float16; left out, the base's own.
+        max_shard_size: For merged: largest size of one weight file.
+        dequantize: For merged: take the dequantized base of a run on a quantized one, not the dense one.
+        force: For merged: write even where the cast loses most of the update.
+        sample: For merged: a text on which the outputs before and after are compared; left out, random tokens.
+    """
+    if to == "merged":
+        write_merged(ckpt_path, output_dir, task_class, dtype, max_shard_size, dequantize, force, sample)
+        return
+    for name, is_given in {"dtype": dtype, "dequantize": dequantize, "force": force, "sample": sample}.items():
+        if is_given:
+            raise ConfigError(f"--{name} is for --to merged; an adapter is written as it was trained.")
+    write_peft(Path(ckpt_path), Path(output_dir), task_class)
+
+
+def write_peft(ckpt_path: Path, output_dir: Path, task_class: str | None) -> None:
+    """Write an adapter in PEFT's format, and tell what vLLM and llama.cpp make of it."""
+    refuse_taken(output_dir)
+    task = rebuild_task(ckpt_path, task_class)
+    model = getattr(task, "model", None)
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"{ckpt_path} holds no adapter, so there is nothing to export.")
+    checkpoint = read_checkpoint(ckpt_path)
+    backbone, names = getattr(task, "backbone", None), getattr(task, "label_names", None)
+    facts = RunFacts(
+        base=backbone if isinstance(backbone, str) else None,
+        task=f"{type(task).__module__}.{type(task).__qualname__}",
+        label_names=[str(name) for name in names] if names else None,
+        epoch=int(checkpoint.get("epoch", 0)),
+        step=int(checkpoint.get("global_step", 0)),
+    )
+    manifest = export_peft(model, output_dir, facts, base_fingerprint=getattr(task, "base_fingerprint", None))
+    print(f"Wrote the adapter of {ckpt_path} to {output_dir}, for the base {manifest.base or 'of your own'}.")
+    config = json.loads((output_dir / CONFIG_NAME).read_text(encoding="utf-8"))
+    tensors = load_file(output_dir / PEFT_WEIGHTS_NAME)
+    for tool in TOOLS:
+        print("\n".join(preflight(config, tensors, tool).lines()))
+
+
+def write_merged(
+    ckpt_path: str,
+    output_dir: str,
+    task_class: str | None,
+    dtype: str | None,
+    max_shard_size: str,
+    dequantize: bool,
+    force: bool,
+    sample: str | None,
+) -> None:
+    """Merge a checkpoint into its base, and tell what was lost."""
+    try:
+        report = merge_checkpoint(
+            ckpt_path,
+            output_dir,
+            task_class,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            dequantize=dequantize,
+            force=force,
+            sample=sample,
+        )
+    except UpdateLost as error:
+        print("\n".join(error.loss.lines()))
+        raise
+    print(f"Merged {len(report.layers)} layers of {ckpt_path} into {report.output_dir} ({report.num_bytes:,} bytes).")
+    print("\n".join(report.loss.lines()))
+    if not report.has_tokenizer:
+        print("The folder holds no tokenizer.")
