@@ -26,7 +26,7 @@ def gradients(case: tuple[str, Method], rank: int | None, rows: int = 2 * WORLD)
     # A mean over elements, of which each rank has as many: the mean over ranks is then the mean over the batch.
     wrapped: nn.Module = model if rank is None else nn.parallel.DistributedDataParallel(model)
     wrapped(**batch).logits.square().mean().backward()
-    return {name: parameter.grad for name, parameter, _ in iter_roles(model)}
+    return {name: parameter.grad for name, parameter, _ in iter_roles(model) if parameter.requires_grad}
 
 
 def _work(rank: int, cases: list[tuple[str, Method]], folder: str) -> None:

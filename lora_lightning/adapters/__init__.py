@@ -22,7 +22,7 @@ from lora_lightning.adapters.base import (
     TargetedMethod,
 )
 from lora_lightning.adapters.merge import merge
-from lora_lightning.adapters.state import adapter_state_dict, load_adapter_state_dict
+from lora_lightning.adapters.state import adapter_state_dict, fold, folded_state_dict, load_adapter_state_dict
 from lora_lightning.adapters.view import ModelView, PlainView
 
 __all__ = [
@@ -41,6 +41,8 @@ __all__ = [
     "attached_methods",
     "detach",
     "disabled",
+    "fold",
+    "folded_state_dict",
     "is_attached",
     "iter_adapters",
     "iter_hosts",

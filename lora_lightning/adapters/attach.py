@@ -167,7 +167,7 @@ def attach(
         _hang(model.get_submodule(path), name, adapter)
     _turn_off_fast_paths(model, [path for path, _, _ in placed], record)
     setattr(model, _RECORD, record)
-    own = [parameter for _, _, adapter in placed for parameter in adapter.parameters()]
+    own = {parameter: None for _, _, adapter in placed for parameter in adapter.parameters()}  # shared ones once
     return AttachReport(
         num_trainable=sum(parameter.numel() for parameter in own if parameter.requires_grad),
         num_total=num_base + sum(parameter.numel() for parameter in own),
@@ -221,9 +221,12 @@ def iter_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
 
 def iter_roles(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Role]]:
     """Iterate over `(name, parameter, role)` of all adapter parameters; names as in `adapter_state_dict`."""
+    seen: set[int] = set()
     for path, _, adapter in iter_adapters(model):
         for name, parameter, role in adapter.named_roles():
-            yield join(path, adapter.public_name(name)), parameter, role
+            if id(parameter) not in seen:  # what several adapters share counts once
+                seen.add(id(parameter))
+                yield join(path, adapter.public_name(name)), parameter, role
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -36,7 +36,9 @@ class Adapter(nn.Module):
     """The trainable part that one method hangs on one host module.
 
     An adapter never holds its host: the host owns the adapter and hands itself over in each call. Subclass
-    `ForwardAdapter`, `InputAdapter` or `OutputAdapter`, and declare the role of each parameter in `roles`.
+    `ForwardAdapter`, `InputAdapter` or `OutputAdapter`, and declare the role of each parameter in `roles`. A part that
+    several adapters share (one module for all layers) is a submodule of each; counts, groups and states take it once,
+    under the first host.
 
     Attributes:
         roles: Role of each parameter by its name in this module.
@@ -63,6 +65,13 @@ class Adapter(nn.Module):
     def public_name(self, name: str) -> str:
         """Return the name under which `adapter_state_dict` lists a parameter or buffer of this module."""
         return name
+
+    def folded_state(self) -> dict[str, Tensor]:
+        """Return the tensors that using the adapter takes, without what only training needs."""
+        return dict(self.state_dict(keep_vars=True))
+
+    def fold(self) -> None:
+        """Keep only what `folded_state` returns; the adapter computes as before. Does nothing the second time."""
 
     def merge_into(self, host: nn.Module) -> None:
         """Fold this adapter into its host; `check_mergeable` has passed. Called with gradients off."""
@@ -144,6 +153,12 @@ class Method(abc.ABC):
     name: ClassVar[str]
     """Short lower-case name; also the key of this method's adapter on a host."""
 
+    size_setting: ClassVar[str | None] = None
+    """The integer setting that grows the number of trainable parameters; None where nothing does."""
+
+    usual_rates: ClassVar[tuple[float, ...]] = (3e-4, 1e-3, 3e-3)
+    """Learning rates worth trying first, the lowest first."""
+
     modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -178,8 +193,14 @@ class Method(abc.ABC):
             TargetError: The model has no fitting host.
         """
 
-    def calibrate(self, model: nn.Module, batches: Iterable[Any]) -> None:
-        """Look at data before the first step (never after a resume); `batches` are on the model's device."""
+    def calibrate(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
+        """Look at data before the optimizer is built (never in a resumed run), and change the adapters by it.
+
+        Args:
+            model: The adapted model, in training mode, on its device.
+            batches: Training batches on the same device, as many as one epoch has; each rank gets its own.
+            loss: Returns the task's loss of a batch; to be run inside it, gradients included.
+        """
 
     def extra_loss(self, model: nn.Module) -> Tensor | None:
         """Return a penalty that the task adds to its training loss, or None."""
@@ -191,8 +212,8 @@ class Method(abc.ABC):
     def after_step(self, model: nn.Module, step: int, total_steps: int) -> None:
         """Act on the updated adapters just after optimizer step number `step` (0 is the first)."""
 
-    def fold(self, model: nn.Module) -> None:
-        """Drop what only training needs; called explicitly, never by `eval()`."""
+    def fit_to_state(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
+        """Give this method's adapters the structure of a state that is about to be loaded, such as a folded one."""
 
     def extra_state(self, model: nn.Module) -> dict[str, Any]:
         """Return what, beside parameters and buffers, must travel in a checkpoint (plain types and tensors)."""

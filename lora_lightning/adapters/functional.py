@@ -103,25 +103,35 @@ def _project(x_ni: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Ten
 
 
 def _low_rank_gradients(
-    x_ni: Tensor, g_nr: Tensor, dx_ni: Tensor | None, lora_a: Tensor, scaling: float, p: float, seed: Tensor | None
-) -> Tensor:
-    """Add s drop'(g A) to dx in place, where it is wanted, and return dA = s g^T drop(x), for g = dy B, [N, R]."""
-    a_ri = lora_a.to(x_ni.dtype)
+    x_ni: Tensor | None,
+    g_nr: Tensor,
+    dx_ni: Tensor | None,
+    lora_a: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor | None:
+    """Add s drop'(g A) to dx in place, where it is wanted, and return dA = s g^T drop(x), for g = dy B, [N, R].
+
+    Without x there is no dA.
+    """
+    a_ri = lora_a.to(g_nr.dtype)
     if seed is None:
         if dx_ni is not None:
             dx_ni.addmm_(g_nr, a_ri, alpha=scaling)
-        return (g_nr.t() @ x_ni).mul_(scaling)
+        return None if x_ni is None else (g_nr.t() @ x_ni).mul_(scaling)
     scaled_nr = g_nr * scaling  # and not add_(alpha=...): torch's inductor fuses that with dx's product and drops alpha
     if dx_ni is not None:
         dx_ni.add_(seeded_dropout(scaled_nr @ a_ri, p, seed))
-    return scaled_nr.t() @ seeded_dropout(x_ni, p, seed)
+    return None if x_ni is None else scaled_nr.t() @ seeded_dropout(x_ni, p, seed)
 
 
 class LoRALinear(Function):
     """y = x W^T + b + s (drop(x) A^T) B^T (Hu et al. 2021, equation 3).
 
-    Saves x (shared with every layer that reads it) and h = drop(x) A^T, R wide. The update is accumulated into the
-    output, and into dx, by the matrix product itself, so no extra pass over a token-sized tensor is made:
+    Saves x (shared with every layer that reads it), unless A is frozen, and h = drop(x) A^T, R wide. The update is
+    accumulated into the output, and into dx, by the matrix product itself, so no extra pass over a token-sized tensor
+    is made:
         dx = dy W + s drop'(dy B A),  dA = s (dy B)^T drop(x),  dB = s dy^T h.
     """
 
@@ -146,23 +156,25 @@ class LoRALinear(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:  # noqa: ANN401
-        """Save x, the parameters, h and the seed."""
+        """Save x where A trains, the parameters, h and the seed."""
         x, weight, _, lora_a, lora_b, ctx.scaling, ctx.p, seed = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(x, weight, lora_a, lora_b, output[1], seed)
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, lora_a, lora_b, output[1], seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_no: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         """Return the gradients of x, A and B."""
         x, weight, lora_a, lora_b, h_nr, seed = ctx.saved_tensors
-        x_ni = x.reshape(-1, x.shape[-1]).to(dy_no.dtype)
+        x_ni = None if x is None else x.reshape(-1, x.shape[-1]).to(dy_no.dtype)
         g_nr = dy_no @ lora_b.to(dy_no.dtype)
         dx_ni = dy_no @ weight.to(dy_no.dtype) if ctx.needs_input_grad[0] else None
         da_ri = _low_rank_gradients(x_ni, g_nr, dx_ni, lora_a, ctx.scaling, ctx.p, seed)
         db_or = (h_nr.t() @ dy_no).t() * ctx.scaling  # (h^T dy)^T is up to twice as fast as dy^T h
-        dx = None if dx_ni is None else dx_ni.view(x.shape).to(x.dtype)
-        return dx, None, None, da_ri.to(lora_a.dtype), db_or.to(lora_b.dtype), None, None, None
+        dx = None if dx_ni is None else dx_ni.view(ctx.x_shape).to(ctx.x_dtype)
+        da = None if da_ri is None else da_ri.to(lora_a.dtype)
+        return dx, None, None, da, db_or.to(lora_b.dtype), None, None, None
 
 
 def lora_linear(
@@ -252,6 +264,7 @@ class DoRALinear(Function):
         g_nr = dy_no @ (lora_b.to(dy_no.dtype) * scale_o[:, None])
         dx_ni = (dy_no * scale_o) @ weight.to(dy_no.dtype) if ctx.needs_input_grad[0] else None
         da_ri = _low_rank_gradients(x_ni, g_nr, dx_ni, lora_a, ctx.scaling, ctx.p, seed)
+        assert da_ri is not None
         db_or = (h_nr.t() @ dy_no).t() * (scale_o[:, None] * ctx.scaling)
         dx = None if dx_ni is None else dx_ni.view(x.shape).to(x.dtype)
         return dx, None, None, da_ri.to(lora_a.dtype), db_or.to(lora_b.dtype), dm_o, None, None, None, None

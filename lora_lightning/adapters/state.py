@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import iter_adapters, join
+from lora_lightning.adapters.attach import attached_methods, iter_adapters, join
+from lora_lightning.adapters.base import Adapter
 from lora_lightning.errors import CheckpointError
 
 
@@ -19,7 +20,8 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         Detached tensors (sharing memory with the model) by `<host path in the base model>.<name>`, such as
-        `encoder.layer.0.attention.self.query.lora_A`; a trained copy's parameters under the original's own names.
+        `encoder.layer.0.attention.self.query.lora_A`; a trained copy's parameters under the original's own names, and
+        a tensor that several adapters share under the first host's.
 
     Example:
         >>> from lora_lightning.adapters.attach import attach
@@ -29,11 +31,33 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         >>> {name: tuple(tensor.shape) for name, tensor in adapter_state_dict(model).items()}
         {'0.lora_A': (2, 8), '0.lora_B': (2, 2)}
     """
-    return {
-        join(path, adapter.public_name(name)): tensor
-        for path, _, adapter in iter_adapters(model)
-        for name, tensor in adapter.state_dict().items()
-    }
+    return _named(model, lambda adapter: adapter.state_dict(keep_vars=True))
+
+
+def folded_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """Return what `adapter_state_dict` returns after `fold`, without changing the model."""
+    return _named(model, lambda adapter: adapter.folded_state())
+
+
+def fold(model: nn.Module) -> None:
+    """Drop what only training needs, such as the encoders of prompt methods; the model answers as before.
+
+    Optimizers that hold the dropped parameters no longer train the model, so this comes after training.
+    """
+    for _, _, adapter in iter_adapters(model):
+        adapter.fold()
+
+
+def _named(model: nn.Module, state_of: Callable[[Adapter], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the tensors of all adapters by their public names; one that several share, by its first."""
+    seen: set[int] = set()
+    named: dict[str, Tensor] = {}
+    for path, _, adapter in iter_adapters(model):
+        for name, tensor in state_of(adapter).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                named[join(path, adapter.public_name(name))] = tensor.detach()
+    return named
 
 
 @torch.no_grad()
@@ -45,8 +69,10 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         state: The tensors; cast to the dtype of the model's own.
 
     Raises:
-        CheckpointError: Keys are missing or unknown, or a shape differs; the model is unchanged.
+        CheckpointError: Keys are missing or unknown, or a shape differs; no value is changed.
     """
+    for method in attached_methods(model):
+        method.fit_to_state(model, state)
     own = adapter_state_dict(model)
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own]

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_lightning.adapters import adapter_state_dict, attached_methods, load_adapter_state_dict
+from lora_lightning.adapters import attached_methods, folded_state_dict, load_adapter_state_dict
 from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.manifest import (
@@ -75,7 +75,7 @@ def write_adapter_folder(
     """
     if folder.exists() and not is_adapter_folder(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder} is there and holds no adapter; move it away or save elsewhere.")
-    state = adapter_state_dict(model)
+    state = folded_state_dict(model)
     check_finite(state, "The adapter")
     peft = to_peft(model, state)
     with atomic_folder(folder) as temporary:

@@ -52,7 +52,7 @@ class DoRAAdapter(LowRankAdapter):
         if self.kind is HostKind.LINEAR and codec.is_view:
             p, seed = self.draw_dropout()
             weight = codec.read(host)
-            factors = (self.lora_A, self.lora_B)
+            factors = self.factors()
             if self.axis == "output":
                 return dora_linear(x, weight, host.bias, *factors, self.magnitude, norm, self.scaling, p, seed)
             scaled = x * (self.magnitude / norm).to(x.dtype)
@@ -82,7 +82,7 @@ class DoRAAdapter(LowRankAdapter):
         """Return ‖W + s B A‖ along the axis, without a gradient (section 4.3 of the paper)."""
         if not torch.compiler.is_compiling():
             self._refresh_base_norm(host)
-        weight, a, b = read_weight(host).detach(), self.lora_A.detach(), self.lora_B.detach()
+        weight, (a, b) = read_weight(host).detach(), self.factors()
         if self.axis == "input":
             weight, a, b = weight.t(), b.t(), a.t()
         return dora_norm(weight, a, b, self.scaling, self.base_norm_squared)

@@ -53,6 +53,7 @@ class LoRA(TargetedMethod):
     """
 
     name: ClassVar[str] = "lora"
+    size_setting: ClassVar[str | None] = "r"
 
     r: int = 8
     alpha: float = 16.0

@@ -81,9 +81,16 @@ class LowRankAdapter(ForwardAdapter):
         if self.kind is HostKind.LINEAR and codec.is_view:
             p, seed = self.draw_dropout()
             weight = codec.read(host)
-            return lora_linear(x, weight, host.bias, self.lora_A, self.lora_B, self.scaling, p, seed)
+            return lora_linear(x, weight, host.bias, *self.factors(), self.scaling, p, seed)
         output: Tensor = self.base_forward(host, x, *args, **kwargs)
         return output + self.update(host, x).to(output.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Return A `[rank, in]` and B `[out, rank]` of the update s B A, differentiable.
+
+        Relatives of LoRA whose update is low-rank override this alone; forward, merging and export go by it.
+        """
+        return self.lora_A, self.lora_B
 
     def draw_dropout(self) -> tuple[float, Tensor | None]:
         """Return the dropout probability and a fresh seed, or None for no dropout."""
@@ -93,30 +100,31 @@ class LowRankAdapter(ForwardAdapter):
     def update(self, host: Host, x: Tensor) -> Tensor:
         """Compute the update's share of the output alone, shape of the host's output."""
         p, seed = self.draw_dropout()
+        a, b = self.factors()
         if self.kind is HostKind.LINEAR:
-            return low_rank_update(x, self.lora_A, self.lora_B, self.scaling, p, seed)
+            return low_rank_update(x, a, b, self.scaling, p, seed)
         if self.kind is HostKind.EMBEDDING:
-            rows = F.linear(F.embedding(x, self.lora_A.t(), host.padding_idx), self.lora_B) * self.scaling
+            rows = F.linear(F.embedding(x, a.t(), host.padding_idx), b) * self.scaling
             return rows * getattr(host, "embed_scale", 1.0)  # transformers' scaled embeddings, as in Gemma
         if seed is not None:
             x = seeded_dropout(x, p, seed)
-        return self._convolve(host, x)
+        return self._convolve(host, x, a.to(x.dtype), b.to(x.dtype))
 
-    def _convolve(self, host: Host, x: Tensor) -> Tensor:
-        """Convolve with s B A: through r channels, or, where the host has groups, with the product itself."""
-        weight, a, b = host.weight, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+    def _convolve(self, host: Host, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """Convolve with s B A: through its rank in channels, or, where the host has groups, with the product itself."""
+        weight = host.weight
         assert isinstance(weight, Tensor)
         if host.groups > 1:
             return host._conv_forward(x, (b @ a).view_as(weight) * self.scaling, None)
-        hidden = host._conv_forward(x, a.view(self.r, *weight.shape[1:]), None)
+        hidden = host._conv_forward(x, a.view(len(a), *weight.shape[1:]), None)
         point = F.conv1d if weight.dim() == 3 else F.conv2d
         return point(hidden * self.scaling, b.view(*b.shape, *[1] * (weight.dim() - 2)))
 
     def merged_weight(self, host: Host, weight: Tensor) -> Tensor:
         """Return W + s B A, `[out, in]`."""
         del host
-        delta = self.lora_B.to(weight.dtype) @ self.lora_A.to(weight.dtype)
-        return weight + self.scaling * delta
+        a, b = self.factors()
+        return weight + self.scaling * (b.to(weight.dtype) @ a.to(weight.dtype))
 
     def extra_repr(self) -> str:
         """Tell rank, scaling and dropout."""

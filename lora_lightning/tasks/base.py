@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
 import lightning as L
 import torch
@@ -18,6 +18,7 @@ from lora_lightning.adapters import (
     AttachReport,
     Method,
     adapter_state_dict,
+    fold,
     is_attached,
     load_adapter_state_dict,
     require_calls,
@@ -110,6 +111,7 @@ class AdapterTask(L.LightningModule):
         self.base_fingerprint: str | None = None
         self._new_modules: tuple[str, ...] = ()
         self._stages_checked: set[str] = set()
+        self._is_calibrated = False
         self._metrics_of: dict[str, MetricCollection] = {}
         specs = [class_config(one) for one in self.methods]
         self.keep_settings(
@@ -217,6 +219,16 @@ class AdapterTask(L.LightningModule):
                 self._metrics_of[stage] = metrics.clone(prefix=f"{stage}/")
                 self.add_module(f"{stage}_metrics", self._metrics_of[stage])
 
+    def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - torch's own signature
+        """Move the module; in a fit, methods may look at data once it is on its device.
+
+        Lightning moves it after loading a checkpoint and before optimizer and DDP see the parameters, and has no hook
+        there: methods that change their parameters by the data need just that moment.
+        """
+        super().to(*args, **kwargs)
+        self._calibrate()
+        return self
+
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union
         """Build the optimizer over the role groups, and the schedule stepped once per optimizer step."""
         optimizer = build_optimizer(self, self.optim)
@@ -250,13 +262,6 @@ class AdapterTask(L.LightningModule):
         del batch_idx
         return self.predict(batch)
 
-    def on_train_start(self) -> None:
-        """Let methods look at data, once, before the first step of a fresh run."""
-        calibrating = [method for method in self.methods if type(method).calibrate is not Method.calibrate]
-        if self.trainer.global_step == 0:
-            for method in calibrating:
-                method.calibrate(self.adapted, self._batches())
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Let methods act on the gradients."""
         del optimizer
@@ -272,8 +277,7 @@ class AdapterTask(L.LightningModule):
 
     def fold(self) -> None:
         """Drop what only training needs (the encoders of prompt methods); the model answers as before."""
-        for method in self.methods:
-            method.fold(self.adapted)
+        fold(self.adapted)
 
     # What a checkpoint keeps.
 
@@ -302,6 +306,7 @@ class AdapterTask(L.LightningModule):
                 "This checkpoint was not written by lora_lightning: it holds no adapter state. Give a run's .ckpt file."
             )
         self.configure_model()
+        self._is_calibrated = True
         check_fingerprint(self.base_fingerprint or fingerprint(self.adapted), own["base_fingerprint"], "The checkpoint")
         for method, state in zip(self.methods, own["method_state"], strict=True):
             method.load_extra_state(self.adapted, state)
@@ -379,10 +384,21 @@ class AdapterTask(L.LightningModule):
             metrics.update(output.predictions, output.targets)
             self.log_dict(metrics, prog_bar=True, batch_size=_batch_size(batch))
 
+    def _calibrate(self) -> None:
+        calibrating = [method for method in self.methods if type(method).calibrate is not Method.calibrate]
+        is_fit = self._trainer is not None and self.trainer.state.fn == "fit"
+        if not calibrating or not is_fit or self._is_calibrated or self.model is None:
+            return
+        self._is_calibrated = True
+        self.trainer.fit_loop.setup_data()
+        for method in calibrating:
+            method.calibrate(self.adapted, self._batches(), lambda batch: self.compute_loss(batch).loss)
+        self.adapted.zero_grad()
+
     def _batches(self) -> Iterator[Any]:
         loader: Iterable[Any] = self.trainer.train_dataloader  # type: ignore[assignment]  # Lightning types it as Any
         for batch in loader:
-            yield self.transfer_batch_to_device(batch, self.device, 0)
+            yield self.transfer_batch_to_device(batch, self.trainer.strategy.root_device, 0)
 
     def _total_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches

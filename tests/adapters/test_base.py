@@ -9,11 +9,11 @@ from tests.adapters.toys import BiasDelta, InputScale, TiedModel
 
 def test_training_hooks_do_nothing_by_default():
     model, method = nn.Linear(2, 2), LoRA()
-    assert method.calibrate(model, []) is None
+    assert method.calibrate(model, [], lambda batch: batch) is None
     assert method.extra_loss(model) is None
     assert method.before_step(model, 0, 1) is None
     assert method.after_step(model, 0, 1) is None
-    assert method.fold(model) is None
+    assert method.fit_to_state(model, {}) is None
     assert method.extra_state(model) == {}
     assert method.load_extra_state(model, {}) is None
 

@@ -124,7 +124,7 @@ def test_every_training_hook_is_called_with_its_step():
     assert first.abs().min() > 0
     assert not torch.equal(first, second)
     task.fold()
-    assert Recorder.journal[-1] == ("fold",)
+    assert Recorder.delta(task.adapted).is_folded
 
 
 def test_the_extra_loss_of_a_method_is_added_and_logged():

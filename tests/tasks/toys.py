@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,6 +68,10 @@ class Delta(OutputAdapter):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(width))
+        self.is_folded = False
+
+    def fold(self) -> None:
+        self.is_folded = True
 
     def forward(self, host: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         return output + self.delta
@@ -93,8 +97,10 @@ class Recorder(Method):
     def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
         yield self.host, Delta(self.width)
 
-    def calibrate(self, model: nn.Module, batches: Iterable[Any]) -> None:
-        self.journal.append(("calibrate", len(list(batches))))
+    def calibrate(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
+        losses = [loss(batch) for batch in batches]
+        losses[0].backward()
+        self.journal.append(("calibrate", len(losses)))
 
     def extra_loss(self, model: nn.Module) -> Tensor | None:
         delta = self.delta(model).delta
@@ -105,9 +111,6 @@ class Recorder(Method):
 
     def after_step(self, model: nn.Module, step: int, total_steps: int) -> None:
         self.journal.append(("after", step, total_steps, self.delta(model).delta.detach().clone()))
-
-    def fold(self, model: nn.Module) -> None:
-        self.journal.append(("fold",))
 
     def extra_state(self, model: nn.Module) -> dict[str, Any]:
         return {"calls": len(self.journal), "note": "kept"}
