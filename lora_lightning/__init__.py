@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
     from lora_lightning.data import InstructionData, TextClassificationData
-    from lora_lightning.methods import DoRA, LoRA
+    from lora_lightning.methods import DoRA, LoRA, PrefixTuning, PromptTuning, PTuning, PTuningV2
     from lora_lightning.optim import Optim, param_groups
     from lora_lightning.tasks import AdapterTask, CausalLM, PerTokenTask, SequenceClassification, StepOutput, TokenSums
 
@@ -39,7 +39,11 @@ _HOME = {
     "MergeAtEnd": "callbacks",
     "MetricCurve": "callbacks",
     "Optim": "optim",
+    "PTuning": "methods",
+    "PTuningV2": "methods",
     "PerTokenTask": "tasks",
+    "PrefixTuning": "methods",
+    "PromptTuning": "methods",
     "Quantization": "backbones.quantization",
     "SampleGenerations": "callbacks",
     "SequenceClassification": "tasks",
@@ -72,7 +76,11 @@ __all__ = [
     "MergeAtEnd",
     "MetricCurve",
     "Optim",
+    "PTuning",
+    "PTuningV2",
     "PerTokenTask",
+    "PrefixTuning",
+    "PromptTuning",
     "Quantization",
     "SampleGenerations",
     "SequenceClassification",

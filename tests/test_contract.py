@@ -25,13 +25,14 @@ from lora_lightning.adapters import (
     adapter_state_dict,
     detach,
     disabled,
+    fold,
     iter_roles,
     load_adapter_state_dict,
 )
 from lora_lightning.adapters.weights import RESERVED, read_weight
 from lora_lightning.backbones.attach import attach, merge
 from lora_lightning.errors import CheckpointError, NotMergeable
-from lora_lightning.methods import DoRA, LoRA
+from lora_lightning.methods import DoRA, LoRA, PrefixTuning, PromptTuning, PTuning, PTuningV2
 from tests import distributed, models
 
 
@@ -47,6 +48,7 @@ class Example:
         changes_start: The first forward is not the base's: soft prompts are there from the start.
         on_plain: It works on plain torch modules, which have no architecture.
         without_gradient: Regular expression of parameters whose gradient is zero by nature.
+        compiles_folded: It compiles in one graph only once it is folded: torch breaks the graph at an LSTM.
     """
 
     method: Method
@@ -56,6 +58,7 @@ class Example:
     changes_start: bool = False
     on_plain: bool = True
     without_gradient: str | None = None
+    compiles_folded: bool = False
 
 
 # One or several settings of every method.
@@ -65,6 +68,18 @@ EXAMPLES: dict[type[Method], dict[str, Example]] = {
         "dora": Example(method=DoRA(r=4, alpha=8, target_modules="all-linear")),
         "dora-input": Example(method=DoRA(r=4, alpha=8, target_modules="all-linear", magnitude_axis="input")),
     },
+}
+SOFT = {"is_mergeable": False, "changes_start": True, "on_plain": False}
+EXAMPLES |= {
+    PromptTuning: {"prompt-tuning": Example(method=PromptTuning(num_virtual_tokens=4), **SOFT)},
+    PTuning: {
+        "p-tuning": Example(method=PTuning(num_virtual_tokens=4), **SOFT),
+        "p-tuning-lstm": Example(
+            method=PTuning(num_virtual_tokens=4, encoder="lstm"), models=("bert",), compiles_folded=True, **SOFT
+        ),
+    },
+    PrefixTuning: {"prefix-tuning": Example(method=PrefixTuning(num_virtual_tokens=4), **SOFT)},
+    PTuningV2: {"p-tuning-v2": Example(method=PTuningV2(num_virtual_tokens=4), **SOFT)},
 }
 CASES = {
     f"{name}-{architecture}": (example, architecture)
@@ -287,10 +302,15 @@ def test_copies_are_independent(base, method, clone):
 
 # torch.compile itself makes an instance of each autograd function that has a setup_context.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiles_in_one_graph(architecture, base, method):
+def test_compiles_in_one_graph(architecture, base, method, example):
     if architecture == "llama":  # with dropout; the other architecture goes without
         method = with_dropout(method)
     adapted(base, method).train()
+    if example.compiles_folded:
+        torch.compiler.reset()
+        with pytest.raises(torch._dynamo.exc.Unsupported, match="LSTM"):
+            step(base, torch.compile(base, fullgraph=True, backend="aot_eager"))
+        fold(base)
     torch.manual_seed(5)
     expected = step(base)
     torch.compiler.reset()

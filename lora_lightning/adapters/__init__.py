@@ -14,6 +14,7 @@ from lora_lightning.adapters.attach import (
 )
 from lora_lightning.adapters.base import (
     Adapter,
+    AttentionAdapter,
     ForwardAdapter,
     InputAdapter,
     Method,
@@ -28,6 +29,7 @@ from lora_lightning.adapters.view import ModelView, PlainView
 __all__ = [
     "Adapter",
     "AttachReport",
+    "AttentionAdapter",
     "ForwardAdapter",
     "InputAdapter",
     "Method",

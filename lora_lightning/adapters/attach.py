@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
-from lora_lightning.adapters.base import Adapter, ForwardAdapter, InputAdapter, Method, OutputAdapter, Role
+from lora_lightning.adapters.base import (
+    Adapter,
+    AttentionAdapter,
+    ForwardAdapter,
+    InputAdapter,
+    Method,
+    OutputAdapter,
+    Role,
+)
 from lora_lightning.adapters.head import HeadAdapter
 from lora_lightning.adapters.targets import find_modules, is_within
 from lora_lightning.adapters.view import ModelView, PlainView
@@ -47,6 +55,7 @@ class _Attachment:
     methods: tuple[Method, ...]
     was_trainable: list[str] = field(default_factory=list)
     nested_encoders: list[str] = field(default_factory=list)
+    unroute: Callable[[nn.Module], None] | None = None
 
 
 class AdapterStack(nn.ModuleDict):
@@ -166,6 +175,8 @@ def attach(
     for path, name, adapter in placed:
         _hang(model.get_submodule(path), name, adapter)
     _turn_off_fast_paths(model, [path for path, _, _ in placed], record)
+    if any(isinstance(adapter, AttentionAdapter) for _, _, adapter in placed):
+        record.unroute = view.route_attention()
     setattr(model, _RECORD, record)
     own = {parameter: None for _, _, adapter in placed for parameter in adapter.parameters()}  # shared ones once
     return AttachReport(
@@ -188,6 +199,8 @@ def detach(model: nn.Module) -> None:
         record: _Attachment | None = module.__dict__.pop(_RECORD, None)
         if record is None:
             continue
+        if record.unroute is not None:
+            record.unroute(module)
         for name in record.was_trainable:
             module.get_parameter(name).requires_grad_()
         for path in record.nested_encoders:

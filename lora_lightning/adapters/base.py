@@ -126,6 +126,14 @@ class OutputAdapter(Adapter):
     """
 
 
+class AttentionAdapter(Adapter):
+    """An adapter that gives its host, an attention module, keys and values to put in front of its own.
+
+    The view of the model makes attention ask for them (`ModelView.route_attention`).
+    Subclasses define `forward(host) -> (keys, values)`, `[heads, num, head size]` each.
+    """
+
+
 # What PEFT calls it -> what it is called here.
 PEFT_SPELLINGS: Mapping[str, str] = {
     "lora_alpha": "alpha",

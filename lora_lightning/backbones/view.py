@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
-from lora_lightning.adapters.view import ModelView, PlainView
+from lora_lightning.adapters.view import AttentionPlace, ModelView, PlainView, PromptPlace
+from lora_lightning.backbones import attention
 from lora_lightning.backbones.defaults import USUAL_TARGETS
+from lora_lightning.backbones.prompt_place import find_prompt_place
+from lora_lightning.errors import TargetError
 
 
 class TransformersView(PlainView):
@@ -32,6 +36,27 @@ class TransformersView(PlainView):
         find: Any = getattr(self.model, "get_output_embeddings", lambda: None)
         output = find()
         return [path for path, module in self.model.named_modules() if output is not None and module is output]
+
+    def prompt_place(self) -> PromptPlace:
+        """Return the body, the encoder of an encoder-decoder, with its token embedding."""
+        return find_prompt_place(self.model)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return a text's token ids under the backbone's own tokenizer."""
+        from lora_lightning.backbones.load import load_tokenizer
+
+        ids: list[int] = load_tokenizer(self.config._name_or_path)(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise TargetError(f"{text!r} has no tokens under this model's tokenizer; give another text.")
+        return ids
+
+    def attention_places(self) -> list[AttentionPlace]:
+        """Return the attention modules as a trial run finds them."""
+        return attention.find_attention(self.model)
+
+    def route_attention(self) -> Callable[[nn.Module], None]:
+        """Send every attention through the function that asks adapters for keys and values."""
+        return attention.route(self.model)
 
     def untie(self, path: str) -> None:
         """Give the module at `path` its own weight, and say so in the config, or a reload would tie them again."""

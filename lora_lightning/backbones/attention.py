@@ -1,0 +1,164 @@
+"""Keys and values of adapters in front of those that a transformers model computes, through its attention interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_lightning.adapters.base import AttentionAdapter
+from lora_lightning.adapters.view import AttentionPlace
+from lora_lightning.adapters.weights import RESERVED
+from lora_lightning.backbones.prompt_place import path_of
+from lora_lightning.errors import TargetError
+
+ROUTED = "lora_lightning"
+_PROBED = "lora_lightning_probe"
+_SUPPORTED = ("sdpa", "eager")
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,  # noqa: ANN401 - the interface's own
+) -> tuple[Tensor, Any]:
+    """Attend as transformers' `sdpa` does, with the keys and values of the module's adapters in front.
+
+    The cache never holds them, since this comes after it; so cached and uncached generation are the same.
+
+    Args:
+        module: The attention module.
+        query: `[batch, heads, length, head size]`.
+        key: `[batch, kv heads, kv length, head size]`.
+        value: The same.
+        attention_mask: Boolean or additive, `[batch, 1, length, kv length]`, or None.
+        position_bias: Additive, `[1 or batch, heads, length, kv length]` (T5), or None.
+        **kwargs: The rest, passed on.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    stack: Any = module._modules.get(RESERVED)
+    adapters = [] if stack is None else [one for one in stack.of_kind(AttentionAdapter) if one.enabled]
+    for adapter in adapters:
+        prefix_keys, prefix_values = adapter(module)
+        num = prefix_keys.shape[1]
+        if attention_mask is None and query.shape[2] > 1 and _is_causal(module, kwargs):
+            length, kv_length = query.shape[2], key.shape[2]
+            ones = torch.ones(length, kv_length, dtype=torch.bool, device=query.device)
+            attention_mask = ones.tril(kv_length - length)[None, None]
+        key = torch.cat([prefix_keys.to(key.dtype).expand(len(key), -1, -1, -1), key], 2)
+        value = torch.cat([prefix_values.to(value.dtype).expand(len(value), -1, -1, -1), value], 2)
+        if attention_mask is not None:
+            visible = 1.0 if attention_mask.dtype is torch.bool else 0.0
+            attention_mask = F.pad(attention_mask, (num, 0), value=visible)
+        if position_bias is not None:
+            position_bias = F.pad(position_bias, (num, 0))
+    if position_bias is not None:
+        kwargs["position_bias"] = position_bias
+    output: tuple[Tensor, Any] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output
+
+
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
+
+
+def route(model: Any) -> Callable[[nn.Module], None]:  # noqa: ANN401 - a transformers model
+    """Send every attention of a model through `attend`.
+
+    Returns:
+        What undoes it; it can be pickled.
+    """
+    before = _implementation(model)
+    _register(ROUTED, attend)
+    model.set_attn_implementation(ROUTED)
+    return partial(restore, implementation=before)
+
+
+def restore(model: Any, implementation: str) -> None:  # noqa: ANN401 - a transformers model
+    """Give a model the attention implementation back that it had."""
+    model.set_attn_implementation(implementation)
+
+
+def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a transformers model
+    """Return the attention modules that a trial run with two tokens calls, in the model's order.
+
+    Raises:
+        TargetError: The architecture does not go through transformers' attention interface.
+    """
+    before = _implementation(model)
+    found: dict[nn.Module, tuple[int, int]] = {}
+
+    def probe(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
+        found[module] = (key.shape[1], key.shape[3])
+        return attend(module, query, key, *args, **kwargs)
+
+    _register(_PROBED, probe)
+    model.set_attn_implementation(_PROBED)
+    try:
+        with torch.no_grad(), _evaluating(model):
+            model(**_trial_inputs(model))
+    finally:
+        model.set_attn_implementation(before)
+    if not found:
+        raise _unsupported(model)
+    order = {id(module): index for index, module in enumerate(model.modules())}
+    return [
+        AttentionPlace(path=path_of(model, module), num_heads=heads, head_size=size)
+        for module, (heads, size) in sorted(found.items(), key=lambda item: order[id(item[0])])
+    ]
+
+
+def _implementation(model: Any) -> str:  # noqa: ANN401
+    name: str | None = getattr(model.config, "_attn_implementation", None)
+    can_set: Any = getattr(model, "_can_set_attn_implementation", None)
+    if can_set is None or not can_set():
+        raise _unsupported(model)
+    if name not in _SUPPORTED:
+        raise TargetError(
+            f"Prefix methods need the attention implementation sdpa or eager, and this model was loaded with {name!r}."
+        )
+    return str(name)
+
+
+def _unsupported(model: Any) -> TargetError:  # noqa: ANN401
+    return TargetError(
+        f"Prefix methods do not work on {model.config.model_type}: its attention does not go through transformers' "
+        "attention interface. Use LoRA, or PromptTuning where that works."
+    )
+
+
+def _register(name: str, function: Callable[..., Any]) -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)  # without it padding is ignored
+
+
+def _trial_inputs(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
+    device = next(model.parameters()).device
+    ids = torch.ones(1, 2, dtype=torch.long, device=device)
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back into its own afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

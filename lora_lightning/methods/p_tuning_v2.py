@@ -1,0 +1,26 @@
+"""P-Tuning v2: deep prompts, without an encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lora_lightning.methods.prefix import Prefix
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTuningV2(Prefix):
+    """Trainable keys and values in every layer (Liu et al. 2022, arXiv 2110.07602, section 3.2).
+
+    Each attention sees [P_k; K] and [P_v; V] with P_k, P_v: [heads of the keys, num_virtual_tokens, head size]; real
+    tokens' positions are moved on by num_virtual_tokens. For encoders as well as decoders.
+
+    Args:
+        num_virtual_tokens: How many in every layer, at least 1.
+        modules_to_save: See `Method`.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    name: ClassVar[str] = "p_tuning_v2"
