@@ -31,7 +31,7 @@ from lora_lightning.adapters import (
 from lora_lightning.adapters.weights import RESERVED, read_weight
 from lora_lightning.backbones.attach import attach, merge
 from lora_lightning.errors import CheckpointError, NotMergeable
-from lora_lightning.methods import DoRA, LoRA
+from lora_lightning.methods import DoRA, LoRA, LoRAFA
 from tests import distributed, models
 
 
@@ -64,6 +64,9 @@ EXAMPLES: dict[type[Method], dict[str, Example]] = {
     DoRA: {
         "dora": Example(method=DoRA(r=4, alpha=8, target_modules="all-linear")),
         "dora-input": Example(method=DoRA(r=4, alpha=8, target_modules="all-linear", magnitude_axis="input")),
+    },
+    LoRAFA: {
+        "lora_fa": Example(method=LoRAFA(r=4, alpha=8, target_modules="all-linear"), models=("llama",), is_exact=True),
     },
 }
 CASES = {

@@ -33,8 +33,8 @@ class LowRankAdapter(ForwardAdapter):
         lora_B: `[out, r]`.
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    lora_A: Tensor
+    lora_B: Tensor
 
     def __init__(self, host: Host, *, r: int, scaling: float, dropout: float = 0.0, init: str = "kaiming") -> None:
         super().__init__()
