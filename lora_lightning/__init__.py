@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
     from lora_lightning.data import InstructionData, TextClassificationData
-    from lora_lightning.methods import DoRA, LoRA, LoRAFA
+    from lora_lightning.methods import DeltaLoRA, DoRA, LoRA, LoRAFA, VeRA
     from lora_lightning.optim import Optim, param_groups
     from lora_lightning.tasks import AdapterTask, CausalLM, PerTokenTask, SequenceClassification, StepOutput, TokenSums
 
@@ -33,6 +33,7 @@ _HOME = {
     "AdapterSummary": "callbacks",
     "AdapterTask": "tasks",
     "CausalLM": "tasks",
+    "DeltaLoRA": "methods",
     "DoRA": "methods",
     "InstructionData": "data",
     "LoRA": "methods",
@@ -48,6 +49,7 @@ _HOME = {
     "TextClassificationData": "data",
     "Throughput": "callbacks",
     "TokenSums": "tasks",
+    "VeRA": "methods",
     "adapter_state_dict": "adapters",
     "attach": "backbones.attach",
     "detach": "adapters",
@@ -67,6 +69,7 @@ __all__ = [
     "AdapterSummary",
     "AdapterTask",
     "CausalLM",
+    "DeltaLoRA",
     "DoRA",
     "InstructionData",
     "LoRA",
@@ -82,6 +85,7 @@ __all__ = [
     "TextClassificationData",
     "Throughput",
     "TokenSums",
+    "VeRA",
     "__version__",
     "adapter_state_dict",
     "attach",

@@ -1,4 +1,4 @@
-"""LoRA-FA: A stays at its random start and only B learns, so the layer keeps `r` numbers a token instead of its input."""
+"""LoRA-FA: A stays at its random start and only B learns, so a layer keeps r numbers a token, not its input."""
 
 from __future__ import annotations
 

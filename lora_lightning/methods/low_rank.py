@@ -43,8 +43,12 @@ class LowRankAdapter(ForwardAdapter):
         self.kind, self.scaling, self.dropout, self.init, self.r = codec.kind, scaling, dropout, init, r
         weight = next(host.parameters(recurse=False))
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
-        self.lora_A = nn.Parameter(torch.empty(r, num_in, device=weight.device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(num_out, r, device=weight.device, dtype=dtype))
+        self.create_parameters(num_out, num_in, weight.device, dtype)
+
+    def create_parameters(self, num_out: int, num_in: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Create the trainable tensors; a relative with others than A and B overrides this."""
+        self.lora_A = nn.Parameter(torch.empty(self.r, num_in, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(num_out, self.r, device=device, dtype=dtype))
         self.reset_parameters()
 
     @torch.no_grad()
