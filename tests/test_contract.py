@@ -60,7 +60,15 @@ class Example:
 
 # One or several settings of every method.
 EXAMPLES: dict[type[Method], dict[str, Example]] = {
-    LoRA: {"lora": Example(method=LoRA(r=4, alpha=8, target_modules="all-linear"), is_exact=True)},
+    LoRA: {
+        "lora": Example(method=LoRA(r=4, alpha=8, target_modules="all-linear"), is_exact=True),
+        "lora-pissa": Example(
+            method=LoRA(r=4, alpha=8, target_modules="all-linear", init="pissa"), models=("llama",), on_plain=False
+        ),
+        "lora-olora": Example(
+            method=LoRA(r=4, alpha=8, target_modules="all-linear", init="olora"), models=("llama",), on_plain=False
+        ),
+    },
     DoRA: {
         "dora": Example(method=DoRA(r=4, alpha=8, target_modules="all-linear")),
         "dora-input": Example(method=DoRA(r=4, alpha=8, target_modules="all-linear", magnitude_axis="input")),

@@ -17,7 +17,7 @@ from lora_lightning.methods.low_rank import LowRankAdapter
 
 
 class DeltaLoRAAdapter(LowRankAdapter):
-    """W' = W + s B A + λ s (B A − B_K A_K) on one host, the λ term without a gradient to A and B.
+    """W' = W + s B A + λ s (B A - B_K A_K) on one host, the λ term without a gradient to A and B.
 
     Args:
         host: The host module.
@@ -26,21 +26,21 @@ class DeltaLoRAAdapter(LowRankAdapter):
         **settings: See `LowRankAdapter`.
 
     Attributes:
-        delta_A: A_K, `[r, in]`; zero before step K.
-        delta_B: B_K, `[out, r]`; zero before step K.
+        anchor_a: A_K, `[r, in]`; zero before step K.
+        anchor_b: B_K, `[out, r]`; zero before step K.
         started: 1 from step K on, else 0, `[]`; a tensor, so that it travels in the state and compiled graphs stay
             whole.
     """
 
-    delta_A: Tensor
-    delta_B: Tensor
+    anchor_a: Tensor
+    anchor_b: Tensor
     started: Tensor
 
     def __init__(self, host: Host, *, delta_ratio: float, start_step: int, **settings: Any) -> None:  # noqa: ANN401
         super().__init__(host, **settings)
         self.delta_ratio, self.start_step = delta_ratio, start_step
-        self.register_buffer("delta_A", torch.zeros_like(self.lora_A.detach()))
-        self.register_buffer("delta_B", torch.zeros_like(self.lora_B.detach()))
+        self.register_buffer("anchor_a", torch.zeros_like(self.lora_A.detach()))
+        self.register_buffer("anchor_b", torch.zeros_like(self.lora_B.detach()))
         self.register_buffer("started", torch.zeros_like(self.lora_A.detach()[0, 0]))
         if start_step == 0:
             self.start()
@@ -48,22 +48,22 @@ class DeltaLoRAAdapter(LowRankAdapter):
     @torch.no_grad()
     def start(self) -> None:
         """Keep A and B as A_K and B_K: from here on W moves."""
-        self.delta_A.copy_(self.lora_A)
-        self.delta_B.copy_(self.lora_B)
+        self.anchor_a.copy_(self.lora_A)
+        self.anchor_b.copy_(self.lora_B)
         self.started.fill_(1)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """Return [A; A; A_K] `[3 r, in]` and [B, λ B, −λ B_K] `[out, 3 r]`; before step K the λ terms are zero."""
+        """Return [A; A; A_K] `[3 r, in]` and [B, λ B, -λ B_K] `[out, 3 r]`; before step K the λ terms are zero."""
         (a, b), ratio = super().factors(), self.delta_ratio * self.started
-        return torch.cat([a, a.detach(), self.delta_A]), torch.cat([b, ratio * b.detach(), -ratio * self.delta_B], 1)
+        return torch.cat([a, a.detach(), self.anchor_a]), torch.cat([b, ratio * b.detach(), -ratio * self.anchor_b], 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaLoRA(LoRA):
-    """LoRA whose base weight moves by λ s (B_{t+1} A_{t+1} − B_t A_t) (Zi et al. 2023, arXiv 2309.02411, equation 6).
+    """LoRA whose base weight moves by λ s (B_{t+1} A_{t+1} - B_t A_t) (Zi et al. 2023, arXiv 2309.02411, equation 6).
 
     W moves from step K on, without a gradient of its own. For a constant λ the sum of its moves telescopes to
-    λ s (B A − B_K A_K), so A_K and B_K are kept and no base weight is written. What flows back to the layer's input
+    λ s (B A - B_K A_K), so A_K and B_K are kept and no base weight is written. What flows back to the layer's input
     goes through the moved W; A and B get the gradients of LoRA at that W.
 
     Args:

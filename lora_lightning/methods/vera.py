@@ -71,14 +71,14 @@ class SharedProjections(nn.Module):
         dtype: Their precision.
 
     Attributes:
-        vera_A: `[r, num_in]`.
-        vera_B: `[num_out, r]`.
+        projection_a: `[r, num_in]`.
+        projection_b: `[num_out, r]`.
         digest: SHA-256 of A and B as drawn in float32, `[32]` bytes; part of the state dict, so that a checkpoint
             notices another draw.
     """
 
-    vera_A: Tensor
-    vera_B: Tensor
+    projection_a: Tensor
+    projection_b: Tensor
     digest: Tensor
 
     def __init__(
@@ -95,8 +95,8 @@ class SharedProjections(nn.Module):
         super().__init__()
         self.seed = seed
         meta = {"device": "meta", "dtype": dtype}
-        self.register_buffer("vera_A", torch.empty(r, num_in, **meta), persistent=is_saved)
-        self.register_buffer("vera_B", torch.empty(num_out, r, **meta), persistent=is_saved)
+        self.register_buffer("projection_a", torch.empty(r, num_in, **meta), persistent=is_saved)
+        self.register_buffer("projection_b", torch.empty(num_out, r, **meta), persistent=is_saved)
         self.register_buffer("digest", torch.empty(_DIGEST_BYTES, device="meta", dtype=torch.uint8))
         if device.type != "meta":
             self._apply(lambda tensor: torch.empty_like(tensor, device=device))
@@ -117,13 +117,13 @@ class SharedProjections(nn.Module):
         return any(tensor is not None and tensor.is_meta for tensor in buffers.values())
 
     def _draw(self) -> dict[str, Tensor | None]:
-        (r, num_in), num_out = self.vera_A.shape, self.vera_B.shape[0]
+        (r, num_in), num_out = self.projection_a.shape, self.projection_b.shape[0]
         a, b = draw_projections(self.seed, r, num_in, num_out)
         sha256 = hashlib.sha256()
         for matrix in (a, b):
             sha256.update(matrix.numpy().astype("<f4", copy=False).tobytes())
         digest = torch.frombuffer(bytearray(sha256.digest()), dtype=torch.uint8)
-        return {"vera_A": a, "vera_B": b, "digest": digest}
+        return {"projection_a": a, "projection_b": b, "digest": digest}
 
 
 class VeRAAdapter(LowRankAdapter):
@@ -144,7 +144,7 @@ class VeRAAdapter(LowRankAdapter):
     lambda_b: nn.Parameter
 
     def __init__(self, host: Host, projections: SharedProjections, *, d_initial: float, dropout: float) -> None:
-        super().__init__(host, r=projections.vera_A.shape[0], scaling=1.0, dropout=dropout)
+        super().__init__(host, r=projections.projection_a.shape[0], scaling=1.0, dropout=dropout)
         self.d_initial = d_initial
         self.projections = projections
         self.reset_parameters()
@@ -168,7 +168,7 @@ class VeRAAdapter(LowRankAdapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return diag(d) A `[r, in]` and diag(b) B `[out, r]`."""
         shared = self.projections
-        a, b = shared.vera_A[:, : self.num_in], shared.vera_B[: self.num_out]
+        a, b = shared.projection_a[:, : self.num_in], shared.projection_b[: self.num_out]
         return self.lambda_d[:, None] * a, self.lambda_b[:, None] * b
 
 

@@ -56,7 +56,7 @@ class Layer:
 
 
 def simulate(layers: list[Layer], start: int = START, ratio: float = RATIO) -> Tensor:
-    """Train with a W that moves by λ s (B_{t+1} A_{t+1} − B_t A_t) after `start` steps; return the gradients of x."""
+    """Train with a W that moves by λ s (B_{t+1} A_{t+1} - B_t A_t) after `start` steps; return the gradients of x."""
     for step in range(STEPS):
         x, target = batch(step)
         x.requires_grad_()
@@ -143,10 +143,10 @@ def test_before_the_start_it_is_lora():
     attach(model, METHOD)
     train(model, 0, START - 1)
     ((_, host, adapter), _) = iter_adapters(model)
-    assert not adapter.delta_A.any()
+    assert not adapter.anchor_a.any()
     assert gap(adapter.merged_weight(host, host.weight), host.weight + 2 * adapter.lora_B @ adapter.lora_A) <= 1e-12
     train(model, START - 1, START)
-    assert torch.equal(adapter.delta_A, adapter.lora_A)
+    assert torch.equal(adapter.anchor_a, adapter.lora_A)
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def test_equals_peft(architecture):
     for path, _, adapter in iter_adapters(ours):
         vectors[f"{path}.d"] = adapter.lambda_d, layers[path].vera_lambda_d["default"]
         vectors[f"{path}.b"] = adapter.lambda_b, layers[path].vera_lambda_b["default"]
-        assert torch.equal(adapter.projections.vera_A, layers[path].vera_A["default"])
-        assert torch.equal(adapter.projections.vera_B, layers[path].vera_B["default"])
+        assert torch.equal(adapter.projections.projection_a, layers[path].vera_A["default"])
+        assert torch.equal(adapter.projections.projection_b, layers[path].vera_B["default"])
     with torch.no_grad():
         for own, counterpart in vectors.values():
             counterpart.copy_(own)
@@ -98,7 +98,7 @@ def test_the_state_holds_the_projections_on_request(is_saved):
     model = toy()
     attach(model, VeRA(r=4, save_projection=is_saved))
     names = {name for name in adapter_state_dict(model) if "projections" in name}
-    pair = {"0.projections.vera_A", "0.projections.vera_B"} if is_saved else set()
+    pair = {"0.projections.projection_a", "0.projections.projection_b"} if is_saved else set()
     assert names == {"0.projections.digest"} | pair
 
 
@@ -110,13 +110,13 @@ def test_the_pair_survives_every_conversion():
     digest = shared.digest.clone()
     for convert in (lambda: model.double(), lambda: model.to_empty(device="cpu"), lambda: model.float()):
         convert()
-        assert torch.equal(shared.vera_A.float(), a)
-        assert torch.equal(shared.vera_B.float(), b)
+        assert torch.equal(shared.projection_a.float(), a)
+        assert torch.equal(shared.projection_b.float(), b)
         assert torch.equal(shared.digest, digest)
     model.to("meta")
-    assert shared.vera_A.is_meta
+    assert shared.projection_a.is_meta
     model.to_empty(device="cpu")
-    assert torch.equal(shared.vera_A, a)
+    assert torch.equal(shared.projection_a, a)
     assert torch.equal(shared.digest, digest)
     assert not torch.equal(draw_projections(1, r=4, num_in=8, num_out=10)[0], a)
 
