@@ -97,6 +97,11 @@ class DeltaLoRA(LoRA):
         step: Any = self.start_step
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ConfigError(f"DeltaLoRA: start_step must be an integer of at least 0, got {step!r}.")
+        if self.init == "loftq":
+            raise ConfigError(
+                "DeltaLoRA: init='loftq' is not possible: its B A corrects the quantized weight, which has no change "
+                "to follow. Use LoRA, or another init."
+            )
         if self.dropout:
             raise ConfigError(
                 f"DeltaLoRA: dropout must be 0, got {self.dropout!r}: the weight moves by the change of the whole B A, "

@@ -117,7 +117,10 @@ class LoRA(TargetedMethod):
                 f"{type(self).__name__}: r={r} is larger than {path!r} allows: its weight is {num_out} x {num_in}, so "
                 f"r is at most {min(num_out, num_in)}. Lower r, or give this layer its own with rank_pattern."
             )
-        if self.init == "loftq" and codec_of(host).write is not None:
+        is_hollow = next(
+            host.parameters(recurse=False)
+        ).is_meta  # a model without weights is quantized when it is filled
+        if self.init == "loftq" and codec_of(host).write is not None and not is_hollow:
             raise ConfigError(
                 f"{type(self).__name__}: init='loftq' corrects the error of quantizing, and {path!r} is stored dense: "
                 "there is nothing to correct. Set quantization, or use init='pissa'."
