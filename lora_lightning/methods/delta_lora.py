@@ -111,8 +111,9 @@ class DeltaLoRA(LoRA):
     def build(self, path: str, host: nn.Module) -> Adapter:
         """Build the adapter of one host."""
         r, scaling = self.rank_and_scaling(path)
-        delta = {"delta_ratio": self.delta_ratio, "start_step": self.start_step}
-        return DeltaLoRAAdapter(host, r=r, scaling=scaling, init=self.init, **delta)
+        return DeltaLoRAAdapter(
+            host, delta_ratio=self.delta_ratio, start_step=self.start_step, r=r, scaling=scaling, init=self.init
+        )
 
     def after_step(self, model: nn.Module, step: int, total_steps: int) -> None:
         """Let W start to move once K steps are done."""

@@ -11,6 +11,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.weights import HostKind, codec_of
 from lora_lightning.errors import TargetError
 from lora_lightning.methods.lora import LoRA
+from lora_lightning.methods.low_rank import LowRankAdapter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class LoRAFA(LoRA):
     def build(self, path: str, host: nn.Module) -> Adapter:
         """Build the adapter of one host."""
         adapter = super().build(path, host)
+        assert isinstance(adapter, LowRankAdapter)
         frozen = adapter.lora_A
         del adapter.lora_A
         adapter.register_buffer("lora_A", frozen.detach())

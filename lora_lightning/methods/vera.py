@@ -94,10 +94,10 @@ class SharedProjections(nn.Module):
     ) -> None:
         super().__init__()
         self.seed = seed
-        meta = {"device": "meta", "dtype": dtype}
-        self.register_buffer("projection_a", torch.empty(r, num_in, **meta), persistent=is_saved)
-        self.register_buffer("projection_b", torch.empty(num_out, r, **meta), persistent=is_saved)
-        self.register_buffer("digest", torch.empty(_DIGEST_BYTES, device="meta", dtype=torch.uint8))
+        with torch.device("meta"):
+            self.register_buffer("projection_a", torch.empty(r, num_in, dtype=dtype), persistent=is_saved)
+            self.register_buffer("projection_b", torch.empty(num_out, r, dtype=dtype), persistent=is_saved)
+            self.register_buffer("digest", torch.empty(_DIGEST_BYTES, dtype=torch.uint8))
         if device.type != "meta":
             self._apply(lambda tensor: torch.empty_like(tensor, device=device))
 
