@@ -55,7 +55,8 @@ class DeltaLoRAAdapter(LowRankAdapter):
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return [A; A; A_K] `[3 r, in]` and [B, λ B, -λ B_K] `[out, 3 r]`; before step K the λ terms are zero."""
         (a, b), ratio = super().factors(), self.delta_ratio * self.started
-        return torch.cat([a, a.detach(), self.anchor_a]), torch.cat([b, ratio * b.detach(), -ratio * self.anchor_b], 1)
+        moved = ratio * self.lora_B.detach()
+        return torch.cat([a, self.lora_A.detach(), self.anchor_a]), torch.cat([b, moved, -ratio * self.anchor_b], 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,6 +149,25 @@ def test_before_the_start_it_is_lora():
     assert torch.equal(adapter.anchor_a, adapter.lora_A)
 
 
+@pytest.mark.parametrize("start_step", [0, 1])
+def test_with_a_start_in_the_weight(start_step):
+    """With PiSSA, W' = W + s (B A - B0 A0) + λ s (B A - B_K A_K): the λ term does not know of A0 and B0."""
+    method = DeltaLoRA(r=2, alpha=4, delta_ratio=RATIO, start_step=start_step, init="pissa")
+    model, x = network(), batch(0)[0]
+    expected = model(x)
+    attach(model, method)
+    assert gap(model(x), expected) <= 1e-12
+    ((_, host, adapter), _) = iter_adapters(model)
+    if start_step:
+        method.after_step(model, start_step - 1, STEPS)
+    start = (adapter.lora_B @ adapter.lora_A).detach()
+    with torch.no_grad():
+        adapter.lora_A.add_(0.1)
+    moved = adapter.lora_B @ adapter.lora_A - start
+    assert gap(adapter.merged_weight(host, host.weight), host.weight + (1 + RATIO) * 2 * moved) <= 1e-12
+    assert gap(host.weight + 2 * moved, host.weight + (1 + RATIO) * 2 * moved) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
