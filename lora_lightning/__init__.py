@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     )
     from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
     from lora_lightning.data import InstructionData, TextClassificationData
-    from lora_lightning.methods import DoRA, LoRA, PrefixTuning, PromptTuning, PTuning, PTuningV2
+    from lora_lightning.methods import (
+        DeltaLoRA,
+        DoRA,
+        LoRA,
+        LoRAFA,
+        PrefixTuning,
+        PromptTuning,
+        PTuning,
+        PTuningV2,
+        VeRA,
+    )
     from lora_lightning.optim import Optim, param_groups
     from lora_lightning.tasks import AdapterTask, CausalLM, PerTokenTask, SequenceClassification, StepOutput, TokenSums
 
@@ -33,9 +43,11 @@ _HOME = {
     "AdapterSummary": "callbacks",
     "AdapterTask": "tasks",
     "CausalLM": "tasks",
+    "DeltaLoRA": "methods",
     "DoRA": "methods",
     "InstructionData": "data",
     "LoRA": "methods",
+    "LoRAFA": "methods",
     "MergeAtEnd": "callbacks",
     "MetricCurve": "callbacks",
     "Optim": "optim",
@@ -51,6 +63,7 @@ _HOME = {
     "TextClassificationData": "data",
     "Throughput": "callbacks",
     "TokenSums": "tasks",
+    "VeRA": "methods",
     "adapter_state_dict": "adapters",
     "attach": "backbones.attach",
     "detach": "adapters",
@@ -70,9 +83,11 @@ __all__ = [
     "AdapterSummary",
     "AdapterTask",
     "CausalLM",
+    "DeltaLoRA",
     "DoRA",
     "InstructionData",
     "LoRA",
+    "LoRAFA",
     "MergeAtEnd",
     "MetricCurve",
     "Optim",
@@ -88,6 +103,7 @@ __all__ = [
     "TextClassificationData",
     "Throughput",
     "TokenSums",
+    "VeRA",
     "__version__",
     "adapter_state_dict",
     "attach",

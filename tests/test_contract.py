@@ -32,7 +32,7 @@ from lora_lightning.adapters import (
 from lora_lightning.adapters.weights import RESERVED, read_weight
 from lora_lightning.backbones.attach import attach, merge
 from lora_lightning.errors import CheckpointError, NotMergeable
-from lora_lightning.methods import DoRA, LoRA, PrefixTuning, PromptTuning, PTuning, PTuningV2
+from lora_lightning.methods import DeltaLoRA, DoRA, LoRA, LoRAFA, PrefixTuning, PromptTuning, PTuning, PTuningV2, VeRA
 from tests import distributed, models
 
 
@@ -63,10 +63,37 @@ class Example:
 
 # One or several settings of every method.
 EXAMPLES: dict[type[Method], dict[str, Example]] = {
-    LoRA: {"lora": Example(method=LoRA(r=4, alpha=8, target_modules="all-linear"), is_exact=True)},
+    LoRA: {
+        "lora": Example(method=LoRA(r=4, alpha=8, target_modules="all-linear"), is_exact=True),
+        "lora-pissa": Example(
+            method=LoRA(r=4, alpha=8, target_modules="all-linear", init="pissa"), models=("llama",), on_plain=False
+        ),
+        "lora-olora": Example(
+            method=LoRA(r=4, alpha=8, target_modules="all-linear", init="olora"), models=("llama",), on_plain=False
+        ),
+    },
     DoRA: {
         "dora": Example(method=DoRA(r=4, alpha=8, target_modules="all-linear")),
         "dora-input": Example(method=DoRA(r=4, alpha=8, target_modules="all-linear", magnitude_axis="input")),
+    },
+    LoRAFA: {
+        "lora_fa": Example(method=LoRAFA(r=4, alpha=8, target_modules="all-linear"), models=("llama",), is_exact=True),
+    },
+    DeltaLoRA: {
+        "delta_lora": Example(
+            method=DeltaLoRA(r=4, alpha=8, delta_ratio=0.5, start_step=0, target_modules="all-linear"),
+            models=("llama",),
+            is_exact=True,
+        ),
+    },
+    VeRA: {
+        "vera": Example(method=VeRA(r=16, d_initial=0.5, target_modules="all-linear"), is_exact=True),
+        "vera-saved": Example(
+            method=VeRA(r=16, d_initial=0.5, target_modules="all-linear", save_projection=True),
+            models=("llama",),
+            is_exact=True,
+            on_plain=False,
+        ),
     },
 }
 SOFT = {"is_mergeable": False, "changes_start": True, "on_plain": False}
@@ -145,7 +172,12 @@ def adapted(model: nn.Module, method: Method) -> nn.Module:
 
 def with_dropout(method: Method) -> Method:
     """Return the same method with dropout, where it has any."""
-    return dataclasses.replace(method, dropout=0.25) if hasattr(method, "dropout") else method
+    return dataclasses.replace(method, dropout=0.25) if takes_dropout(method) else method
+
+
+def takes_dropout(method: Method) -> bool:
+    """Tell whether a method has dropout; Delta-LoRA has the setting and refuses it."""
+    return hasattr(method, "dropout") and not isinstance(method, DeltaLoRA)
 
 
 def step(model: nn.Module, compiled: nn.Module | None = None) -> dict[str, Tensor]:
@@ -430,7 +462,7 @@ def test_gradient_checkpointing(base, method, use_reentrant):
     torch.manual_seed(5)
     actual = step(base)
     assert max(models.gap(actual[name], expected[name]) for name in expected) <= 1e-6
-    if hasattr(method, "dropout"):
+    if takes_dropout(method):
         torch.manual_seed(6)
         other = step(base)
         assert max(models.gap(other[name], expected[name]) for name in expected) > 1e-3

@@ -9,15 +9,18 @@ from torch import nn
 import lora_lightning.backbones.codecs  # noqa: F401 - registers how transformers' and bitsandbytes' layers are read
 from lora_lightning import adapters
 from lora_lightning.adapters import AttachReport, Method
+from lora_lightning.backbones.loftq import start_at_quantization_error
 from lora_lightning.backbones.quantized import settle
 from lora_lightning.backbones.view import view_of
+from lora_lightning.errors import BackboneError
 
 
 def attach(model: nn.Module, method: Method | Sequence[Method], *, modules_to_save: Sequence[str] = ()) -> AttachReport:
     """Freeze a model and hang the adapters of one or several methods on it.
 
     Works on any torch module; on a transformers model the method also knows the architecture's usual targets and its
-    output head. See `lora_lightning.adapters.attach` for arguments, result and errors.
+    output head, and `init="loftq"` reads the weights from before quantizing (a BackboneError where it cannot). See
+    `lora_lightning.adapters.attach` for arguments, result and errors.
 
     Example:
         >>> from lora_lightning import LoRA
@@ -25,7 +28,13 @@ def attach(model: nn.Module, method: Method | Sequence[Method], *, modules_to_sa
         ('0',)
     """
     settle(model)
-    return adapters.attach(model, method, view_of(model), modules_to_save=modules_to_save)
+    report = adapters.attach(model, method, view_of(model), modules_to_save=modules_to_save)
+    try:
+        start_at_quantization_error(model)
+    except BackboneError:
+        adapters.detach(model)
+        raise
+    return report
 
 
 def merge(model: nn.Module) -> None:

@@ -108,7 +108,7 @@ def load_backbone(
 
     cls, storage = getattr(transformers, auto_class), None
     try:
-        with _quiet(transformers.utils.logging):
+        with quiet(transformers.utils.logging):
             if quantization is None:
                 model, info = cls.from_pretrained(
                     source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **config
@@ -169,7 +169,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
 
 
 @contextmanager
-def _quiet(logging_module: Any) -> Iterator[None]:  # noqa: ANN401 - transformers.utils.logging
+def quiet(logging_module: Any) -> Iterator[None]:  # noqa: ANN401 - transformers.utils.logging
     """Hold back transformers' table of missing weights and its progress bars; we say what matters ourselves."""
     verbosity, has_bars = logging_module.get_verbosity(), logging_module.is_progress_bar_enabled()
     logging_module.set_verbosity_error()

@@ -92,6 +92,8 @@ def why_not_peft(model: nn.Module) -> str:
             continue
         if type(adapter) not in (LowRankAdapter, DoRAAdapter):
             return f"PEFT's format for LoRA and DoRA has no words for {type(adapter).__name__} (at {path!r})"
+        if getattr(adapter, "start_a", None) is not None:
+            return f"A and B of {path!r} start at a part of the weight that PEFT would have taken out of its base"
         if getattr(adapter, "axis", "output") != "output":
             return "PEFT's DoRA has one magnitude per output, and this one has magnitude_axis='input'"
         if getattr(host, "groups", 1) != 1:
@@ -153,6 +155,8 @@ def is_copy(adapter: Adapter) -> bool:
 
 def _is_expressible(host: nn.Module, adapter: Adapter) -> bool:
     if type(adapter) not in (LowRankAdapter, DoRAAdapter):  # a subclass computes something else
+        return False
+    if getattr(adapter, "start_a", None) is not None:  # PEFT would expect a base without the part that A and B start at
         return False
     return getattr(adapter, "axis", "output") == "output" and getattr(host, "groups", 1) == 1
 

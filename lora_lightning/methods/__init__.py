@@ -1,10 +1,13 @@
 """The methods of the literature, one file each."""
 
+from lora_lightning.methods.delta_lora import DeltaLoRA
 from lora_lightning.methods.dora import DoRA
 from lora_lightning.methods.lora import LoRA
+from lora_lightning.methods.lora_fa import LoRAFA
 from lora_lightning.methods.p_tuning import PTuning
 from lora_lightning.methods.p_tuning_v2 import PTuningV2
 from lora_lightning.methods.prefix_tuning import PrefixTuning
 from lora_lightning.methods.prompt_tuning import PromptTuning
+from lora_lightning.methods.vera import VeRA
 
-__all__ = ["DoRA", "LoRA", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning"]
+__all__ = ["DeltaLoRA", "DoRA", "LoRA", "LoRAFA", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning", "VeRA"]

@@ -143,6 +143,11 @@ class DoRA(LoRA):
         """Check every value's range."""
         super().__post_init__()
         check_choice(type(self).__name__, "magnitude_axis", self.magnitude_axis, ("output", "input"))
+        if self.init == "loftq":
+            raise ConfigError(
+                "DoRA: init='loftq' is defined for LoRA: its correction would change the norm that the magnitude "
+                "starts at. Use LoRA, or another init."
+            )
 
     def build(self, path: str, host: Host) -> Adapter:
         """Build the adapter of one host."""

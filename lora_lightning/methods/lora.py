@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from torch import nn
 
@@ -24,7 +24,7 @@ from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.methods.low_rank import LowRankAdapter
 
 Scaling = Literal["standard", "rslora", "alpha"]
-Init = Literal["kaiming", "gaussian", "gaussian_sqrt"]
+Init = Literal["kaiming", "gaussian", "gaussian_sqrt", "pissa", "olora", "loftq"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,12 @@ class LoRA(TargetedMethod):
         dropout: Probability of zeroing an element of A's input in training, in [0, 1).
         scaling: `standard` is s = alpha / r, `rslora` is s = alpha / sqrt(r) (arXiv 2312.03732), `alpha` is s = alpha.
         init: How A starts: `kaiming` uniform with a = sqrt(5), `gaussian` with std 1/r as in PEFT, or
-            `gaussian_sqrt` with std 1/sqrt(r).
+            `gaussian_sqrt` with std 1/sqrt(r). `pissa` (arXiv 2404.02948) starts A and B at the r largest singular
+            values of W, `olora` (arXiv 2406.01775) at the first r columns and rows of its QR decomposition; both as
+            W' = W + s (B A - B0 A0), so that the first forward equals the base's up to rounding, and the base weight
+            stays. `loftq` (arXiv 2310.08659) starts s B A at the best rank-r correction of the error that quantizing
+            made: for 4-bit and 8-bit hosts of a transformers model, whose files are read once more. The base that
+            `disabled` gives is then the quantized one, without the correction.
         rank_pattern: Other ranks for some hosts, by path suffix or regular expression.
         alpha_pattern: Other alphas for some hosts, likewise.
         target_modules: See `TargetedMethod`.
@@ -71,7 +76,7 @@ class LoRA(TargetedMethod):
         check_positive(owner, "alpha", self.alpha)
         check_dropout(owner, self.dropout)
         check_choice(owner, "scaling", self.scaling, ("standard", "rslora", "alpha"))
-        check_choice(owner, "init", self.init, ("kaiming", "gaussian", "gaussian_sqrt"))
+        check_choice(owner, "init", self.init, get_args(Init))
         for pattern, rank in (self.rank_pattern or {}).items():
             check_positive_int(owner, f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in (self.alpha_pattern or {}).items():
@@ -111,6 +116,14 @@ class LoRA(TargetedMethod):
             raise ConfigError(
                 f"{type(self).__name__}: r={r} is larger than {path!r} allows: its weight is {num_out} x {num_in}, so "
                 f"r is at most {min(num_out, num_in)}. Lower r, or give this layer its own with rank_pattern."
+            )
+        is_hollow = next(
+            host.parameters(recurse=False)
+        ).is_meta  # a model without weights is quantized when it is filled
+        if self.init == "loftq" and codec_of(host).write is not None and not is_hollow:
+            raise ConfigError(
+                f"{type(self).__name__}: init='loftq' corrects the error of quantizing, and {path!r} is stored dense: "
+                "there is nothing to correct. Set quantization, or use init='pissa'."
             )
         if getattr(host, "max_norm", None) is not None:
             raise TargetError(

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from lora_lightning.adapters.base import ForwardAdapter, Role
 from lora_lightning.adapters.functional import draw_seed, lora_linear, low_rank_update, seeded_dropout
-from lora_lightning.adapters.weights import Host, HostKind, codec_of
+from lora_lightning.adapters.weights import Host, HostKind, codec_of, read_weight
+from lora_lightning.methods.starts import WEIGHT_STARTS
 
 
 class LowRankAdapter(ForwardAdapter):
@@ -26,15 +27,20 @@ class LowRankAdapter(ForwardAdapter):
         scaling: The factor s.
         dropout: Probability of zeroing an element of A's input, in training only.
         init: How A starts: `kaiming`, `gaussian` (std 1/r) or `gaussian_sqrt` (std 1/sqrt r). B starts at zero. On an
-            embedding A starts at zero and B Gaussian (std 1), as in the reference implementation.
+            embedding A starts at zero and B Gaussian (std 1), as in the reference implementation. `pissa` and `olora`
+            start both at a part of W, which is then taken out again: W' = W + s (B A - B0 A0).
 
     Attributes:
         lora_A: `[r, in]`.
         lora_B: `[out, r]`.
+        start_a: A0, `[r, in]`, where A and B start at a part of W; else None.
+        start_b: B0, `[out, r]`, likewise.
     """
 
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    lora_A: Tensor
+    lora_B: Tensor
+    start_a: Tensor | None
+    start_b: Tensor | None
 
     def __init__(self, host: Host, *, r: int, scaling: float, dropout: float = 0.0, init: str = "kaiming") -> None:
         super().__init__()
@@ -43,21 +49,44 @@ class LowRankAdapter(ForwardAdapter):
         self.kind, self.scaling, self.dropout, self.init, self.r = codec.kind, scaling, dropout, init, r
         weight = next(host.parameters(recurse=False))
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
-        self.lora_A = nn.Parameter(torch.empty(r, num_in, device=weight.device, dtype=dtype))
-        self.lora_B = nn.Parameter(torch.empty(num_out, r, device=weight.device, dtype=dtype))
+        self.register_buffer("start_a", None)
+        self.register_buffer("start_b", None)
+        self.create_parameters(num_out, num_in, weight.device, dtype)
+        if init in WEIGHT_STARTS:
+            self._start_in_weight(host)
+
+    def create_parameters(self, num_out: int, num_in: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Create the trainable tensors; a relative with others than A and B overrides this."""
+        self.lora_A = nn.Parameter(torch.empty(self.r, num_in, device=device, dtype=dtype))
+        self.lora_B = nn.Parameter(torch.empty(num_out, self.r, device=device, dtype=dtype))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw A and B anew; the update is zero afterwards."""
+        if self.start_a is not None and self.start_b is not None:
+            self.lora_A.copy_(self.start_a)
+            self.lora_B.copy_(self.start_b)
+            return
         random, zero = (self.lora_B, self.lora_A) if self.kind is HostKind.EMBEDDING else (self.lora_A, self.lora_B)
         nn.init.zeros_(zero)
         if self.kind is HostKind.EMBEDDING:
             nn.init.normal_(random)
-        elif self.init == "kaiming":
-            nn.init.kaiming_uniform_(random, a=math.sqrt(5))
-        else:
+        elif self.init in ("gaussian", "gaussian_sqrt"):
             nn.init.normal_(random, std=1 / self.r if self.init == "gaussian" else 1 / math.sqrt(self.r))
+        else:
+            nn.init.kaiming_uniform_(random, a=math.sqrt(5))
+
+    @torch.no_grad()
+    def _start_in_weight(self, host: Host) -> None:
+        """Start A and B at a part of the host's weight, and keep that part to be taken out again."""
+        if self.lora_A.is_meta:
+            self.start_a, self.start_b = (torch.empty_like(tensor.detach()) for tensor in (self.lora_A, self.lora_B))
+            return
+        weight = read_weight(host).detach().to(self.lora_A.dtype)
+        a, b = WEIGHT_STARTS[self.init](weight, self.r, self.scaling)
+        self.start_a, self.start_b = a.contiguous(), b.contiguous()
+        self.reset_parameters()
 
     def role_of(self, name: str) -> Role:
         """Return A or B by the parameter's name, or EMBEDDING for both on an embedding."""
@@ -90,7 +119,9 @@ class LowRankAdapter(ForwardAdapter):
 
         Relatives of LoRA whose update is low-rank override this alone; forward, merging and export go by it.
         """
-        return self.lora_A, self.lora_B
+        if self.start_a is None or self.start_b is None:
+            return self.lora_A, self.lora_B
+        return torch.cat([self.lora_A, self.start_a]), torch.cat([self.lora_B, -self.start_b], 1)
 
     def draw_dropout(self) -> tuple[float, Tensor | None]:
         """Return the dropout probability and a fresh seed, or None for no dropout."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lora_lightning.adapters.view import AttentionPlace
 from lora_lightning.methods.prefix import Prefix
 
 
@@ -24,3 +26,8 @@ class PTuningV2(Prefix):
     """
 
     name: ClassVar[str] = "p_tuning_v2"
+
+    def encoders(self, attentions: Sequence[AttentionPlace], width: int) -> Sequence[None]:
+        """Return none: keys and values are trained directly."""
+        del width
+        return [None] * len(attentions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -169,10 +170,9 @@ class Prefix(Method):
                 PrefixAdapter(self.num_virtual_tokens, one, encoder=moved, device=weight.device, dtype=dtype),
             )
 
-    def encoders(self, attentions: Sequence[AttentionPlace], width: int) -> list[nn.Module | None]:
+    @abc.abstractmethod
+    def encoders(self, attentions: Sequence[AttentionPlace], width: int) -> Sequence[nn.Module | None]:
         """Return what makes each attention's keys and values during training; None where they are trained directly."""
-        del width
-        return [None] * len(attentions)
 
     def fit_to_state(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Drop the encoders where a state that was saved for use has none."""

@@ -94,10 +94,10 @@ class PrefixTuning(Prefix):
                     "PrefixTuning: encoder_hidden_size belongs to the MLP, which prefix_projection=False leaves out."
                 )
 
-    def encoders(self, attentions: Sequence[AttentionPlace], width: int) -> list[nn.Module | None]:
+    def encoders(self, attentions: Sequence[AttentionPlace], width: int) -> Sequence[nn.Module | None]:
         """Return each attention's encoder around the part that all share."""
         if not self.prefix_projection:
-            return super().encoders(attentions, width)
+            return [None] * len(attentions)
         hidden = self.encoder_hidden_size or width
         shared = SharedPrefix(self.num_virtual_tokens, width, hidden)
         return [LayerPrefix(shared, hidden, place) for place in attentions]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -45,9 +46,9 @@ class SoftPrompt(Method):
         if place.decoder is not None:
             yield place.decoder, CrossMaskAdapter(self.num_virtual_tokens)
 
+    @abc.abstractmethod
     def build(self, view: ModelView, place: PromptPlace) -> SoftPromptAdapter:
         """Build the adapter of the model's body."""
-        raise NotImplementedError
 
     def fit_to_state(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Drop the encoder where a state that was saved for use has none."""
