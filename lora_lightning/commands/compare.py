@@ -27,6 +27,8 @@ from lora_lightning.tasks import AdapterTask
 
 FAILED = 1
 USUAL_STEPS = 200
+_WIDTH = 200
+"""Columns of the table where the output is no terminal, whose width would count."""
 _TRAINER_SETTINGS = (
     *("accelerator", "devices", "precision", "accumulate_grad_batches"),
     *("gradient_clip_val", "gradient_clip_algorithm", "deterministic"),
@@ -68,7 +70,7 @@ def compare(
         search_rates: Learning rates to try with every method; each one's usual three where they are not given.
         search_steps: Optimizer steps with each learning rate.
         seeds: Seeds of the full runs, 0 alone where they are not given; rates are chosen with the first.
-        val_rows: Judge learning rates on the first rows of the validation split alone.
+        val_rows: Judge learning rates on so many rows of the validation split alone, evenly spaced.
         val_every: Validate a full run every so many steps; at its end alone where it is not given.
         steps_to_reach: Label of a method; tells how soon the others have its final validation loss.
         output_dir: Where to write; a comparison there with the same settings is continued.
@@ -77,7 +79,7 @@ def compare(
         seed_everything: Not used, see seeds; `fit` takes it.
     """
     del seed_everything
-    console = Console(soft_wrap=True)
+    console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
     if steps is None and minutes is None:
         steps = USUAL_STEPS
     _check(steps=steps, minutes=minutes, search_steps=search_steps, val_rows=val_rows, val_every=val_every)
@@ -115,7 +117,7 @@ def compare(
     outcomes = Runner(study, console, write).run()
     write(outcomes, is_last=True)
     rows = rows_of(outcomes, steps_to_reach)
-    console.print(to_terminal(rows, columns_of(rows, steps_to_reach)))
+    console.print(to_terminal(rows, columns_of(rows, steps_to_reach)), crop=False)
     console.print(f"Written to {study.folder}: comparison.md, comparison.csv, comparison.html.", highlight=False)
     return FAILED if any(outcome.errors for outcome in outcomes) else 0
 

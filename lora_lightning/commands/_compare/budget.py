@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -91,7 +92,7 @@ def sized(method: Method, budget: int | None, count: Callable[[Method], int]) ->
     Raises:
         UserError: The method does not fit the model at any size.
     """
-    setting = getattr(method, "size_setting", None)
+    setting = method.size_setting
     own = count(method) if budget is None or setting is None else 0
     if budget is None:
         return Sized(method=method, num_trainable=own, size=_size(method, setting))
@@ -99,11 +100,15 @@ def sized(method: Method, budget: int | None, count: Callable[[Method], int]) ->
         return Sized(method=method, num_trainable=own, note="no size setting: it trains what it trains")
     known: dict[int, int | None] = {}
 
+    def resized(size: int) -> Method:
+        changes: dict[str, Any] = {setting: size}
+        return replace(method, **changes)
+
     def counted(size: int) -> int | None:
         """Return the count at a size, None where the model does not allow it."""
         if size not in known:
             try:
-                known[size] = count(replace(method, **{setting: size}))
+                known[size] = count(resized(size))
             except UserError:
                 if size == 1:
                     raise
@@ -118,7 +123,7 @@ def sized(method: Method, budget: int | None, count: Callable[[Method], int]) ->
     best = min(near, key=lambda size: (abs((counted(size) or 0) - budget), size))
     num = counted(best)
     assert num is not None
-    chosen = replace(method, **{setting: best})
+    chosen = resized(best)
     step = abs((counted(best + 1) or counted(best - 1) or 0) - num) if best > 1 or counted(2) else num
     is_met = 2 * abs(num - budget) <= step
     off = num / budget - 1

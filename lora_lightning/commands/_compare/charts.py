@@ -118,8 +118,8 @@ def _label(axes: Axes, points: Sequence[tuple[str, float, float]], styles: dict[
     taken = [(px - 6 * scale, py - 6 * scale, px + 6 * scale, py + 6 * scale) for px, py in pixels]
     frame = axes.get_window_extent(renderer)
     for label, x, y in points:
-        best: tuple[float, tuple[int, int], str, str] | None = None
-        text = axes.annotate(label, (x, y), fontsize=8, color=styles[label]["color"], textcoords="offset points")
+        best: tuple[float, tuple[int, int], Any, Any] | None = None
+        text = axes.annotate(label, (x, y), fontsize=8, xytext=(0, 0), textcoords="offset points")
         for dx, dy, horizontal, vertical in _places():
             text.set_position((dx, dy))
             text.set_horizontalalignment(horizontal)
@@ -149,7 +149,7 @@ def _label(axes: Axes, points: Sequence[tuple[str, float, float]], styles: dict[
         taken.append((box.x0, box.y0, box.x1, box.y1))
 
 
-def _places() -> list[tuple[int, int, str, str]]:
+def _places() -> list[tuple[int, int, Any, Any]]:
     """Return where a label may stand around its point, the nearest first: offsets and alignments."""
     places = []
     for reach in _REACHES:

@@ -23,7 +23,6 @@ ALL = "all"
 LORA_PLUS = "LoRA+"
 LORA_PLUS_RATIO = 16
 _KEYS = ("class_path", "init_args", "label", "optim", "rates")
-_USUAL_RATES = (3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,7 @@ def entries_of(
 
 def known_names() -> dict[str, type[Method]]:
     """Return the methods that can be named shortly, by name."""
-    found = {}
+    found: dict[str, type[Method]] = {}
     for cls in _below(Method):
         hidden = cls.__name__.startswith("_") or "<locals>" in cls.__qualname__
         if not hidden and not inspect.isabstract(cls):
@@ -133,7 +132,9 @@ def _wish(one: Any) -> _Wish:  # noqa: ANN401 - what a config holds
     Raises:
         ConfigError: It is no method, or its settings are wrong.
     """
-    spec = {"class_path": one} if isinstance(one, str) else dict(one) if isinstance(one, Mapping) else {}
+    spec: dict[str, Any] = (
+        {"class_path": one} if isinstance(one, str) else dict(one) if isinstance(one, Mapping) else {}
+    )
     unknown = [key for key in spec if key not in _KEYS]
     if not isinstance(spec.get("class_path"), str) or unknown:
         raise ConfigError(
@@ -194,7 +195,7 @@ def check_rates(name: str, rates: Any) -> tuple[float, ...]:  # noqa: ANN401 - w
 
 
 def _rates(method: type[Method] | Method) -> tuple[float, ...]:
-    return tuple(getattr(method, "usual_rates", _USUAL_RATES))
+    return tuple(method.usual_rates)
 
 
 def _entry(wish: _Wish, skeleton: Skeleton, budget: int | None, rates: list[float] | None, *, is_named: bool) -> Entry:

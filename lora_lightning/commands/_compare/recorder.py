@@ -33,17 +33,19 @@ class Recorder(L.Callback):
         self.notes: list[str] = []
         self._batch: Any = None
         self._started = 0.0
-        self._fit_started = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock, and count memory from here."""
         del trainer, pl_module
         measure.reset_peak()
         self.figures["memory_at_start"] = measure.peak_memory()
-        self._fit_started = time.perf_counter()
 
     def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,  # noqa: ANN401 - the data module's own type
+        batch_idx: int,
     ) -> None:
         """Keep the first batch, and start the step's clock."""
         del trainer, pl_module, batch_idx
@@ -61,12 +63,14 @@ class Recorder(L.Callback):
         batch_idx: int,
     ) -> None:
         """Write down the step's loss, time and memory."""
-        del pl_module, outputs, batch, batch_idx
+        del outputs, batch, batch_idx
         measure.wait()
         self.step_seconds.append(time.perf_counter() - self._started)
         loss = trainer.callback_metrics.get("train/loss")
         self.losses.append([trainer.global_step, None if loss is None else finite(loss)])
         self.figures["peak_memory"] = measure.peak_memory()
+        if self.measures:  # here, since a validation drops the gradients
+            self.figures["optimizer_bytes"] = measure.optimizer_bytes(trainer.optimizers, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write down loss and metrics of a validation."""
@@ -77,17 +81,14 @@ class Recorder(L.Callback):
         self.validations.append({"step": trainer.global_step, **found})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure what the last step left behind, and what a forward pass keeps."""
+        """Sum the times up, and measure what a forward pass keeps."""
         assert isinstance(pl_module, AdapterTask)
         self.figures["train_seconds"] = sum(self.step_seconds)
         settled = sorted(self.step_seconds[_SETTLING_STEPS:] or self.step_seconds)
         if settled:
             self.figures["step_seconds"] = settled[len(settled) // 2]
-        if not self.measures:
-            return
-        model = pl_module.adapted
-        self.figures["optimizer_bytes"] = measure.optimizer_bytes(trainer.optimizers, model)
-        self._try("saved_bytes", trainer, lambda: self._saved(pl_module))
+        if self.measures:
+            self._try("saved_bytes", trainer, lambda: self._saved(pl_module))
 
     def on_test_batch_start(
         self,

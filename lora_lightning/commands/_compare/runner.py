@@ -49,7 +49,7 @@ def run_child(jobs: Path, log: Path) -> int:
         jobs: The file.
         log: Where the process's output goes.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
     with log.open("ab") as stream:
         child = subprocess.Popen(
             [sys.executable, "-m", _MODULE, str(jobs)], stdout=stream, stderr=subprocess.STDOUT, env=environment
@@ -100,7 +100,9 @@ class Runner:
         if not self._searches(entry):
             outcome.rate = rates[0]
             return True
-        jobs = [{"spec": study.search_spec(entry, r), "path": str(study.search_path(entry, r))} for r in rates]
+        jobs: list[Job] = [
+            {"spec": study.search_spec(entry, r), "path": str(study.search_path(entry, r))} for r in rates
+        ]
         self._run(f"{entry.label}: search over {', '.join(f'{rate:g}' for rate in rates)}", jobs)
         outcome.searches = [self._result(job) for job in jobs]
         outcome.rate = best_rate(outcome.searches)
@@ -113,7 +115,7 @@ class Runner:
         ]
         outcome.errors.append(errors[0] if errors else "no learning rate gave a finite validation loss")
         self.console.print(f"  failed: {outcome.errors[-1]}", style="red", markup=False, highlight=False)
-        self._skip(entry)
+        self._skip()
         return False
 
     def _train(self, outcome: Outcome) -> None:
@@ -189,7 +191,7 @@ class Runner:
         search = max(len(entry.rates), 1) * self.study.search_steps if self._searches(entry) else 0
         return search + len(self.study.seeds) * (self.study.steps or self.study.search_steps)
 
-    def _skip(self, entry: Entry) -> None:
+    def _skip(self) -> None:
         self._num_done += len(self.study.seeds)
         self._steps_left -= len(self.study.seeds) * (self.study.steps or self.study.search_steps)
 

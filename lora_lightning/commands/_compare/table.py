@@ -16,6 +16,10 @@ from lora_lightning.commands._compare.records import Result
 from lora_lightning.commands._compare.runner import Outcome
 from lora_lightning.commands._compare.words import words_of
 
+_NOT_ON_TERMINAL = (
+    *("share", "val_loss", "optimizer_bytes", "train_seconds"),
+    *("principle", "suits", "difficulty", "notes"),
+)
 Value = float | int | str | bool | None
 
 
@@ -145,7 +149,7 @@ def csv_text(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
 
 def to_terminal(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
     """Return the measured columns as a table for the terminal."""
-    shown = [column for column in columns if column.key not in ("principle", "suits", "difficulty", "notes")]
+    shown = [column for column in columns if column.key not in _NOT_ON_TERMINAL]
     table = Table(box=None, pad_edge=False)
     for column in shown:
         is_text = column.key in ("method", "size")
@@ -180,12 +184,14 @@ def curves_csv(outcomes: Sequence[Outcome]) -> str:
     names = list(
         dict.fromkeys(key for _, _, result in runs for at in result["validations"] for key in at if key != "step")
     )
-    lines = []
+    lines: list[list[Any]] = []
     for label, seed, result in runs:
         train = {int(step): loss for step, loss in result["losses"]}
         val = {int(at["step"]): at for at in result["validations"]}
-        for step in sorted({*train, *val}):
-            lines.append([label, seed, step, train.get(step), *(val.get(step, {}).get(name) for name in names)])
+        lines += [
+            [label, seed, step, train.get(step), *(val.get(step, {}).get(name) for name in names)]
+            for step in sorted({*train, *val})
+        ]
     return csv_text(["method", "seed", "step", "train_loss", *(f"val_{name}" for name in names)], lines)
 
 

@@ -1,6 +1,6 @@
 """One trial in a process of its own: train with one rate, validate, and where asked measure and test.
 
-Run as `python -m lora_lightning.commands._compare.trial JOBS.json`; each job's result is written as soon as it is there.
+Run as `python -m lora_lightning.commands._compare.trial JOBS.json`; each job's result is written once it is there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lora_lightning.commands._compare import measure
 from lora_lightning.commands._compare.ends import fully_trained, no_adapters, trainable_counts
 from lora_lightning.commands._compare.plain_classes import build_data, build_task, import_class
 from lora_lightning.commands._compare.recorder import Recorder, finite, metrics_of
-from lora_lightning.commands._compare.records import Result, Spec, write_result
+from lora_lightning.commands._compare.records import Result, Spec, digest, write_result
 from lora_lightning.tasks import AdapterTask
 
 _LOOK_FOR_PARENT_SECONDS = 2.0
@@ -36,30 +36,30 @@ def run_jobs(jobs: list[dict[str, Any]]) -> None:
     Args:
         jobs: For each its `spec`, and the `path` of its result.
     """
+    data: dict[str, L.LightningDataModule] = {}  # read and tokenized once for all jobs
     for job in jobs:
         try:
-            result = run(job["spec"])
+            result = run(job["spec"], data)
         except Exception as error:
             traceback.print_exc()
             result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
         write_result(Path(job["path"]), job["spec"], result)
 
 
-def run(spec: Spec) -> Result:
+def run(spec: Spec, known_data: dict[str, L.LightningDataModule] | None = None) -> Result:
     """Train, validate, and where the spec says so measure and test.
 
     Args:
         spec: `task`, `data`, `trainer`, `entry` (`kind`, `method`, `optim`), `seed`, `rate`, `steps`, `val_every`,
             `val_rows`, `trains` (whether anything can learn), and `is_final` (measure and test as well).
+        known_data: Data modules that earlier trials built, by spec; this one's is added.
 
     Returns:
         The figures; see `table` for what becomes of them.
     """
     started = time.perf_counter()
     L.seed_everything(spec["seed"], workers=True, verbose=False)
-    task, data = _task(spec), build_data(spec["data"])
-    if spec["val_rows"]:
-        _limit_validation(data, spec["val_rows"])
+    task, data = _task(spec), _data(spec, {} if known_data is None else known_data)
     recorder = Recorder(measures=spec["is_final"])
     trainer = _trainer(spec, recorder)
     if spec["trains"]:
@@ -105,6 +105,16 @@ def _task(spec: Spec) -> AdapterTask:
     return build_task(spec["task"], no_adapters(), optim, fully_trained(cls) if entry["kind"] == "full" else cls)
 
 
+def _data(spec: Spec, known: dict[str, L.LightningDataModule]) -> L.LightningDataModule:
+    """Return the trial's data module: an earlier trial's, or a new one."""
+    key = digest({"data": spec["data"], "val_rows": spec["val_rows"]})
+    if key not in known:
+        known[key] = build_data(spec["data"])
+        if spec["val_rows"]:
+            _limit_validation(known[key], spec["val_rows"])
+    return known[key]
+
+
 def _trainer(spec: Spec, recorder: Recorder) -> L.Trainer:
     settings = {"accelerator": "auto", "devices": 1, **spec["trainer"]}
     every = spec["val_every"] or spec["steps"]
@@ -125,7 +135,7 @@ def _trainer(spec: Spec, recorder: Recorder) -> L.Trainer:
 
 
 def _limit_validation(data: L.LightningDataModule, num_rows: int) -> None:
-    """Make a data module validate on its first rows alone, in the order in which they stand."""
+    """Make a data module validate on some of its rows alone, evenly spaced: files are often sorted by their source."""
     make: Callable[[], Any] = data.val_dataloader
 
     def limited() -> Any:  # noqa: ANN401 - Lightning's own union
@@ -134,7 +144,9 @@ def _limit_validation(data: L.LightningDataModule, num_rows: int) -> None:
         if not isinstance(loader, DataLoader) or not hasattr(dataset, "__len__") or len(dataset) <= num_rows:  # type: ignore[arg-type]
             return loader
         lengths = getattr(dataset, "lengths", None)
-        places = sorted(range(num_rows), key=lambda place: -lengths[place] if lengths else 0)
+        places = [index * len(dataset) // num_rows for index in range(num_rows)]  # type: ignore[arg-type]
+        if lengths is not None:  # texts of like length together, so that little is padded
+            places.sort(key=lambda place: -lengths[place])
         return DataLoader(Subset(dataset, places), batch_size=loader.batch_size, collate_fn=loader.collate_fn)  # type: ignore[arg-type]
 
     data.val_dataloader = limited  # type: ignore[method-assign]
