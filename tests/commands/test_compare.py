@@ -9,13 +9,14 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from lora_lightning.__main__ import main
 from lora_lightning.adapters import adapter_state_dict
-from lora_lightning.commands._compare import charts, ends, runner, trial
+from lora_lightning.commands._compare import charts, ends, measure, runner, trial
 from lora_lightning.commands._compare.budget import Skeleton, sized
 from lora_lightning.commands._compare.entries import known_names
 from lora_lightning.commands._compare.measure import saved_for_backward
@@ -382,3 +383,30 @@ def test_the_study_of_lora_plus(in_process, tmp_path):
     assert len(table["LoRA"]["steps_to_reach"].split(", ")) == 2
     assert not table[ends.FULL]["steps_to_reach"]
     assert "times sooner" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+@pytest.mark.filterwarnings("ignore:.*rows of pkg.*are left out")  # what the data say of theirs
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs").glob("compare_*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_studies_run(in_process, path, tmp_path, monkeypatch):
+    def only_lora(self, outcome):
+        outcome.rate = 1e-3
+        return outcome.entry.label == "LoRA"
+
+    monkeypatch.setattr(runner.Runner, "_choose_rate", only_lora)
+    monkeypatch.setattr(measure, "_ROUNDS", 1)
+    few = (
+        "--data.train_size=64",
+        "--data.val_size=32",
+        "--data.test_size=32",
+        "--data.max_length=24",
+        "--steps=2",
+        "--val_every=1",
+        "--seeds=[0]",
+    )
+    words = ["compare", "--config", str(path), "--trainer.accelerator=cpu", f"--output_dir={tmp_path / 'out'}", *few]
+    assert main(words) == 0
+    [table] = [row for row in rows(tmp_path / "out") if row["method"] == "LoRA"]
+    assert (table["size"], table["trainable"]) == ("r = 8", "73728")
+    assert 0 < float(table["test_accuracy"]) < 1

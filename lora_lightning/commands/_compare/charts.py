@@ -84,17 +84,20 @@ def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 def _scatter(rows: Sequence[Row], cost: Cost, metric: str, styles: dict[str, dict[str, Any]]) -> bytes:
     """Draw a metric against a cost, each point with its name beside it."""
-    figure = _figure(11, 6.5)
+    figure = _figure(11, 8)
     axes = figure.subplots()
     points: list[tuple[str, float, float]] = []
     for row in rows:
         x, y = row.values.get(cost.key), row.values.get(metric)
         if not isinstance(x, int | float) or not isinstance(y, int | float):
             continue
-        where = max(float(x) / cost.unit, 1.0) if cost.is_log else float(x) / cost.unit
+        if cost.is_log and x <= 0:  # nothing but the head trains: a level to rise above, not a place on this axis
+            axes.axhline(y, color=styles[row.label]["color"], linestyle="--", linewidth=1, label=row.label)
+            continue
+        where = float(x) / cost.unit
         spread = row.spreads.get(metric)
         axes.errorbar(
-            where, y, yerr=spread, linestyle="none", markersize=8, label=row.label, capsize=3, **styles[row.label]
+            where, y, yerr=spread, linestyle="none", markersize=7, label=row.label, capsize=3, **styles[row.label]
         )
         points.append((row.label, where, float(y)))
     if cost.is_log:
@@ -104,11 +107,11 @@ def _scatter(rows: Sequence[Row], cost: Cost, metric: str, styles: dict[str, dic
     axes.set_ylabel(metric.replace("_", " "))
     axes.grid(alpha=0.25)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    _label(axes, points, styles)
+    _label(axes, points)
     return _png(figure)
 
 
-def _label(axes: Axes, points: Sequence[tuple[str, float, float]], styles: dict[str, dict[str, Any]]) -> None:
+def _label(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     """Write each point's name where it covers no point and no other name."""
     figure: Any = axes.figure
     figure.draw_without_rendering()
@@ -134,7 +137,7 @@ def _label(axes: Axes, points: Sequence[tuple[str, float, float]], styles: dict[
         assert best is not None
         _, (dx, dy), horizontal, vertical = best
         text.remove()
-        line = {"arrowstyle": "-", "color": styles[label]["color"], "alpha": 0.6, "linewidth": 0.7, "shrinkB": 3}
+        line = {"arrowstyle": "-", "color": "#666666", "linewidth": 0.7, "shrinkA": 1, "shrinkB": 2}
         text = axes.annotate(
             label,
             (x, y),
