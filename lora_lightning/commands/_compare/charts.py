@@ -209,8 +209,8 @@ def _smoothed(losses: Sequence[Sequence[float | None]]) -> tuple[list[float], li
     """Return steps and a running mean of the losses.
 
     Example:
-        >>> _smoothed([[1, 2.0], [2, None], [3, 1.0]])
-        ([1.0, 3.0], [2.0, 1.9])
+        >>> _smoothed([[1, 2.0], [2, None], [3, 2.0]])
+        ([1.0, 3.0], [2.0, 2.0])
     """
     steps: list[float] = []
     means: list[float] = []
