@@ -1,0 +1,176 @@
+"""One trial in a process of its own: train with one rate, validate, and where asked measure and test.
+
+Run as `python -m lora_lightning.commands._compare.trial JOBS.json`; each job's result is written once it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch.utils.data import DataLoader, Subset
+
+from lora_lightning.adapters.weights import RESERVED
+from lora_lightning.commands._compare import measure
+from lora_lightning.commands._compare.ends import fully_trained, no_adapters, trainable_counts
+from lora_lightning.commands._compare.plain_classes import build_data, build_task, import_class
+from lora_lightning.commands._compare.recorder import Recorder, finite, metrics_of
+from lora_lightning.commands._compare.records import Result, Spec, digest, write_result
+from lora_lightning.tasks import AdapterTask
+
+_LOOK_FOR_PARENT_SECONDS = 2.0
+
+
+def run_jobs(jobs: list[dict[str, Any]]) -> None:
+    """Run jobs one after the other; what one of them raises is its result, and the next goes on.
+
+    Args:
+        jobs: For each its `spec`, and the `path` of its result.
+    """
+    data: dict[str, L.LightningDataModule] = {}  # read and tokenized once for all jobs
+    for job in jobs:
+        try:
+            result = run(job["spec"], data)
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+        write_result(Path(job["path"]), job["spec"], result)
+
+
+def run(spec: Spec, known_data: dict[str, L.LightningDataModule] | None = None) -> Result:
+    """Train, validate, and where the spec says so measure and test.
+
+    Args:
+        spec: `task`, `data`, `trainer`, `entry` (`kind`, `method`, `optim`), `seed`, `rate`, `steps`, `val_every`,
+            `val_rows`, `trains` (whether anything can learn), and `is_final` (measure and test as well).
+        known_data: Data modules that earlier trials built, by spec; this one's is added.
+
+    Returns:
+        The figures; see `table` for what becomes of them.
+    """
+    started = time.perf_counter()
+    L.seed_everything(spec["seed"], workers=True, verbose=False)
+    task, data = _task(spec), _data(spec, {} if known_data is None else known_data)
+    recorder = Recorder(measures=spec["is_final"])
+    trainer = _trainer(spec, recorder)
+    if spec["trains"]:
+        trainer.fit(task, datamodule=data)
+    if not recorder.validations or recorder.validations[-1]["step"] != trainer.global_step:
+        trainer.validate(task, datamodule=data, verbose=False)
+    last = recorder.validations[-1] if recorder.validations else {}
+    result: Result = {
+        "rate": spec["rate"],
+        "steps": trainer.global_step,
+        "val": {name: value for name, value in last.items() if name != "step"},
+        "losses": recorder.losses,
+        "validations": recorder.validations,
+    }
+    if spec["is_final"]:
+        result |= _final(spec, task, data, trainer)
+    return {**result, **recorder.figures, "notes": recorder.notes, "seconds": time.perf_counter() - started}
+
+
+def _final(spec: Spec, task: AdapterTask, data: L.LightningDataModule, trainer: L.Trainer) -> Result:
+    """Fold, test, and look at what is left to keep."""
+    num_trainable, num_head = trainable_counts(task.adapted)
+    is_full = spec["entry"]["kind"] == "full"
+    task.fold()
+    trainer.test(task, datamodule=data, verbose=False)
+    return {
+        "test": {name.removeprefix("test/"): finite(v) for name, v in metrics_of(trainer, "test/").items()},
+        "num_trainable": num_trainable,
+        "num_head": num_head,
+        "num_base": sum(p.numel() for name, p in task.adapted.named_parameters() if RESERVED not in name.split(".")),
+        "checkpoint_bytes": measure.checkpoint_bytes(task.adapted, with_base=is_full),
+        "merges": measure.merges(task.adapted) if spec["entry"]["kind"] == "method" else None,
+    }
+
+
+def _task(spec: Spec) -> AdapterTask:
+    entry = spec["entry"]
+    optim = {**entry["optim"], "lr": spec["rate"]}
+    if entry["kind"] == "method":
+        method = import_class(entry["method"]["class_path"])(**entry["method"]["init_args"])
+        return build_task(spec["task"], method, optim)
+    cls = import_class(spec["task"]["class_path"])
+    return build_task(spec["task"], no_adapters(), optim, fully_trained(cls) if entry["kind"] == "full" else cls)
+
+
+def _data(spec: Spec, known: dict[str, L.LightningDataModule]) -> L.LightningDataModule:
+    """Return the trial's data module: an earlier trial's, or a new one."""
+    key = digest({"data": spec["data"], "val_rows": spec["val_rows"]})
+    if key not in known:
+        known[key] = build_data(spec["data"])
+        if spec["val_rows"]:
+            _limit_validation(known[key], spec["val_rows"])
+    return known[key]
+
+
+def _trainer(spec: Spec, recorder: Recorder) -> L.Trainer:
+    settings = {"accelerator": "auto", "devices": 1, **spec["trainer"]}
+    every = spec["val_every"] or spec["steps"]
+    return L.Trainer(
+        max_steps=spec["steps"],
+        max_epochs=-1,
+        val_check_interval=every * int(settings.get("accumulate_grad_batches", 1)),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[recorder],
+        **settings,
+    )
+
+
+def _limit_validation(data: L.LightningDataModule, num_rows: int) -> None:
+    """Make a data module validate on some of its rows alone, evenly spaced: files are often sorted by their source."""
+    make: Callable[[], Any] = data.val_dataloader
+
+    def limited() -> Any:  # noqa: ANN401 - Lightning's own union
+        loader = make()
+        dataset = getattr(loader, "dataset", None)
+        if not isinstance(loader, DataLoader) or not hasattr(dataset, "__len__") or len(dataset) <= num_rows:  # type: ignore[arg-type]
+            return loader
+        lengths = getattr(dataset, "lengths", None)
+        places = [index * len(dataset) // num_rows for index in range(num_rows)]  # type: ignore[arg-type]
+        if lengths is not None:  # texts of like length together, so that little is padded
+            places.sort(key=lambda place: -lengths[place])
+        return DataLoader(Subset(dataset, places), batch_size=loader.batch_size, collate_fn=loader.collate_fn)  # type: ignore[arg-type]
+
+    data.val_dataloader = limited  # type: ignore[method-assign]
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, so that no trial goes on unseen."""
+    parent = os.getppid()
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_FOR_PARENT_SECONDS)
+        os._exit(1)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+def main(arguments: list[str]) -> None:
+    """Run the jobs of a file."""
+    _end_with_parent()
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    run_jobs(json.loads(Path(arguments[0]).read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
