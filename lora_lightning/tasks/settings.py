@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from inspect import isabstract
 from typing import Any
 
 from lora_lightning.adapters import Method
 from lora_lightning.errors import ConfigError
+from lora_lightning.paths import nearest
 
 MethodSpec = Method | Mapping[str, Any]
 
@@ -50,7 +52,9 @@ def _method_from_plain(spec: Mapping[str, Any]) -> Method:
     for cls in _subclasses(Method):
         if class_path in (f"{cls.__module__}.{cls.__qualname__}", cls.__name__):
             return cls(**spec.get("init_args") or {})
-    raise ConfigError(f"The method {class_path!r} is not known here; import the module that defines it first.")
+    near = nearest(class_path.rpartition(".")[2], {cls.__name__ for cls in _subclasses(Method) if not isabstract(cls)})
+    hint = f"did you mean {' or '.join(near)}? If it is a method of your own, " if near else ""
+    raise ConfigError(f"The method {class_path!r} is not known here; {hint}import the module that defines it first.")
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Method]]:
