@@ -17,14 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_lightning.adapters import Adapter, Method, ModelView, adapter_state_dict, attach
+from lora_lightning.backbones.attach import attach as attach_to_backbone
 from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, write_adapter_folder
 from lora_lightning.checkpoint.folder import CONFIG_NAME, PEFT_WEIGHTS_NAME
+from lora_lightning.checkpoint.peft_format import to_peft
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import DoRA, LoRA
 from lora_lightning.methods.dora import DoRAAdapter
 from lora_lightning.methods.low_rank import LowRankAdapter
 from tests.adapters.toys import Bias, Model, Scale
-from tests.models import perturb
+from tests.models import build, perturb
+from tests.test_contract import CASES as CONTRACT_CASES
 
 
 class FromStart(LowRankAdapter):
@@ -238,3 +241,26 @@ def test_what_peft_cannot_hold_says_why(methods: list[Method], reason: str, tmp_
         export_peft(model, tmp_path / "peft")
     assert not (tmp_path / "peft").exists()
     assert write_adapter_folder(tmp_path / "own", model).adapter_format == "lora_lightning"
+
+
+@pytest.mark.parametrize("case", CONTRACT_CASES)
+def test_methods_of_the_package(case: str, tmp_path: Path, logits: Callable[..., Tensor]) -> None:
+    example, architecture = CONTRACT_CASES[case]
+    model = build(architecture)
+    attach_to_backbone(model, example.method)
+    perturb(model)
+    write_adapter_folder(tmp_path / "own", model)
+    if to_peft(model, as_lora=True) is None:
+        with pytest.raises(CheckpointError, match=r"cannot be written in PEFT's format: .*PEFT"):
+            export_peft(model, tmp_path / "peft")
+    else:
+        export_peft(model, tmp_path / "peft")
+        fresh = load_with_peft(build(architecture), tmp_path / "peft")
+        torch.testing.assert_close(logits(fresh), logits(model), atol=1e-5, rtol=0)
+
+    torch.manual_seed(99)
+    again = build(architecture)
+    attach_to_backbone(again, example.method)
+    assert (logits(again) - logits(model)).abs().max() > 1e-4  # negative control
+    load_adapter(again, tmp_path / "own")
+    torch.testing.assert_close(logits(again), logits(model), atol=1e-6, rtol=0)
