@@ -171,6 +171,10 @@ class Method(abc.ABC):
     exclusive: ClassVar[str | None] = None
     """What at most one of the methods attached together may provide, such as `the soft prompt`; None for nothing."""
 
+    takes_packed_rows: ClassVar[bool] = True
+    """Whether each of several documents packed into one row sees the adapter; what stands before a row, only the first.
+    """
+
     modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:

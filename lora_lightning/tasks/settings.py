@@ -30,6 +30,24 @@ def methods_from(spec: MethodSpec | Sequence[MethodSpec]) -> tuple[Method, ...]:
     raise ConfigError(f"method takes a method, such as LoRA(r=8), or a list of methods; got {spec!r}.")
 
 
+def refuse_packing(methods: Sequence[Method], data: object) -> None:
+    """Refuse methods that stand before a row, on data that put several documents into one.
+
+    Args:
+        methods: The methods.
+        data: The data module, or None.
+
+    Raises:
+        ConfigError: The data are packed, and a method does not take that.
+    """
+    refusing = [type(method).__name__ for method in methods if not method.takes_packed_rows]
+    if refusing and getattr(data, "packing", False):
+        raise ConfigError(
+            f"{refusing[0]} stands before each row, and with packing: true a row holds several documents, of which "
+            "only the first would see it; set packing: false."
+        )
+
+
 def plain(value: Any) -> Any:  # noqa: ANN401 - nested containers of any depth
     """Return `value` with tuples and sets as lists and strings, numbers, booleans and None as they are.
 
