@@ -29,5 +29,9 @@ class NotMergeable(UserError):  # noqa: N818 - reads as the fact it states; the 
     """An adapter cannot be folded into the weights of its host."""
 
 
+class PackedHost(NotMergeable):
+    """A host stores its weight quantized, and no update can be written into it as it is."""
+
+
 class AdapterNotCalled(UserError):  # noqa: N818 - reads as the fact it states; the name is public API
     """A forward pass went by without calling an adapter, which would therefore never learn."""

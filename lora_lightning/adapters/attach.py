@@ -22,7 +22,7 @@ from lora_lightning.adapters.head import HeadAdapter
 from lora_lightning.adapters.targets import find_modules, is_within
 from lora_lightning.adapters.view import ModelView, PlainView
 from lora_lightning.adapters.weights import RESERVED
-from lora_lightning.errors import AdapterNotCalled, TargetError
+from lora_lightning.errors import AdapterNotCalled, ConfigError, TargetError
 
 _RECORD = "_lora_lightning_attachment"
 _ADAPTED_CLASSES: dict[type[Any], type[Any]] = {}
@@ -148,7 +148,8 @@ def attach(
 
     Raises:
         TargetError: The model has adapters already, nothing fits, or two methods want the same host's forward.
-        ConfigError: A setting does not fit this model, such as a rank larger than a layer allows.
+        ConfigError: A setting does not fit this model, such as a rank larger than a layer allows, or two methods
+            exclude each other.
 
     Example:
         >>> from lora_lightning.methods import LoRA
@@ -158,6 +159,7 @@ def attach(
     """
     methods = (method,) if isinstance(method, Method) else tuple(method)
     _refuse_reattach(model, methods)
+    _check_combination(methods)
     view = view or PlainView(model)
     placed: list[tuple[str, str, Adapter]] = []
     saved = list(dict.fromkeys([*modules_to_save, *(name for one in methods for name in one.modules_to_save or [])]))
@@ -308,6 +310,20 @@ def _refuse_reattach(model: nn.Module, methods: tuple[Method, ...]) -> None:
         names = ", ".join(type(method).__name__ for method in attached_methods(model))
         raise TargetError(f"This model already has adapters ({names}); detach or merge them first.")
     refuse_sharded(model, "attach")
+
+
+def _check_combination(methods: Sequence[Method]) -> None:
+    """Refuse methods of which only one can be attached."""
+    providers: dict[str, Method] = {}
+    for method in methods:
+        if method.exclusive is None:
+            continue
+        other = providers.setdefault(method.exclusive, method)
+        if other is not method:
+            raise ConfigError(
+                f"{type(other).__name__} and {type(method).__name__} both provide {method.exclusive}, of which a model "
+                "takes one; attach one of them."
+            )
 
 
 def _saved_paths(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -83,7 +83,10 @@ class Adapter(nn.Module):
         """Raise NotMergeable, with the reason, where this adapter cannot be folded into its host."""
         if type(self).merged_weight is Adapter.merged_weight:
             name = type(self).__name__
-            raise NotMergeable(f"{name} changes more than a weight and cannot be merged; keep it attached.")
+            raise NotMergeable(
+                f"{name} changes more than a weight and cannot be merged; keep it attached, and load its adapter "
+                "folder onto the base wherever it is used."
+            )
         check_writable(host)
 
     def merged_weight(self, host: nn.Module, weight: Tensor) -> Tensor:
@@ -167,6 +170,19 @@ class Method(abc.ABC):
     usual_rates: ClassVar[tuple[float, ...]] = (3e-4, 1e-3, 3e-3)
     """Learning rates worth trying first, the lowest first."""
 
+    training_settings: ClassVar[frozenset[str]] = frozenset({"modules_to_save"})
+    """Settings that say how the adapters are trained or find their hosts, and not what they compute from their tensors.
+
+    An adapter folder loads where these differ; a subclass adds its own to its parent's.
+    """
+
+    exclusive: ClassVar[str | None] = None
+    """What at most one of the methods attached together may provide, such as `the soft prompt`; None for nothing."""
+
+    takes_packed_rows: ClassVar[bool] = True
+    """Whether each of several documents packed into one row sees the adapter; what stands before a row, only the first.
+    """
+
     modules_to_save: list[str] | None = None
 
     def __post_init__(self) -> None:
@@ -246,6 +262,12 @@ class TargetedMethod(Method):
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
+
+    training_settings: ClassVar[frozenset[str]] = Method.training_settings | {
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+    }
 
     def __post_init__(self) -> None:
         """Refuse empty target lists."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import nn
 
 from lora_lightning.adapters.attach import detach, iter_adapters, iter_hosts, join, refuse_sharded
 from lora_lightning.adapters.view import ModelView, PlainView
+from lora_lightning.errors import PackedHost
 
 
 @torch.no_grad()
@@ -38,14 +41,26 @@ def merge(model: nn.Module, view: ModelView | None = None) -> None:
     """
     refuse_sharded(model, "merge")
     view = view or PlainView(model)
-    for _, host, adapter in iter_adapters(model):
-        adapter.check_mergeable(host)
+    check_mergeable(model)
     for path, host in list(iter_hosts(model)):
         for name in _tied_modules(model, host):
             view.untie(join(path, name))
     for _, host, adapter in list(iter_adapters(model)):
         adapter.merge_into(host)
     detach(model)
+
+
+def check_mergeable(model: nn.Module) -> None:
+    """Raise NotMergeable, with the reason, where one of a model's adapters cannot be folded into its host."""
+    for _, host, adapter in iter_adapters(model):
+        adapter.check_mergeable(host)
+
+
+def refuse_unmergeable_kinds(model: nn.Module) -> None:
+    """Raise NotMergeable where an adapter cannot be folded, not even into a base that is stored dense."""
+    for _, host, adapter in iter_adapters(model):
+        with suppress(PackedHost):  # the same adapter on the dense base is another matter
+            adapter.check_mergeable(host)
 
 
 def _tied_modules(model: nn.Module, host: nn.Module) -> list[str]:

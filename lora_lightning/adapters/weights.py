@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from lora_lightning.errors import NotMergeable, TargetError
+from lora_lightning.errors import PackedHost, TargetError
 
 RESERVED = "_lora_lightning"
 """The one child name under which a host keeps its adapters."""
@@ -119,7 +119,7 @@ def write_weight(host: nn.Module, weight: Tensor) -> None:
 
     Raises:
         TargetError: The host is of an unknown class.
-        NotMergeable: The host stores its weight quantized.
+        PackedHost: The host stores its weight quantized.
     """
     check_writable(host)
     write = codec_of(host).write
@@ -128,9 +128,9 @@ def write_weight(host: nn.Module, weight: Tensor) -> None:
 
 
 def check_writable(host: nn.Module) -> None:
-    """Raise NotMergeable where a host stores its weight quantized."""
+    """Raise PackedHost where a host stores its weight quantized."""
     if codec_of(host).write is None:
-        raise NotMergeable(
+        raise PackedHost(
             f"{original_class(host).__name__} stores its weight quantized, and rounding would swallow the update; "
             "merge into the base in its full precision instead."
         )

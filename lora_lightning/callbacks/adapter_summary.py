@@ -11,13 +11,14 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelSummary
 from torch import Tensor, nn
 
-from lora_lightning.adapters import iter_roles
+from lora_lightning.adapters import Adapter, iter_adapters, iter_roles
+from lora_lightning.adapters.head import HeadAdapter
 from lora_lightning.callbacks.places import adapted_model
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-TRAINABLE, FROZEN, BASE = "trainable", "frozen", "base"
+TRAINABLE, FROZEN, BASE, BUFFER = "trainable", "frozen", "base", "buffer"
 
 
 @dataclass
@@ -72,18 +73,30 @@ def count_roles(model: nn.Module) -> dict[str, RoleCount]:
 
     Returns:
         One entry for each role that occurs (`A`, `B`, `head`, …; `A (frozen)` for adapter parameters that do not
-        train), and `base` for all the rest. A parameter that two modules share counts once.
+        train, `buffer (frozen)` for tensors of adapters that are no parameters), and `base` for all the rest. A tensor
+        that two modules share counts once.
     """
     counts: dict[str, RoleCount] = defaultdict(RoleCount)
     own: set[int] = set()
     for _, parameter, role in iter_roles(model):
         own.add(id(parameter))
         counts[role if parameter.requires_grad else f"{role} ({FROZEN})"].add(parameter)
+    buffers = {id(one): one for _, _, adapter in iter_adapters(model) for one in adapter_buffers(adapter)}
+    for buffer in buffers.values():
+        counts[f"{BUFFER} ({FROZEN})"].add(buffer)
     base = RoleCount()
     for parameter in model.parameters():
         if id(parameter) not in own:
             base.add(parameter)
     return {**{str(role): count for role, count in counts.items()}, BASE: base}
+
+
+def adapter_buffers(adapter: Adapter) -> list[Tensor]:
+    """Return the tensors that an adapter keeps beside its parameters, such as frozen projections.
+
+    What a trained copy of a module keeps is the base's own, once more, and tells nothing about the method.
+    """
+    return [] if isinstance(adapter, HeadAdapter) else [one for one in adapter.buffers() if one.numel()]
 
 
 def build_table(counts: dict[str, RoleCount]) -> Table:

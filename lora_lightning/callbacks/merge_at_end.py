@@ -9,11 +9,12 @@ import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lora_lightning.callbacks.places import is_trial, run_folder
+from lora_lightning.adapters.merge import refuse_unmergeable_kinds
+from lora_lightning.callbacks.places import adapted_model, is_trial, run_folder
 from lora_lightning.checkpoint.merge_report import UpdateLost
 from lora_lightning.checkpoint.merging import merge_checkpoint, refuse_taken
 from lora_lightning.checkpoint.precision import DTYPES
-from lora_lightning.errors import ConfigError
+from lora_lightning.errors import ConfigError, NotMergeable
 
 
 class MergeAtEnd(L.Callback):
@@ -32,7 +33,7 @@ class MergeAtEnd(L.Callback):
             written.
 
     Raises:
-        ConfigError: `which` or `dtype` is something else.
+        ConfigError: `which` or `dtype` is something else; when `fit` starts, that the run trains what cannot be merged.
     """
 
     def __init__(
@@ -57,6 +58,17 @@ class MergeAtEnd(L.Callback):
         del pl_module
         if stage == "fit":
             refuse_taken(self._folder(trainer))
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse adapters that cannot be merged before any training is done."""
+        del trainer
+        model = adapted_model(pl_module)
+        if model is None:
+            return
+        try:
+            refuse_unmergeable_kinds(model)
+        except NotMergeable as error:
+            raise ConfigError(f"MergeAtEnd cannot merge what this run trains, so leave it out: {error}") from error
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Merge on rank 0."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_lightning.adapters import attached_methods, folded_state_dict, load_adapter_state_dict
+from lora_lightning.adapters import Method, attached_methods, folded_state_dict, load_adapter_state_dict
 from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.manifest import (
@@ -22,25 +22,16 @@ from lora_lightning.checkpoint.manifest import (
     Manifest,
     check_files,
     class_config,
+    plain,
     read_manifest,
     write_manifest,
 )
-from lora_lightning.checkpoint.peft_format import from_peft, to_peft
+from lora_lightning.checkpoint.peft_format import from_peft, method_of, to_peft
 from lora_lightning.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_WEIGHTS_NAME = "adapter.safetensors"
-
-# Settings that say how an adapter was trained or found its hosts, not what it computes.
-_FREE_SETTINGS = {
-    "dropout",
-    "exclude_modules",
-    "init",
-    "layers_to_transform",
-    "modules_to_save",
-    "target_modules",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +48,12 @@ class RunFacts:
 
 
 def write_adapter_folder(
-    folder: Path, model: nn.Module, facts: RunFacts | None = None, *, base_fingerprint: str | None = None
+    folder: Path,
+    model: nn.Module,
+    facts: RunFacts | None = None,
+    *,
+    base_fingerprint: str | None = None,
+    as_lora: bool = False,
 ) -> Manifest:
     """Write the adapters of a model into a folder, all of it or nothing; the manifest goes in last.
 
@@ -66,6 +62,8 @@ def write_adapter_folder(
         model: A model with adapters.
         facts: What the manifest shall tell about the run.
         base_fingerprint: The base's fingerprint, where the caller has it already.
+        as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same; the manifest then
+            names that LoRA.
 
     Returns:
         The manifest that was written.
@@ -77,7 +75,9 @@ def write_adapter_folder(
         raise CheckpointError(f"{folder} is there and holds no adapter; move it away or save elsewhere.")
     state = folded_state_dict(model)
     check_finite(state, "The adapter")
-    peft = to_peft(model, state)
+    peft, methods = to_peft(model, state), attached_methods(model)
+    if peft is None and as_lora and (peft := to_peft(model, state, as_lora=True)) is not None:
+        methods = (method_of(peft.config),)
     with atomic_folder(folder) as temporary:
         if peft is None:
             _save_tensors(temporary / OWN_WEIGHTS_NAME, state)
@@ -88,7 +88,7 @@ def write_adapter_folder(
         manifest = Manifest(
             **asdict(facts or RunFacts()),
             adapter_format="lora_lightning" if peft is None else "peft",
-            methods=[class_config(method) for method in attached_methods(model)],
+            methods=[class_config(method) for method in methods],
             base_fingerprint=base_fingerprint or fingerprint(model),
             files={path.name: FileRecord.of(path) for path in sorted(temporary.iterdir())},
         )
@@ -141,7 +141,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     manifest, state = read_adapter_folder(folder)
-    check_methods([class_config(method) for method in attached_methods(model)], manifest.methods, folder)
+    check_methods(attached_methods(model), manifest.methods, folder)
     check_fingerprint(fingerprint(model), manifest.base_fingerprint, str(folder))
     load_adapter_state_dict(model, state)
     return manifest
@@ -195,27 +195,36 @@ def _load_config(path: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def check_methods(attached: list[dict[str, Any]], stored: list[dict[str, Any]], folder: Path) -> None:
+def check_methods(attached: Sequence[Method], stored: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Refuse methods that compute something else from the same tensors, such as another alpha.
 
+    A setting that the folder does not name, since it is newer than the folder, counts as its default.
+
     Args:
-        attached: The methods of the model, as `class_config` gives them.
-        stored: Those of the folder.
+        attached: The methods of the model.
+        stored: Those of the folder, as `class_config` gives them.
         folder: Where it is, for the message.
 
     Raises:
         CheckpointError: They differ in more than how they were trained or found their hosts.
     """
-    names = [[method["class_path"] for method in methods] for methods in (attached, stored)]
+    configs = [class_config(method) for method in attached]
+    names = [[method["class_path"] for method in methods] for methods in (configs, stored)]
     if names[0] != names[1]:
         raise CheckpointError(
             f"{folder} was trained with {names[1]}, and the model has {names[0]} attached; attach the same."
         )
-    for own, other in zip(attached, stored, strict=True):
-        for key in sorted((own["init_args"].keys() | other["init_args"].keys()) - _FREE_SETTINGS):
-            left, right = own["init_args"].get(key), other["init_args"].get(key)
-            if left != right:
+    for method, config, other in zip(attached, configs, stored, strict=True):
+        own = config["init_args"]
+        theirs = {**_defaults(type(method)), **other["init_args"]}
+        for key in sorted((own.keys() | theirs.keys()) - method.training_settings):
+            if own.get(key) != theirs.get(key):
                 raise CheckpointError(
-                    f"{folder} was trained with {key}={right!r}, and the model has {key}={left!r}; "
-                    f"attach {own['class_path'].rpartition('.')[2]} with {key}={right!r}."
+                    f"{folder} was trained with {key}={theirs.get(key)!r}, and the model has {key}={own.get(key)!r}; "
+                    f"attach {type(method).__name__} with {key}={theirs.get(key)!r}."
                 )
+
+
+def _defaults(method: type[Method]) -> dict[str, Any]:
+    """Return the settings that have a plain default, as a manifest holds them."""
+    return {spec.name: plain(spec.default) for spec in fields(method) if spec.default is not MISSING}

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_lightning.adapters import Adapter, attached_methods, is_attached, iter_adapters
+from lora_lightning.adapters.merge import check_mergeable, refuse_unmergeable_kinds
 from lora_lightning.backbones.attach import merge
 from lora_lightning.backbones.load import load_tokenizer
 from lora_lightning.backbones.quantized import is_quantized
@@ -24,7 +25,7 @@ from lora_lightning.checkpoint.peft_format import is_copy
 from lora_lightning.checkpoint.precision import dtype_of, final_dtypes, name_of, narrow, round_to, widen
 from lora_lightning.checkpoint.probe import Probe, sample_batch
 from lora_lightning.checkpoint.rebuild import read_checkpoint, rebuild_task
-from lora_lightning.errors import BackboneError, CheckpointError
+from lora_lightning.errors import BackboneError, CheckpointError, NotMergeable
 
 if TYPE_CHECKING:
     import lightning as L
@@ -114,9 +115,10 @@ def _load(
             f"{ckpt_path} stands on a base that its task loads quantized by itself, so there is no dense one to merge "
             "into; merge into the dequantized one (--dequantize)."
         )
-    for _, host, adapter in iter_adapters(model):
-        if not dequantize:
-            adapter.check_mergeable(host)
+    try:
+        refuse_unmergeable_kinds(model) if dequantize else check_mergeable(model)
+    except NotMergeable as error:
+        raise NotMergeable(f"{ckpt_path} was not merged: {error}") from error
     return task, model
 
 
@@ -147,8 +149,7 @@ def merge_and_measure(model: nn.Module, dtypes: dict[str, torch.dtype]) -> tuple
     Raises:
         NotMergeable: An adapter cannot be folded; the model is unchanged.
     """
-    for _, host, adapter in iter_adapters(model):
-        adapter.check_mergeable(host)
+    check_mergeable(model)
     layers = [
         measure(path, host, adapter, dtypes.get(f"{path}.weight", torch.float32))
         for path, host, adapter in iter_adapters(model)

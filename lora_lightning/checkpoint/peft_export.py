@@ -19,10 +19,11 @@ def export_peft(
     """Write the adapters of a model in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, a manifest.
 
     `peft.PeftModel.from_pretrained(base, folder)` and transformers' `model.load_adapter(folder)` read it, and so does
-    `load_peft`. Trained copies (heads) go in as `modules_to_save`.
+    `load_peft`. Trained copies (heads) go in as `modules_to_save`. A relative of LoRA goes in as the LoRA that computes
+    the same, from its `factors()`: often of another rank, and no longer to be trained by its own method.
 
     Args:
-        model: A model with LoRA or DoRA adapters.
+        model: A model with adapters of LoRA, DoRA or a relative of theirs.
         folder: Where to; an adapter folder already there is replaced.
         facts: What the manifest shall tell about the run.
         base_fingerprint: The base's fingerprint, where the caller has it already.
@@ -36,9 +37,9 @@ def export_peft(
     """
     if not is_attached(model):
         raise CheckpointError("The model has no adapters, so there is nothing to export; attach and train them first.")
-    if to_peft(model) is None:
+    if to_peft(model, as_lora=True) is None:
         raise CheckpointError(
             f"This adapter cannot be written in PEFT's format: {why_not_peft(model)}. Merge it into the base instead "
             "(lora-lightning export --to merged)."
         )
-    return write_adapter_folder(Path(folder), model, facts, base_fingerprint=base_fingerprint)
+    return write_adapter_folder(Path(folder), model, facts, base_fingerprint=base_fingerprint, as_lora=True)

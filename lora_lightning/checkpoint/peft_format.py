@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters import Adapter, Role, adapter_state_dict, attached_methods, iter_adapters
+from lora_lightning.adapters import Adapter, Role, attached_methods, folded_state_dict, iter_adapters
 from lora_lightning.adapters.weights import RESERVED, HostKind, original_class
 from lora_lightning.checkpoint.peft_keys import PREFIX
+from lora_lightning.checkpoint.peft_updates import Update, computed_update, stored_update, why_no_update
+from lora_lightning.methods import DoRA, LoRA
 from lora_lightning.methods.dora import DoRAAdapter
-from lora_lightning.methods.low_rank import LowRankAdapter
 
 # PEFT picks its wrapper by `task_type`; for classifiers that wrapper adds names of its own to `modules_to_save`.
 _TASK_TYPES: Mapping[str, str] = {
@@ -52,22 +53,28 @@ class PeftAdapter:
 class _Parts:
     """The adapters of a model, sorted."""
 
-    low_rank: dict[str, tuple[nn.Module, LowRankAdapter]]
+    low_rank: dict[str, Update]
     heads: list[str]
 
 
-def to_peft(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> PeftAdapter | None:
+def to_peft(
+    model: nn.Module, state: Mapping[str, Tensor] | None = None, *, as_lora: bool = False
+) -> PeftAdapter | None:
     """Describe the adapters of a model in PEFT's format.
 
     Args:
         model: A model with adapters.
-        state: What `adapter_state_dict` gives, where the caller has gathered it already.
+        state: What `folded_state_dict` gives, where the caller has gathered it already.
+        as_lora: Write every relative of LoRA as the LoRA that computes the same (at another rank, if need be), from
+            which its own method could not go on training.
 
     Returns:
-        Config and tensors; None where PEFT has no way to say it: other methods than LoRA and DoRA, both at once, a
-        DoRA magnitude per input, a convolution with groups, or names that PEFT would match to more modules.
+        Config and tensors; None where PEFT has no way to say it (`why_not_peft` tells why): other methods than LoRA and
+        DoRA, both at once, a DoRA magnitude per input, a convolution with groups, or names that PEFT would match to
+        more modules.
     """
-    parts = _sort_adapters(model)
+    state = folded_state_dict(model) if state is None else state
+    parts = _sort_adapters(model, state, as_lora=as_lora)
     if parts is None:
         return None
     paths = [path for path, _ in model.named_modules() if path and RESERVED not in path.split(".")]
@@ -77,7 +84,7 @@ def to_peft(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> Peft
         task_type, extra = None, _extra_copies(paths, parts, None)
     if extra is None:
         return None
-    tensors = _rename(parts, adapter_state_dict(model) if state is None else state)
+    tensors = _rename(parts, state)
     for path in extra:
         own = model.get_submodule(path).state_dict()
         tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in own.items()}
@@ -85,23 +92,21 @@ def to_peft(model: nn.Module, state: Mapping[str, Tensor] | None = None) -> Peft
 
 
 def why_not_peft(model: nn.Module) -> str:
-    """Return the reason for which `to_peft` has no answer, as the end of a sentence."""
-    names = sorted({type(method).__name__ for method in attached_methods(model)})
-    for path, host, adapter in iter_adapters(model):
-        if is_copy(adapter) and path:
-            continue
-        if type(adapter) not in (LowRankAdapter, DoRAAdapter):
-            return f"PEFT's format for LoRA and DoRA has no words for {type(adapter).__name__} (at {path!r})"
-        if getattr(adapter, "start_a", None) is not None:
-            return f"A and B of {path!r} start at a part of the weight that PEFT would have taken out of its base"
-        if getattr(adapter, "axis", "output") != "output":
-            return "PEFT's DoRA has one magnitude per output, and this one has magnitude_axis='input'"
-        if getattr(host, "groups", 1) != 1:
-            return f"PEFT adapts a convolution with groups ({path!r}) in another way"
-        if not path:
-            return "PEFT cannot adapt a model that is itself the adapted layer"
-    if len(names) > 1:
+    """Return the reason for which `to_peft(model, as_lora=True)` has no answer, as the end of a sentence."""
+    names = [type(method).__name__ for method in attached_methods(model)]
+    found = [(path, host, adapter) for path, host, adapter in iter_adapters(model) if not (is_copy(adapter) and path)]
+    reasons = {path: reason for path, host, adapter in found if (reason := why_no_update(host, adapter))}
+    if 0 < len(reasons) < len(found) and len(names) > 1:
         return f"a folder of PEFT holds one method, and {' and '.join(names)} are attached"
+    if reasons:
+        path, reason = next(iter(reasons.items()))
+        return f"{reason} (at {path!r})"
+    if any(not path for path, _, _ in found):
+        return "PEFT cannot adapt a model that is itself the adapted layer"
+    if len({isinstance(adapter, DoRAAdapter) for _, _, adapter in found}) > 1:
+        return f"a folder of PEFT holds LoRA or DoRA, and {' and '.join(names)} are attached"
+    if not found:
+        return "only full copies of modules were trained, and PEFT's LoRA wants at least one adapted layer"
     return "PEFT would match names of its modules_to_save or targets to other modules of this model too"
 
 
@@ -133,32 +138,40 @@ def from_peft(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[st
     return own
 
 
-def _sort_adapters(model: nn.Module) -> _Parts | None:
+def method_of(config: Mapping[str, Any]) -> LoRA:
+    """Return the method that a config of `to_peft` describes."""
+    cls = DoRA if config["use_dora"] else LoRA
+    return cls(
+        r=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config["lora_dropout"],
+        scaling="rslora" if config["use_rslora"] else "standard",
+        rank_pattern=config["rank_pattern"] or None,
+        alpha_pattern=config["alpha_pattern"] or None,
+        target_modules=config["target_modules"],
+        modules_to_save=config["modules_to_save"],
+    )
+
+
+def _sort_adapters(model: nn.Module, state: Mapping[str, Tensor], *, as_lora: bool) -> _Parts | None:
     """Sort adapters into low-rank ones and heads; None where PEFT knows one of them not."""
-    low_rank, heads = {}, []
+    low_rank: dict[str, Update] = {}
+    heads = []
     for path, host, adapter in iter_adapters(model):
         if is_copy(adapter) and path:
             heads.append(path)
-        elif path and path not in low_rank and _is_expressible(host, adapter):
-            assert isinstance(adapter, LowRankAdapter)
-            low_rank[path] = (host, adapter)
-        else:
+            continue
+        update = computed_update(host, adapter) if as_lora else stored_update(path, host, adapter, state)
+        if update is None or not path or path in low_rank:
             return None
-    kinds = {type(adapter) for _, adapter in low_rank.values()}
+        low_rank[path] = update
+    kinds = {update.magnitude is None for update in low_rank.values()}
     return _Parts(low_rank, heads) if len(kinds) == 1 else None
 
 
 def is_copy(adapter: Adapter) -> bool:
     """Tell whether an adapter is a module trained as a full copy, such as a head."""
     return {role for _, _, role in adapter.named_roles()} == {Role.HEAD}
-
-
-def _is_expressible(host: nn.Module, adapter: Adapter) -> bool:
-    if type(adapter) not in (LowRankAdapter, DoRAAdapter):  # a subclass computes something else
-        return False
-    if getattr(adapter, "start_a", None) is not None:  # PEFT would expect a base without the part that A and B start at
-        return False
-    return getattr(adapter, "axis", "output") == "output" and getattr(host, "groups", 1) == 1
 
 
 def _extra_copies(paths: Sequence[str], parts: _Parts, task_type: str | None) -> list[str] | None:
@@ -183,18 +196,18 @@ def _extra_copies(paths: Sequence[str], parts: _Parts, task_type: str | None) ->
 def _rename(parts: _Parts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give tensors PEFT's names and shapes."""
     renamed: dict[str, Tensor] = {}
-    for path, (host, adapter) in parts.low_rank.items():
-        a, b = state[f"{path}.lora_A"], state[f"{path}.lora_B"]
-        if adapter.kind is HostKind.EMBEDDING:
+    for path, update in parts.low_rank.items():
+        a, b, kind = update.a, update.b, update.adapter.kind
+        if kind is HostKind.EMBEDDING:
             renamed |= {f"{PREFIX}{path}.lora_embedding_A": a, f"{PREFIX}{path}.lora_embedding_B": b}
         else:
-            trailing = _kernel_size(host) if adapter.kind is HostKind.CONV else ()
+            trailing = _kernel_size(update.host) if kind is HostKind.CONV else ()
             a = a.reshape(a.shape[0], -1, *trailing)
             b = b.reshape(*b.shape, *[1] * len(trailing))
             renamed |= {f"{PREFIX}{path}.lora_A.weight": a, f"{PREFIX}{path}.lora_B.weight": b}
-        magnitude = state.get(f"{path}.magnitude")
+        magnitude = update.magnitude
         if magnitude is not None:
-            if adapter.kind is HostKind.CONV:
+            if kind is HostKind.CONV:
                 magnitude = magnitude.reshape(1, -1, *[1] * (a.dim() - 2))
             # PEFT itself leaves `.weight` out and reads both; transformers' `load_adapter` (5.23) reads only
             # this form, and would silently start from a fresh magnitude otherwise.
@@ -213,11 +226,11 @@ def _kernel_size(host: nn.Module) -> tuple[int, ...]:
 def _build_config(model: nn.Module, parts: _Parts, paths: Sequence[str], task_type: str | None) -> dict[str, Any]:
     methods = attached_methods(model)
     use_rslora = all(getattr(method, "scaling", None) == "rslora" for method in methods)
-    adapters = {path: adapter for path, (_, adapter) in parts.low_rank.items()}
-    ranks = {path: adapter.r for path, adapter in adapters.items()}
-    alphas = {path: _alpha(adapter, use_rslora=use_rslora) for path, adapter in adapters.items()}
+    updates = parts.low_rank
+    ranks = {path: update.rank for path, update in updates.items()}
+    alphas = {path: _alpha(update, use_rslora=use_rslora) for path, update in updates.items()}
     r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
-    classes = {original_class(host).__name__ for host, _ in parts.low_rank.values()}
+    classes = {original_class(update.host).__name__ for update in updates.values()}
     return {
         "alpha_pattern": _pattern(alphas, alpha),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -229,23 +242,23 @@ def _build_config(model: nn.Module, parts: _Parts, paths: Sequence[str], task_ty
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": alpha,
-        "lora_dropout": max(adapter.dropout for adapter in adapters.values()),
+        "lora_dropout": max(update.adapter.dropout for update in updates.values()),
         "modules_to_save": list(parts.heads) or None,
         "peft_type": "LORA",
         "r": r,
         "rank_pattern": _pattern(ranks, r),
         "revision": None,
-        "target_modules": target_modules(paths, list(adapters)),
+        "target_modules": target_modules(paths, list(updates)),
         "task_type": task_type,
-        "use_dora": any(isinstance(adapter, DoRAAdapter) for adapter in adapters.values()),
+        "use_dora": any(update.magnitude is not None for update in updates.values()),
         "use_rslora": use_rslora,
     }
 
 
-def _alpha(adapter: LowRankAdapter, *, use_rslora: bool) -> int | float:
-    """Return the `lora_alpha` from which PEFT computes this adapter's scaling."""
-    divisor = math.sqrt(adapter.r) if use_rslora else adapter.r
-    alpha = adapter.scaling * divisor
+def _alpha(update: Update, *, use_rslora: bool) -> int | float:
+    """Return the `lora_alpha` from which PEFT computes this update's scaling."""
+    divisor = math.sqrt(update.rank) if use_rslora else update.rank
+    alpha = update.adapter.scaling * divisor
     rounded = round(alpha, 9)  # undoes the rounding of alpha / r * r
     if math.isclose(rounded, alpha, rel_tol=1e-14):
         alpha = rounded

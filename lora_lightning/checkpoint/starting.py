@@ -50,7 +50,7 @@ class StartingAdapter:
         Raises:
             CheckpointError: The methods compute something else, the base is another one, or keys or shapes differ.
         """
-        check_methods([class_config(method) for method in methods], self.methods, self.folder)
+        check_methods(methods, self.methods, self.folder)
         if self.base_fingerprint is not None:
             check_fingerprint(fingerprint(model), self.base_fingerprint, str(self.folder))
         fresh = self._fresh_copies(model)

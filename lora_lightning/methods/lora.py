@@ -59,6 +59,7 @@ class LoRA(TargetedMethod):
 
     name: ClassVar[str] = "lora"
     size_setting: ClassVar[str | None] = "r"
+    training_settings: ClassVar[frozenset[str]] = TargetedMethod.training_settings | {"dropout", "init"}
 
     r: int = 8
     alpha: float = 16.0

@@ -36,7 +36,7 @@ from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
 from lora_lightning.tasks.quantized import refuse_unfit_trainer
-from lora_lightning.tasks.settings import methods_from, plain
+from lora_lightning.tasks.settings import methods_from, plain, refuse_packing
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -205,6 +205,7 @@ class AdapterTask(L.LightningModule):
             raise ConfigError("configure_backbone returned a model with adapters; return the bare model.")
         self._check_quantization(model)
         start = self._starting_adapter(model)
+        refuse_packing(self.methods, getattr(self._trainer, "datamodule", None))
         self.report = attach(model, self.methods, modules_to_save=self.trained_modules(model))
         if start is not None:
             start.check_labels(self.label_names, model)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from inspect import isabstract
 from typing import Any
 
 from lora_lightning.adapters import Method
 from lora_lightning.errors import ConfigError
+from lora_lightning.paths import nearest
 
 MethodSpec = Method | Mapping[str, Any]
 
@@ -26,6 +28,24 @@ def methods_from(spec: MethodSpec | Sequence[MethodSpec]) -> tuple[Method, ...]:
     if isinstance(spec, list | tuple) and spec:
         return tuple(method for one in spec for method in methods_from(one))
     raise ConfigError(f"method takes a method, such as LoRA(r=8), or a list of methods; got {spec!r}.")
+
+
+def refuse_packing(methods: Sequence[Method], data: object) -> None:
+    """Refuse methods that stand before a row, on data that put several documents into one.
+
+    Args:
+        methods: The methods.
+        data: The data module, or None.
+
+    Raises:
+        ConfigError: The data are packed, and a method does not take that.
+    """
+    refusing = [type(method).__name__ for method in methods if not method.takes_packed_rows]
+    if refusing and getattr(data, "packing", False):
+        raise ConfigError(
+            f"{refusing[0]} stands before each row, and with packing: true a row holds several documents, of which "
+            "only the first would see it; set packing: false."
+        )
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401 - nested containers of any depth
@@ -50,7 +70,9 @@ def _method_from_plain(spec: Mapping[str, Any]) -> Method:
     for cls in _subclasses(Method):
         if class_path in (f"{cls.__module__}.{cls.__qualname__}", cls.__name__):
             return cls(**spec.get("init_args") or {})
-    raise ConfigError(f"The method {class_path!r} is not known here; import the module that defines it first.")
+    near = nearest(class_path.rpartition(".")[2], {cls.__name__ for cls in _subclasses(Method) if not isabstract(cls)})
+    hint = f"did you mean {' or '.join(near)}? If it is a method of your own, " if near else ""
+    raise ConfigError(f"The method {class_path!r} is not known here; {hint}import the module that defines it first.")
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Method]]:

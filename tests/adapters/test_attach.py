@@ -1,5 +1,7 @@
 import copy
 import pickle
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -525,6 +527,37 @@ def test_merging_elsewhere_keeps_weights_tied():
     attach(model, LoRA(r=2, target_modules=["body"]))
     merge(model)
     assert model.out.weight is model.embed[0].weight
+
+
+# Methods of which a model takes one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front(Bias):
+    name: ClassVar[str] = "front"
+    exclusive: ClassVar[str | None] = "the soft prompt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherFront(Front):
+    name: ClassVar[str] = "other_front"
+
+
+def test_methods_that_exclude_each_other():
+    model = Model()
+    keys = list(model.state_dict())
+    methods = [Front(target_modules=["0.query"]), LoRA(r=2), OtherFront(target_modules=["1.query"])]
+    with pytest.raises(ConfigError, match="Front and OtherFront both provide the soft prompt, of which a model takes"):
+        attach(model, methods)
+    assert list(model.state_dict()) == keys
+    attach(model, methods[:2])
+    detach(model)
+    attach(model, methods[1:])
+
+
+def test_the_same_exclusive_method_twice():
+    with pytest.raises(ConfigError, match="Front and Front both provide"):
+        attach(Model(), [Front(target_modules=["0.query"]), Front(target_modules=["1.query"])])
 
 
 # Hosts that run their children in turn

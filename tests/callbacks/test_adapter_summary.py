@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelSummary
 from torch import nn
 
-from lora_lightning.adapters import attach
+from lora_lightning.adapters import Adapter, ModelView, attach
+from lora_lightning.adapters.targets import select_hosts
 from lora_lightning.callbacks import AdapterSummary
 from lora_lightning.callbacks.adapter_summary import build_table, count_roles, format_bytes
 from lora_lightning.methods import DoRA, LoRA
+from lora_lightning.methods.low_rank import LowRankAdapter
 from tests import models
 from tests.callbacks.runs import LIGHTNING_WARNINGS, fit
 from tests.callbacks.test_adapter_checkpoint import NoAdapters
@@ -30,11 +35,13 @@ def test_counts_by_role() -> None:
         "B": (2, 2 * 2 * 32),
         "magnitude": (2, 2 * 32),
         "head": (2, 3 * 32 + 3),
+        "buffer (frozen)": (2, 2 * 32),  # the norms of the base's weights
     }
     assert counts["base"].num_parameters == num_base
     assert counts["base"].num_bytes == 4 * num_base
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert sum(count.num_parameters for role, count in counts.items() if role != "base") == trainable
+    frozen = ("base", "buffer (frozen)")
+    assert sum(count.num_parameters for role, count in counts.items() if role not in frozen) == trainable
 
 
 def test_tied_weights_count_once_and_frozen_factors_apart() -> None:
@@ -45,6 +52,38 @@ def test_tied_weights_count_once_and_frozen_factors_apart() -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(requires_grad=False)
     assert set(count_roles(model)) == {"embedding (frozen)", "base"}
+
+
+class Projected(LowRankAdapter):
+    """Keeps a projection that all hosts share, and one frozen factor."""
+
+    def __init__(self, host: nn.Module, projection: nn.Module) -> None:
+        super().__init__(host, r=2, scaling=1.0)
+        self.projection = projection
+        self.lora_A.requires_grad_(requires_grad=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projecting(LoRA):
+    name: ClassVar[str] = "projecting"
+
+    def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
+        projection = nn.BatchNorm1d(5, affine=False, track_running_stats=True)
+        for path, host in select_hosts(view, self):
+            yield path, Projected(host, projection)
+
+
+def test_shared_buffers_and_frozen_factors() -> None:
+    model = models.build("bert")
+    attach(model, Projecting(target_modules=["query"]))
+    counts = count_roles(model)
+    assert {role: (count.num_tensors, count.num_parameters) for role, count in counts.items() if role != "base"} == {
+        "A (frozen)": (2, 2 * 2 * 32),
+        "B": (2, 2 * 2 * 32),
+        "buffer (frozen)": (3, 5 + 5 + 1),  # once for both hosts
+    }
+    trainable = build_table(counts).columns[2]
+    assert list(trainable.cells)[3] == "128"
 
 
 def test_packed_weights() -> None:

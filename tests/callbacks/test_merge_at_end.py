@@ -15,6 +15,7 @@ from lora_lightning.callbacks import AdapterCheckpoint, MergeAtEnd
 from lora_lightning.callbacks.merge_at_end import checkpoint_path
 from lora_lightning.checkpoint import read_manifest
 from lora_lightning.errors import CheckpointError, ConfigError
+from tests.adapters.toys import Scale
 from tests.callbacks.runs import LIGHTNING_WARNINGS, LineTask, fit, make_trainer
 
 pytestmark = LIGHTNING_WARNINGS
@@ -52,6 +53,16 @@ def test_taken_folder_stops_before_training(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists already"):
         fit(tmp_path, AdapterCheckpoint(), MergeAtEnd(target))
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_what_cannot_be_merged_stops_before_training(tmp_path: Path) -> None:
+    task = LineTask(Scale(target_modules=["0"]))
+    with pytest.raises(ConfigError, match=r"MergeAtEnd cannot merge .* leave it out: InputScale changes more than"):
+        fit(tmp_path, AdapterCheckpoint(), MergeAtEnd(tmp_path / "merged"), task=task)
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not (tmp_path / "merged").exists()
+    fit(tmp_path / "without", AdapterCheckpoint(), task=LineTask(Scale(target_modules=["0"])))  # negative control
+    assert list(tmp_path.rglob("*.ckpt"))
 
 
 def test_no_checkpoint_is_said(tmp_path: Path) -> None:

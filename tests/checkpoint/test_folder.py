@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -215,6 +217,40 @@ def test_settings_of_training_may_differ(folder: Path, build_model: BuildModel) 
     regex = r".*\.(query|word_embeddings)"
     attach(model, LoRA(r=3, dropout=0.5, init="gaussian", target_modules=regex), modules_to_save=["classifier"])
     load_adapter(model, folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annealed(LoRA):
+    """A method of one's own with a setting that only training reads, and one that changes what is computed."""
+
+    name: ClassVar[str] = "annealed"
+    training_settings: ClassVar[frozenset[str]] = LoRA.training_settings | {"num_steps"}
+
+    num_steps: int = 10
+    power: int = 1
+
+
+def test_a_method_names_the_settings_that_only_training_reads(tmp_path: Path) -> None:
+    def adapted(**settings: int) -> nn.Module:
+        model = nn.Sequential(nn.Linear(4, 4).requires_grad_(requires_grad=False))
+        nn.init.ones_(model[0].weight)
+        attach(model, Annealed(r=2, target_modules=["0"], **settings))
+        return model
+
+    write_adapter_folder(tmp_path / "adapter", adapted(num_steps=10))
+    load_adapter(adapted(num_steps=20), tmp_path / "adapter")
+    assert_refused(adapted(power=2), tmp_path / "adapter", "power=1, and the model has power=2; attach Annealed")
+
+
+def test_a_setting_newer_than_the_folder_counts_as_its_default(folder: Path, fresh: nn.Module) -> None:
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    del data["methods"][0]["init_args"]["scaling"]  # its default is `standard`
+    path.write_text(json.dumps(data))
+    load_adapter(fresh, folder)
+    del data["methods"][0]["init_args"]["r"]  # its default is 8, not 3
+    path.write_text(json.dumps(data))
+    assert_refused(fresh, folder, "r=8, and the model has r=3")
 
 
 def test_foreign_folder_is_not_overwritten(tmp_path: Path, trained: nn.Module) -> None:

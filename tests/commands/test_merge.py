@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lora_lightning.__main__ import main
 from lora_lightning.commands.merge import merge
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import LoRA
 from lora_lightning.tasks import SequenceClassification
+from tests.adapters.toys import Scale
 from tests.checkpoint.runs import PlainTask, save_backbone, save_checkpoint
 
 
@@ -39,3 +41,17 @@ def test_says_when_there_is_no_tokenizer(tmp_path: Path, capsys: pytest.CaptureF
 def test_errors_pass_through(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="There is no checkpoint"):
         merge(str(tmp_path / "no.ckpt"), str(tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("command", [["merge"], ["export", "--to", "merged"]])
+def test_a_method_that_cannot_merge_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    ckpt = save_checkpoint(PlainTask(method=Scale(target_modules=["0"])), tmp_path / "x.ckpt")
+    arguments = ["--ckpt_path", str(ckpt), "--output_dir", str(tmp_path / "merged")]
+    assert main([*command, *arguments, "--task_class", "tests.checkpoint.runs.PlainTask"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"lora-lightning: error: {ckpt} was not merged: InputScale changes more than a weight and cannot be merged; "
+        "keep it attached, and load its adapter folder onto the base wherever it is used."
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.ckpt"]

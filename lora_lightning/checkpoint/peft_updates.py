@@ -1,0 +1,95 @@
+"""The low-rank update of one host, as PEFT's format for LoRA and DoRA holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters import Adapter
+from lora_lightning.methods.dora import DoRAAdapter
+from lora_lightning.methods.low_rank import LowRankAdapter
+
+# Merged as s B A of `factors()`, or as DoRA of it: what is merged so can be written so.
+_MERGES = (LowRankAdapter.merged_weight, DoRAAdapter.merged_weight)
+
+
+@dataclass(frozen=True)
+class Update:
+    """The update s B A of one host, and under DoRA its magnitude.
+
+    Args:
+        host: The host.
+        adapter: Its adapter, which tells scaling, dropout and the kind of host.
+        a: A, `[rank, in]`.
+        b: B, `[out, rank]`.
+        magnitude: m, `[out]`, or None for LoRA.
+    """
+
+    host: nn.Module
+    adapter: LowRankAdapter
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return len(self.a)
+
+
+def stored_update(path: str, host: nn.Module, adapter: Adapter, state: Mapping[str, Tensor]) -> Update | None:
+    """Return the update of a plain LoRA or DoRA adapter, whose own tensors are the whole of it.
+
+    Args:
+        path: The host's path.
+        host: The host.
+        adapter: One of its adapters.
+        state: What `adapter_state_dict` gives.
+
+    Returns:
+        The update; None for any other adapter, since its tensors would not come back from PEFT's names.
+    """
+    if type(adapter) not in (LowRankAdapter, DoRAAdapter) or why_no_update(host, adapter):
+        return None
+    assert isinstance(adapter, LowRankAdapter)
+    names = ["lora_A", "lora_B", *(["magnitude"] if isinstance(adapter, DoRAAdapter) else [])]
+    is_shared = any(f"{path}.{name}" not in state for name in names)
+    is_plain = all(one is own for one, own in zip(adapter.factors(), (adapter.lora_A, adapter.lora_B), strict=True))
+    if is_shared or not is_plain or adapter.folded_state().keys() != set(names):
+        return None
+    return Update(host, adapter, state[f"{path}.lora_A"], state[f"{path}.lora_B"], state.get(f"{path}.magnitude"))
+
+
+@torch.no_grad()
+def computed_update(host: nn.Module, adapter: Adapter) -> Update | None:
+    """Return the update of any relative of LoRA, by its `factors()`; None for an adapter that is none.
+
+    Components that are zero (as AdaLoRA prunes them) are left out, and a rank above the sides of the weight is brought
+    down to the smaller one, both without changing B A.
+    """
+    if why_no_update(host, adapter):
+        return None
+    assert isinstance(adapter, LowRankAdapter)
+    a, b = (factor.detach() for factor in adapter.factors())
+    used = (a != 0).any(1) & (b != 0).any(0)
+    used[0] |= ~used.any()  # PEFT wants a rank of at least 1
+    a, b = a[used], b[:, used]
+    (num_out, _), (_, num_in) = b.shape, a.shape
+    if len(a) > min(num_out, num_in):
+        product, unit = b @ a, torch.eye(min(num_out, num_in), dtype=a.dtype, device=a.device)
+        a, b = (unit, product) if num_in <= num_out else (product, unit)
+    return Update(host, adapter, a, b, adapter.magnitude.detach() if isinstance(adapter, DoRAAdapter) else None)
+
+
+def why_no_update(host: nn.Module, adapter: Adapter) -> str | None:
+    """Return why an adapter's update is none that PEFT's LoRA or DoRA computes, as the end of a sentence, or None."""
+    if not isinstance(adapter, LowRankAdapter) or type(adapter).merged_weight not in _MERGES:
+        return f"PEFT's format for LoRA and DoRA has no words for {type(adapter).__name__}"
+    if getattr(adapter, "axis", "output") != "output":
+        return "PEFT's DoRA has one magnitude per output, and this one has magnitude_axis='input'"
+    if getattr(host, "groups", 1) != 1:
+        return "PEFT adapts a convolution with groups in another way"
+    return None
