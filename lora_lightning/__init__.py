@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
     from lora_lightning.data import InstructionData, TextClassificationData
     from lora_lightning.methods import (
+        AdaLoRA,
         DeltaLoRA,
         DoRA,
         LoRA,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AdaLoRA": "methods",
     "AdapterCheckpoint": "callbacks",
     "AdapterSummary": "callbacks",
     "AdapterTask": "tasks",
@@ -79,6 +81,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdaLoRA",
     "AdapterCheckpoint",
     "AdapterSummary",
     "AdapterTask",

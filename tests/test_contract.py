@@ -32,7 +32,18 @@ from lora_lightning.adapters import (
 from lora_lightning.adapters.weights import RESERVED, read_weight
 from lora_lightning.backbones.attach import attach, merge
 from lora_lightning.errors import CheckpointError, NotMergeable
-from lora_lightning.methods import DeltaLoRA, DoRA, LoRA, LoRAFA, PrefixTuning, PromptTuning, PTuning, PTuningV2, VeRA
+from lora_lightning.methods import (
+    AdaLoRA,
+    DeltaLoRA,
+    DoRA,
+    LoRA,
+    LoRAFA,
+    PrefixTuning,
+    PromptTuning,
+    PTuning,
+    PTuningV2,
+    VeRA,
+)
 from tests import distributed, models
 
 
@@ -71,6 +82,9 @@ EXAMPLES: dict[type[Method], dict[str, Example]] = {
         "lora-olora": Example(
             method=LoRA(r=4, alpha=8, target_modules="all-linear", init="olora"), models=("llama",), on_plain=False
         ),
+    },
+    AdaLoRA: {
+        "adalora": Example(method=AdaLoRA(target_r=3, init_r=4, alpha=32, target_modules="all-linear"), is_exact=True)
     },
     DoRA: {
         "dora": Example(method=DoRA(r=4, alpha=8, target_modules="all-linear")),

@@ -1,5 +1,6 @@
 """The methods of the literature, one file each."""
 
+from lora_lightning.methods.adalora import AdaLoRA
 from lora_lightning.methods.delta_lora import DeltaLoRA
 from lora_lightning.methods.dora import DoRA
 from lora_lightning.methods.lora import LoRA
@@ -10,4 +11,15 @@ from lora_lightning.methods.prefix_tuning import PrefixTuning
 from lora_lightning.methods.prompt_tuning import PromptTuning
 from lora_lightning.methods.vera import VeRA
 
-__all__ = ["DeltaLoRA", "DoRA", "LoRA", "LoRAFA", "PTuning", "PTuningV2", "PrefixTuning", "PromptTuning", "VeRA"]
+__all__ = [
+    "AdaLoRA",
+    "DeltaLoRA",
+    "DoRA",
+    "LoRA",
+    "LoRAFA",
+    "PTuning",
+    "PTuningV2",
+    "PrefixTuning",
+    "PromptTuning",
+    "VeRA",
+]

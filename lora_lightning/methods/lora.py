@@ -111,22 +111,27 @@ class LoRA(TargetedMethod):
         return LowRankAdapter(host, r=r, scaling=scaling, dropout=self.dropout, init=self.init)
 
     def _check_host(self, path: str, host: nn.Module) -> None:
-        num_out, num_in = codec_of(host).shape(host)
         r, _ = self.rank_and_scaling(path)
-        if r > min(num_out, num_in):
-            raise ConfigError(
-                f"{type(self).__name__}: r={r} is larger than {path!r} allows: its weight is {num_out} x {num_in}, so "
-                f"r is at most {min(num_out, num_in)}. Lower r, or give this layer its own with rank_pattern."
-            )
-        is_hollow = next(
-            host.parameters(recurse=False)
-        ).is_meta  # a model without weights is quantized when it is filled
+        remedy = "Lower r, or give this layer its own with rank_pattern."
+        check_host(type(self).__name__, path, host, r, remedy=remedy)
+        # A model without weights is quantized when it is filled.
+        is_hollow = next(host.parameters(recurse=False)).is_meta
         if self.init == "loftq" and codec_of(host).write is not None and not is_hollow:
             raise ConfigError(
                 f"{type(self).__name__}: init='loftq' corrects the error of quantizing, and {path!r} is stored dense: "
                 "there is nothing to correct. Set quantization, or use init='pissa'."
             )
-        if getattr(host, "max_norm", None) is not None:
-            raise TargetError(
-                f"{path!r} is an embedding with max_norm, which rewrites its weight in each forward; leave it out."
-            )
+
+
+def check_host(owner: str, path: str, host: nn.Module, r: int, *, setting: str = "r", remedy: str) -> None:
+    """Raise where a host is too small for a rank, or an embedding that rewrites its weight in each forward."""
+    num_out, num_in = codec_of(host).shape(host)
+    if r > min(num_out, num_in):
+        raise ConfigError(
+            f"{owner}: {setting}={r} is larger than {path!r} allows: its weight is {num_out} x {num_in}, so "
+            f"{setting} is at most {min(num_out, num_in)}. {remedy}"
+        )
+    if getattr(host, "max_norm", None) is not None:
+        raise TargetError(
+            f"{path!r} is an embedding with max_norm, which rewrites its weight in each forward; leave it out."
+        )

@@ -70,6 +70,9 @@ class PTuning(SoftPrompt):
     """
 
     name: ClassVar[str] = "p_tuning"
+    training_settings: ClassVar[frozenset[str]] = SoftPrompt.training_settings | {
+        *("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
+    }
     usual_rates: ClassVar[tuple[float, ...]] = (3e-4, 1e-3, 3e-3)
 
     encoder: EncoderKind = "mlp"

@@ -147,6 +147,8 @@ class Prefix(Method):
 
     size_setting: ClassVar[str | None] = "num_virtual_tokens"
     usual_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
+    exclusive: ClassVar[str | None] = "the soft prompt"
+    takes_packed_rows: ClassVar[bool] = False
 
     num_virtual_tokens: int = 20
 

@@ -79,6 +79,10 @@ class PrefixTuning(Prefix):
     """
 
     name: ClassVar[str] = "prefix_tuning"
+    training_settings: ClassVar[frozenset[str]] = Prefix.training_settings | {
+        "prefix_projection",
+        "encoder_hidden_size",
+    }
     usual_rates: ClassVar[tuple[float, ...]] = (3e-4, 1e-3, 3e-3)
 
     prefix_projection: bool = True

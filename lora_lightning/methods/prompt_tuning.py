@@ -31,6 +31,8 @@ class SoftPrompt(Method):
 
     size_setting: ClassVar[str | None] = "num_virtual_tokens"
     usual_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
+    exclusive: ClassVar[str | None] = "the soft prompt"
+    takes_packed_rows: ClassVar[bool] = False
 
     num_virtual_tokens: int = 20
 
@@ -76,6 +78,7 @@ class PromptTuning(SoftPrompt):
     """
 
     name: ClassVar[str] = "prompt_tuning"
+    training_settings: ClassVar[frozenset[str]] = SoftPrompt.training_settings | {"init", "init_text"}
 
     init: PromptInit = "vocabulary"
     init_text: str | None = None
