@@ -70,6 +70,7 @@ class PTuning(SoftPrompt):
     """
 
     name: ClassVar[str] = "p_tuning"
+    size_setting: ClassVar[str | None] = None  # nearly all parameters are the encoder's, which is folded away
     training_settings: ClassVar[frozenset[str]] = SoftPrompt.training_settings | {
         *("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")
     }

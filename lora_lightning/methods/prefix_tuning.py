@@ -79,6 +79,7 @@ class PrefixTuning(Prefix):
     """
 
     name: ClassVar[str] = "prefix_tuning"
+    size_setting: ClassVar[str | None] = None  # nearly all parameters are the encoder's, which is folded away
     training_settings: ClassVar[frozenset[str]] = Prefix.training_settings | {
         "prefix_projection",
         "encoder_hidden_size",

@@ -198,7 +198,7 @@ class VeRA(TargetedMethod):
     """
 
     name: ClassVar[str] = "vera"
-    size_setting: ClassVar[str | None] = "r"
+    size_setting: ClassVar[str | None] = None  # r grows it by one number a layer, and memory and time by a rank
     usual_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
 
     r: int = 256
