@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
     from lora_lightning.data import InstructionData, TextClassificationData
-    from lora_lightning.methods import AdaLoRA, DoRA, LoRA
+    from lora_lightning.methods import AdaLoRA, DoRA, LoRA, LoRADrop
     from lora_lightning.optim import Optim, param_groups
     from lora_lightning.tasks import AdapterTask, CausalLM, PerTokenTask, SequenceClassification, StepOutput, TokenSums
 
@@ -37,6 +37,7 @@ _HOME = {
     "DoRA": "methods",
     "InstructionData": "data",
     "LoRA": "methods",
+    "LoRADrop": "methods",
     "MergeAtEnd": "callbacks",
     "MetricCurve": "callbacks",
     "Optim": "optim",
@@ -71,6 +72,7 @@ __all__ = [
     "DoRA",
     "InstructionData",
     "LoRA",
+    "LoRADrop",
     "MergeAtEnd",
     "MetricCurve",
     "Optim",

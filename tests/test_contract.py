@@ -31,7 +31,7 @@ from lora_lightning.adapters import (
 from lora_lightning.adapters.weights import RESERVED, read_weight
 from lora_lightning.backbones.attach import attach, merge
 from lora_lightning.errors import CheckpointError, NotMergeable
-from lora_lightning.methods import AdaLoRA, DoRA, LoRA
+from lora_lightning.methods import AdaLoRA, DoRA, LoRA, LoRADrop
 from tests import distributed, models
 
 
@@ -64,6 +64,11 @@ EXAMPLES: dict[type[Method], dict[str, Example]] = {
         "adalora": Example(method=AdaLoRA(target_r=3, init_r=4, alpha=32, target_modules="all-linear"), is_exact=True)
     },
     LoRA: {"lora": Example(method=LoRA(r=4, alpha=8, target_modules="all-linear"), is_exact=True)},
+    LoRADrop: {
+        "lora-drop": Example(
+            method=LoRADrop(r=4, alpha=8, target_modules="all-linear"), models=("bert",), is_exact=True
+        )
+    },
     DoRA: {
         "dora": Example(method=DoRA(r=4, alpha=8, target_modules="all-linear")),
         "dora-input": Example(method=DoRA(r=4, alpha=8, target_modules="all-linear", magnitude_axis="input")),
