@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from lora_lightning.adapters.attach import iter_adapters
 from lora_lightning.adapters.base import (
     Adapter,
     TargetedMethod,
@@ -19,12 +20,13 @@ from lora_lightning.adapters.base import (
 )
 from lora_lightning.adapters.targets import by_pattern, check_patterns, select_hosts
 from lora_lightning.adapters.view import ModelView
-from lora_lightning.adapters.weights import codec_of
+from lora_lightning.adapters.weights import HostKind, codec_of
 from lora_lightning.errors import ConfigError, TargetError
+from lora_lightning.methods.eva import start_from_data
 from lora_lightning.methods.low_rank import LowRankAdapter
 
 Scaling = Literal["standard", "rslora", "alpha"]
-Init = Literal["kaiming", "gaussian", "gaussian_sqrt"]
+Init = Literal["kaiming", "gaussian", "gaussian_sqrt", "eva"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,11 @@ class LoRA(TargetedMethod):
         alpha: Numerator of the scaling s, above 0.
         dropout: Probability of zeroing an element of A's input in training, in [0, 1).
         scaling: `standard` is s = alpha / r, `rslora` is s = alpha / sqrt(r) (arXiv 2312.03732), `alpha` is s = alpha.
-        init: How A starts: `kaiming` uniform with a = sqrt(5), `gaussian` with std 1/r as in PEFT, or
-            `gaussian_sqrt` with std 1/sqrt(r).
+        init: How A starts: `kaiming` uniform with a = sqrt(5), `gaussian` with std 1/r as in PEFT,
+            `gaussian_sqrt` with std 1/sqrt(r), or `eva`: the main directions (right singular vectors) of what the host
+            is fed in the first batches (arXiv 2410.07170; every host keeps its rank r). For `eva` a task looks at the
+            data before it builds the optimizer; without a task, call `method.calibrate(model, batches, loss)` after
+            `attach`, and until then A is as for `kaiming`. Linear hosts only.
         rank_pattern: Other ranks for some hosts, by path suffix or regular expression.
         alpha_pattern: Other alphas for some hosts, likewise.
         target_modules: See `TargetedMethod`.
@@ -71,7 +76,7 @@ class LoRA(TargetedMethod):
         check_positive(owner, "alpha", self.alpha)
         check_dropout(owner, self.dropout)
         check_choice(owner, "scaling", self.scaling, ("standard", "rslora", "alpha"))
-        check_choice(owner, "init", self.init, ("kaiming", "gaussian", "gaussian_sqrt"))
+        check_choice(owner, "init", self.init, ("kaiming", "gaussian", "gaussian_sqrt", "eva"))
         for pattern, rank in (self.rank_pattern or {}).items():
             check_positive_int(owner, f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in (self.alpha_pattern or {}).items():
@@ -99,6 +104,21 @@ class LoRA(TargetedMethod):
         for path, host in hosts:
             yield path, self.build(path, host)
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether A is to start from data."""
+        return self.init == "eva"
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
+        """Start A from the data where `init` is `eva`; see `Method.calibrate`."""
+        adapters = {
+            path: adapter
+            for path, _, adapter in iter_adapters(model)
+            if isinstance(adapter, LowRankAdapter) and adapter.init == "eva"
+        }
+        if adapters:
+            start_from_data(model, adapters, batches, loss)
+
     def build(self, path: str, host: nn.Module) -> Adapter:
         """Build the adapter of one host."""
         r, scaling = self.rank_and_scaling(path)
@@ -108,6 +128,12 @@ class LoRA(TargetedMethod):
         r, _ = self.rank_and_scaling(path)
         remedy = "Lower r, or give this layer its own with rank_pattern."
         check_host(type(self).__name__, path, host, r, remedy=remedy)
+        kind = codec_of(host).kind
+        if self.init == "eva" and kind is not HostKind.LINEAR:
+            raise ConfigError(
+                f"{type(self).__name__}: init='eva' is defined for linear layers, and {path!r} is an {kind}; use "
+                "another init, or leave it out of the targets."
+            )
 
 
 def check_host(owner: str, path: str, host: nn.Module, r: int, *, setting: str = "r", remedy: str) -> None:

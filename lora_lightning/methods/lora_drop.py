@@ -146,6 +146,11 @@ class LoRADrop(LoRA):
         check_positive_int("LoRADrop", "sample_batches", self.sample_batches)
         check_choice("LoRADrop", "init", self.init, ("kaiming", "gaussian", "gaussian_sqrt"))
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether the importance is to be measured: always."""
+        return True
+
     def build(self, path: str, host: nn.Module) -> Adapter:
         """Build the adapter of one host."""
         r, scaling = self.rank_and_scaling(path)

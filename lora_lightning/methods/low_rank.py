@@ -25,8 +25,9 @@ class LowRankAdapter(ForwardAdapter):
         r: Rank.
         scaling: The factor s.
         dropout: Probability of zeroing an element of A's input, in training only.
-        init: How A starts: `kaiming`, `gaussian` (std 1/r) or `gaussian_sqrt` (std 1/sqrt r). B starts at zero. On an
-            embedding A starts at zero and B Gaussian (std 1), as in the reference implementation.
+        init: How A starts: `kaiming`, `gaussian` (std 1/r) or `gaussian_sqrt` (std 1/sqrt r); `eva` draws as `kaiming`
+            and sees data later. B starts at zero. On an embedding A starts at zero and B Gaussian (std 1), as in the
+            reference implementation.
 
     Attributes:
         lora_A: `[r, in]`.
@@ -54,7 +55,7 @@ class LowRankAdapter(ForwardAdapter):
         nn.init.zeros_(zero)
         if self.kind is HostKind.EMBEDDING:
             nn.init.normal_(random)
-        elif self.init == "kaiming":
+        elif self.init in ("kaiming", "eva"):  # EVA draws before it has seen data
             nn.init.kaiming_uniform_(random, a=math.sqrt(5))
         else:
             nn.init.normal_(random, std=1 / self.r if self.init == "gaussian" else 1 / math.sqrt(self.r))

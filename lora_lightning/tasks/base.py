@@ -385,7 +385,7 @@ class AdapterTask(L.LightningModule):
             self.log_dict(metrics, prog_bar=True, batch_size=_batch_size(batch))
 
     def _calibrate(self) -> None:
-        calibrating = [method for method in self.methods if type(method).calibrate is not Method.calibrate]
+        calibrating = [method for method in self.methods if method.calibrates]
         is_fit = self._trainer is not None and self.trainer.state.fn == "fit"
         if not calibrating or not is_fit or self._is_calibrated or self.model is None:
             return
