@@ -209,6 +209,7 @@ class AdapterTask(L.LightningModule):
         if start is not None:
             start.check_labels(self.label_names, model)
             start.load_into(model, self.methods)
+            self._is_calibrated = True  # to look at data again would undo what the adapter has learned
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         self.model = model.train()

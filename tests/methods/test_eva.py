@@ -118,6 +118,25 @@ def test_fit():
         assert models.gap(drawn[path] @ drawn[path].t(), torch.eye(4)) > 1e-1
 
 
+class Start:
+    """An adapter to start from, with every parameter 0.5."""
+
+    def check_labels(self, *args) -> None: ...
+
+    @torch.no_grad()
+    def load_into(self, model: nn.Module, methods) -> None:
+        for _, _, adapter in iter_adapters(model):
+            for parameter in adapter.parameters():
+                parameter.fill_(0.5)
+
+
+def test_a_loaded_adapter_does_not_start_anew(monkeypatch):
+    monkeypatch.setattr("lora_lightning.tasks.base.read_starting_adapter", lambda *_: Start())
+    task = Tagger(method=LoRA(r=4, init="eva", target_modules=["linear1"]), adapter="folder", optim={"lr": 1e-6})
+    trainer(max_steps=1, max_epochs=1).fit(task, loader())
+    assert all((adapter.lora_A - 0.5).abs().max() < 1e-3 for _, _, adapter in iter_adapters(task.model))
+
+
 class Half(nn.Module):
     """Calls one of its two layers."""
 
