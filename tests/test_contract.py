@@ -37,6 +37,7 @@ from lora_lightning.methods import (
     DeltaLoRA,
     DoRA,
     LoRA,
+    LoRADrop,
     LoRAFA,
     PrefixTuning,
     PromptTuning,
@@ -85,6 +86,12 @@ EXAMPLES: dict[type[Method], dict[str, Example]] = {
     },
     AdaLoRA: {
         "adalora": Example(method=AdaLoRA(target_r=3, init_r=4, alpha=32, target_modules="all-linear"), is_exact=True)
+    },
+    LoRA: {"lora": Example(method=LoRA(r=4, alpha=8, target_modules="all-linear"), is_exact=True)},
+    LoRADrop: {
+        "lora-drop": Example(
+            method=LoRADrop(r=4, alpha=8, target_modules="all-linear"), models=("bert",), is_exact=True
+        )
     },
     DoRA: {
         "dora": Example(method=DoRA(r=4, alpha=8, target_modules="all-linear")),

@@ -217,6 +217,11 @@ class Method(abc.ABC):
             TargetError: The model has no fitting host.
         """
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether `calibrate` has anything to do; where it has not, a task sets up no data for it."""
+        return type(self).calibrate is not Method.calibrate
+
     def calibrate(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
         """Look at data before the optimizer is built (never in a resumed run), and change the adapters by it.
 

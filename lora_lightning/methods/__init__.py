@@ -4,6 +4,7 @@ from lora_lightning.methods.adalora import AdaLoRA
 from lora_lightning.methods.delta_lora import DeltaLoRA
 from lora_lightning.methods.dora import DoRA
 from lora_lightning.methods.lora import LoRA
+from lora_lightning.methods.lora_drop import LoRADrop
 from lora_lightning.methods.lora_fa import LoRAFA
 from lora_lightning.methods.p_tuning import PTuning
 from lora_lightning.methods.p_tuning_v2 import PTuningV2
@@ -16,6 +17,7 @@ __all__ = [
     "DeltaLoRA",
     "DoRA",
     "LoRA",
+    "LoRADrop",
     "LoRAFA",
     "PTuning",
     "PTuningV2",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
+from lora_lightning.adapters.attach import iter_adapters
 from lora_lightning.adapters.base import (
     Adapter,
     TargetedMethod,
@@ -19,12 +20,13 @@ from lora_lightning.adapters.base import (
 )
 from lora_lightning.adapters.targets import by_pattern, check_patterns, select_hosts
 from lora_lightning.adapters.view import ModelView
-from lora_lightning.adapters.weights import codec_of
+from lora_lightning.adapters.weights import HostKind, codec_of
 from lora_lightning.errors import ConfigError, TargetError
+from lora_lightning.methods.eva import start_from_data
 from lora_lightning.methods.low_rank import LowRankAdapter
 
 Scaling = Literal["standard", "rslora", "alpha"]
-Init = Literal["kaiming", "gaussian", "gaussian_sqrt", "pissa", "olora", "loftq"]
+Init = Literal["kaiming", "gaussian", "gaussian_sqrt", "pissa", "olora", "loftq", "eva"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,10 @@ class LoRA(TargetedMethod):
             stays. `loftq` (arXiv 2310.08659) starts s B A at the best rank-r correction of the error that quantizing
             made: for 4-bit and 8-bit hosts of a transformers model, whose files are read once more. The base that
             `disabled` gives is then the quantized one, without the correction.
+            `eva` starts A at the main directions (right singular vectors) of what the host is fed in the first batches
+            (arXiv 2410.07170; every host keeps its rank r): a task looks at the data before it builds the optimizer;
+            without a task, call `method.calibrate(model, batches, loss)` after `attach`, and until then A is as for
+            `kaiming`. Linear hosts only.
         rank_pattern: Other ranks for some hosts, by path suffix or regular expression.
         alpha_pattern: Other alphas for some hosts, likewise.
         target_modules: See `TargetedMethod`.
@@ -105,6 +111,21 @@ class LoRA(TargetedMethod):
         for path, host in hosts:
             yield path, self.build(path, host)
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether A is to start from data."""
+        return self.init == "eva"
+
+    def calibrate(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
+        """Start A from the data where `init` is `eva`; see `Method.calibrate`."""
+        adapters = {
+            path: adapter
+            for path, _, adapter in iter_adapters(model)
+            if isinstance(adapter, LowRankAdapter) and adapter.init == "eva"
+        }
+        if adapters:
+            start_from_data(model, adapters, batches, loss)
+
     def build(self, path: str, host: nn.Module) -> Adapter:
         """Build the adapter of one host."""
         r, scaling = self.rank_and_scaling(path)
@@ -120,6 +141,12 @@ class LoRA(TargetedMethod):
             raise ConfigError(
                 f"{type(self).__name__}: init='loftq' corrects the error of quantizing, and {path!r} is stored dense: "
                 "there is nothing to correct. Set quantization, or use init='pissa'."
+            )
+        kind = codec_of(host).kind
+        if self.init == "eva" and kind is not HostKind.LINEAR:
+            raise ConfigError(
+                f"{type(self).__name__}: init='eva' is defined for linear layers, and {path!r} is an {kind}; use "
+                "another init, or leave it out of the targets."
             )
 
 

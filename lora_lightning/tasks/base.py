@@ -210,6 +210,7 @@ class AdapterTask(L.LightningModule):
         if start is not None:
             start.check_labels(self.label_names, model)
             start.load_into(model, self.methods)
+            self._is_calibrated = True  # to look at data again would undo what the adapter has learned
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(model)
         self.model = model.train()
@@ -386,7 +387,7 @@ class AdapterTask(L.LightningModule):
             self.log_dict(metrics, prog_bar=True, batch_size=_batch_size(batch))
 
     def _calibrate(self) -> None:
-        calibrating = [method for method in self.methods if type(method).calibrate is not Method.calibrate]
+        calibrating = [method for method in self.methods if method.calibrates]
         is_fit = self._trainer is not None and self.trainer.state.fn == "fit"
         if not calibrating or not is_fit or self._is_calibrated or self.model is None:
             return
