@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
     from lora_lightning.data import InstructionData, TextClassificationData
-    from lora_lightning.methods import DoRA, LoRA
+    from lora_lightning.methods import BitFit, DoRA, LoRA
     from lora_lightning.optim import Optim, param_groups
     from lora_lightning.tasks import AdapterTask, CausalLM, PerTokenTask, SequenceClassification, StepOutput, TokenSums
 
@@ -32,6 +32,7 @@ _HOME = {
     "AdapterCheckpoint": "callbacks",
     "AdapterSummary": "callbacks",
     "AdapterTask": "tasks",
+    "BitFit": "methods",
     "CausalLM": "tasks",
     "DoRA": "methods",
     "InstructionData": "data",
@@ -65,6 +66,7 @@ __all__ = [
     "AdapterCheckpoint",
     "AdapterSummary",
     "AdapterTask",
+    "BitFit",
     "CausalLM",
     "DoRA",
     "InstructionData",
