@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     )
     from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
     from lora_lightning.data import InstructionData, TextClassificationData
-    from lora_lightning.methods import BitFit, DoRA, LoRA
+    from lora_lightning.methods import IA3, BitFit, DoRA, LoRA
     from lora_lightning.optim import Optim, param_groups
     from lora_lightning.tasks import AdapterTask, CausalLM, PerTokenTask, SequenceClassification, StepOutput, TokenSums
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "IA3": "methods",
     "AdapterCheckpoint": "callbacks",
     "AdapterSummary": "callbacks",
     "AdapterTask": "tasks",
@@ -63,6 +64,7 @@ _HOME = {
 }
 
 __all__ = [
+    "IA3",
     "AdapterCheckpoint",
     "AdapterSummary",
     "AdapterTask",

@@ -31,7 +31,7 @@ from lora_lightning.adapters import (
 from lora_lightning.adapters.weights import RESERVED, read_weight
 from lora_lightning.backbones.attach import attach, merge
 from lora_lightning.errors import CheckpointError, NotMergeable
-from lora_lightning.methods import BitFit, DoRA, LoRA
+from lora_lightning.methods import IA3, BitFit, DoRA, LoRA
 from tests import distributed, models
 
 
@@ -47,6 +47,7 @@ class Example:
         merges_quantized: It folds into a 4-bit base too, since it changes no weight.
         changes_start: The first forward is not the base's: soft prompts are there from the start.
         on_plain: It works on plain torch modules, which have no architecture.
+        spread: How far parameters must move, as a standard deviation, to show above the rounding of bfloat16.
         without_gradient: Regular expression of parameters whose gradient is zero by nature.
     """
 
@@ -57,11 +58,13 @@ class Example:
     merges_quantized: bool = False
     changes_start: bool = False
     on_plain: bool = True
+    spread: float = 0.1
     without_gradient: str | None = None
 
 
 # One or several settings of every method.
 EXAMPLES: dict[type[Method], dict[str, Example]] = {
+    IA3: {"ia3": Example(method=IA3(), is_exact=True, on_plain=False, spread=0.5)},
     BitFit: {
         "bitfit": Example(
             method=BitFit(),
@@ -381,7 +384,7 @@ def test_bfloat16_base_under_float32_adapters(base, method, example):
     after = models.logits(base)
     assert after.dtype is torch.bfloat16
     assert (models.gap(after, before) <= 2e-2) != example.changes_start
-    wide = copy.deepcopy(models.perturb(base)).float()
+    wide = copy.deepcopy(models.perturb(base, std=example.spread)).float()
     assert models.gap(models.logits(base), before) > 0.1
     assert models.gap(models.logits(base), models.logits(wide)) <= 5e-2
     assert_same_directions(step(base), step(wide), example)

@@ -2,6 +2,7 @@
 
 from lora_lightning.methods.bitfit import BitFit
 from lora_lightning.methods.dora import DoRA
+from lora_lightning.methods.ia3 import IA3
 from lora_lightning.methods.lora import LoRA
 
-__all__ = ["BitFit", "DoRA", "LoRA"]
+__all__ = ["IA3", "BitFit", "DoRA", "LoRA"]
