@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     )
     from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
     from lora_lightning.data import InstructionData, TextClassificationData
-    from lora_lightning.methods import IA3, BitFit, DoRA, LoRA
+    from lora_lightning.methods import IA3, BitFit, BottleneckAdapter, DoRA, LoRA
     from lora_lightning.optim import Optim, param_groups
     from lora_lightning.tasks import AdapterTask, CausalLM, PerTokenTask, SequenceClassification, StepOutput, TokenSums
 
@@ -34,6 +34,7 @@ _HOME = {
     "AdapterSummary": "callbacks",
     "AdapterTask": "tasks",
     "BitFit": "methods",
+    "BottleneckAdapter": "methods",
     "CausalLM": "tasks",
     "DoRA": "methods",
     "InstructionData": "data",
@@ -69,6 +70,7 @@ __all__ = [
     "AdapterSummary",
     "AdapterTask",
     "BitFit",
+    "BottleneckAdapter",
     "CausalLM",
     "DoRA",
     "InstructionData",

@@ -31,7 +31,7 @@ from lora_lightning.adapters import (
 from lora_lightning.adapters.weights import RESERVED, read_weight
 from lora_lightning.backbones.attach import attach, merge
 from lora_lightning.errors import CheckpointError, NotMergeable
-from lora_lightning.methods import IA3, BitFit, DoRA, LoRA
+from lora_lightning.methods import IA3, BitFit, BottleneckAdapter, DoRA, LoRA
 from tests import distributed, models
 
 
@@ -65,6 +65,16 @@ class Example:
 # One or several settings of every method.
 EXAMPLES: dict[type[Method], dict[str, Example]] = {
     IA3: {"ia3": Example(method=IA3(), is_exact=True, on_plain=False, spread=0.5)},
+    BottleneckAdapter: {
+        f"bottleneck-{style}": Example(
+            method=BottleneckAdapter(style=style, width=8),
+            is_exact=True,
+            is_mergeable=False,
+            on_plain=False,
+            spread=0.2,
+        )
+        for style in ("houlsby", "parallel")
+    },
     BitFit: {
         "bitfit": Example(
             method=BitFit(),
