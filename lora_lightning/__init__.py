@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
     from lora_lightning.data import InstructionData, TextClassificationData
     from lora_lightning.methods import (
+        IA3,
         AdaLoRA,
+        BitFit,
+        BottleneckAdapter,
         DeltaLoRA,
         DoRA,
         LoRA,
@@ -45,9 +48,12 @@ _HOME = {
     "AdapterCheckpoint": "callbacks",
     "AdapterSummary": "callbacks",
     "AdapterTask": "tasks",
+    "BitFit": "methods",
+    "BottleneckAdapter": "methods",
     "CausalLM": "tasks",
     "DeltaLoRA": "methods",
     "DoRA": "methods",
+    "IA3": "methods",
     "InstructionData": "data",
     "LoRA": "methods",
     "LoRADrop": "methods",
@@ -83,10 +89,13 @@ _HOME = {
 }
 
 __all__ = [
+    "IA3",
     "AdaLoRA",
     "AdapterCheckpoint",
     "AdapterSummary",
     "AdapterTask",
+    "BitFit",
+    "BottleneckAdapter",
     "CausalLM",
     "DeltaLoRA",
     "DoRA",

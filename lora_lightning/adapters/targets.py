@@ -29,6 +29,16 @@ def has_suffix(path: str, suffix: str) -> bool:
     return path == suffix or path.endswith("." + suffix)
 
 
+def ends_with_any(path: str, patterns: Iterable[str]) -> bool:
+    r"""Tell whether the last parts of `path` are what one of `patterns`, regular expressions, says.
+
+    Example:
+        >>> ends_with_any("layer.1.output.dense", [r"\d+.output.dense"])
+        True
+    """
+    return any(re.fullmatch(rf"(.*\.)?{pattern}", path) for pattern in patterns)
+
+
 def is_within(path: str, ancestors: Iterable[str]) -> bool:
     """Tell whether `path` is one of `ancestors` or lies below one."""
     return any(path == ancestor or path.startswith(ancestor + ".") for ancestor in ancestors)

@@ -52,6 +52,28 @@ class AttentionPlace:
     head_size: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlockPlaces:
+    r"""Where the parts of one architecture's blocks are, as ends of module paths.
+
+    Each is a regular expression for the last parts of a path, such as `mlp.down_proj` or `\d+.output.dense`.
+
+    Args:
+        attention_outputs: Linear layers that return what attention adds to the residual stream.
+        ffn_outputs: Second linear layers of the feed-forward networks (FFN); the module that holds one is the FFN.
+        keys_values: Linear layers that return keys or values.
+        fused: Those of `keys_values` that return queries, keys and values, a third each, in this order.
+        ffn_adds_residual: The module that holds the FFN's second layer is called with the FFN's input as its second
+            argument, `input_tensor`, and adds it, as in BERT; elsewhere its first argument is the FFN's input.
+    """
+
+    attention_outputs: tuple[str, ...]
+    ffn_outputs: tuple[str, ...]
+    keys_values: tuple[str, ...]
+    fused: tuple[str, ...] = ()
+    ffn_adds_residual: bool = False
+
+
 class ModelView(Protocol):
     """The questions a method may ask of a model.
 
@@ -69,6 +91,18 @@ class ModelView(Protocol):
 
     def head_paths(self) -> list[str]:
         """Return the paths of the output head: left out by `all-linear`, trained by a task."""
+        ...
+
+    def block_places(self) -> BlockPlaces:
+        """Return where the parts of this architecture's blocks are.
+
+        Raises:
+            TargetError: Nobody has said so for this architecture.
+        """
+        ...
+
+    def query_share(self, path: str) -> float:
+        """Return the share of the outputs of the module at `path` that are queries beside keys and values."""
         ...
 
     def untie(self, path: str) -> None:
@@ -123,6 +157,18 @@ class PlainView:
     def route_attention(self) -> Callable[[nn.Module], None]:
         """Raise TargetError, as `attention_places`."""
         raise _unknown(self.model, "attends, so prefix methods do not work on it")
+
+    def block_places(self) -> BlockPlaces:
+        """Raise TargetError: a plain module does not say where its attention and feed-forward layers are."""
+        raise TargetError(
+            f"{type(self.model).__name__} is no transformers model, so where its attention and feed-forward layers are "
+            "is unknown; use a method that takes target_modules, and name them."
+        )
+
+    def query_share(self, path: str) -> float:
+        """Return 0: a plain module does not say which layers are fused projections."""
+        del path
+        return 0.0
 
     def untie(self, path: str) -> None:
         """Give the module at `path` its own copy of each parameter that another module uses too."""

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.adapters.view import AttentionPlace, ModelView, PlainView, PromptPlace
+from lora_lightning.adapters.targets import ends_with_any
+from lora_lightning.adapters.view import AttentionPlace, BlockPlaces, ModelView, PlainView, PromptPlace
 from lora_lightning.backbones import attention
+from lora_lightning.backbones.blocks import BLOCKS
 from lora_lightning.backbones.defaults import USUAL_TARGETS
 from lora_lightning.backbones.prompt_place import find_prompt_place
 from lora_lightning.errors import TargetError
@@ -57,6 +59,21 @@ class TransformersView(PlainView):
     def route_attention(self) -> Callable[[nn.Module], None]:
         """Send every attention through the function that asks adapters for keys and values."""
         return attention.route(self.model)
+
+    def block_places(self) -> BlockPlaces:
+        """Return where this architecture's attention and feed-forward layers are; TargetError where unknown."""
+        places = BLOCKS.get(self.model_type or "")
+        if places is None:
+            raise TargetError(
+                f"The model type {self.model_type!r} is none of those whose attention and feed-forward layers are "
+                f"known by name: {', '.join(sorted(BLOCKS))}. Use a method that takes target_modules, and name them."
+            )
+        return places
+
+    def query_share(self, path: str) -> float:
+        """Return a third for a fused projection of this architecture, else 0."""
+        places = BLOCKS.get(self.model_type or "")
+        return 1 / 3 if places is not None and ends_with_any(path, places.fused) else 0.0
 
     def untie(self, path: str) -> None:
         """Give the module at `path` its own weight, and say so in the config, or a reload would tie them again."""

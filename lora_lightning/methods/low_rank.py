@@ -28,8 +28,8 @@ class LowRankAdapter(ForwardAdapter):
         dropout: Probability of zeroing an element of A's input, in training only.
         init: How A starts: `kaiming`, `gaussian` (std 1/r) or `gaussian_sqrt` (std 1/sqrt r). B starts at zero. On an
             embedding A starts at zero and B Gaussian (std 1), as in the reference implementation. `pissa` and `olora`
-            start both at a part of W, which is then taken out again: W' = W + s (B A - B0 A0). `eva` draws as `kaiming`,
-            and sees data later.
+            start both at a part of W, which is then taken out again: W' = W + s (B A - B0 A0). `eva` draws as
+            `kaiming`, and sees data later.
 
     Attributes:
         lora_A: `[r, in]`.

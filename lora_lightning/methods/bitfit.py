@@ -1,0 +1,121 @@
+"""BitFit: only the bias terms of a model train."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.adapters.base import Adapter, Method, OutputAdapter, Role
+from lora_lightning.adapters.targets import find_modules, has_suffix, is_within
+from lora_lightning.adapters.view import ModelView
+from lora_lightning.adapters.weights import RESERVED, Host, HostKind, find_codec, original_class
+from lora_lightning.errors import ConfigError, TargetError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFit(Method):
+    """y = W x + b + delta, where only delta trains (Ben Zaken et al. 2022, arXiv 2106.10199).
+
+    The delta of each bias starts at zero, so the first forward equals the base model's exactly, and it gets the
+    gradient that the bias itself would get. Hosts: linear layers (4-bit and 8-bit ones too), GPT-2's Conv1D and layer
+    norms. The output head is left out: a task trains it whole.
+
+    Args:
+        bias: `all` (every bias outside the head), or path suffixes of the modules whose bias trains, such as
+            `["query", "intermediate.dense"]` for the two kinds that the paper finds to matter most.
+        modules_to_save: See `Method`.
+
+    Raises:
+        ConfigError: `bias` is neither `all` nor a list of names.
+    """
+
+    name: ClassVar[str] = "bitfit"
+    usual_rates: ClassVar[tuple[float, ...]] = (4e-4, 1e-3, 3e-3)
+
+    bias: Literal["all"] | list[str] = "all"
+
+    def __post_init__(self) -> None:
+        """Refuse an empty list, and a name outside a list."""
+        super().__post_init__()
+        if not self.bias or (isinstance(self.bias, str) and self.bias != "all"):
+            raise ConfigError(f"BitFit: bias must be 'all' or a list of at least one module name, got {self.bias!r}.")
+
+    def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
+        """Build one delta per bias; see `Method.adapters`."""
+        modules = {path: module for path, module in view.model.named_modules() if RESERVED not in path.split(".")}
+        saved = [path for path in modules if any(has_suffix(path, name) for name in self.modules_to_save or [])]
+        left_out = [*view.head_paths(), *saved]
+        named = list(modules) if isinstance(self.bias, str) else find_modules(view.model, self.bias, "bias")
+        chosen, unknown = [], []
+        for path in named:
+            if is_within(path, left_out) or not _bias_names(modules[path]):
+                continue
+            (chosen if _takes_delta(modules, path) else unknown).append(path)
+        if not chosen:
+            raise TargetError(self._nothing_fits(view.model, named, unknown, left_out))
+        if unknown:
+            kinds = ", ".join(f"{path} ({type(modules[path]).__name__})" for path in unknown)
+            warnings.warn(f"BitFit leaves out biases of modules it does not know how to shift: {kinds}", stacklevel=2)
+        for path in chosen:
+            yield path, BiasAdapter(modules[path])
+
+    def _nothing_fits(self, model: nn.Module, named: list[str], unknown: list[str], left_out: list[str]) -> str:
+        what = "this model" if isinstance(self.bias, str) else f"what bias={self.bias!r} names"
+        if unknown:
+            return f"BitFit: the biases of {what} lie in modules it does not know how to shift, such as {unknown[0]!r}."
+        where = f" outside its head ({', '.join(left_out)})" if left_out else ""
+        kind = type(model).__name__
+        hint = "use a method that needs none, such as IA3 or LoRA"
+        if not isinstance(self.bias, str):
+            hint = f"bias='all' takes every bias there is; {len(named)} modules matched"
+        return f"BitFit trains bias terms, and {what} has none{where} (in {kind}); {hint}."
+
+
+class BiasAdapter(OutputAdapter):
+    """A trainable shift of one host's bias.
+
+    Args:
+        host: A linear layer or layer norm with a bias.
+
+    Attributes:
+        delta: Shape of the host's bias; zero at the start.
+    """
+
+    roles: ClassVar[Mapping[str, Role]] = {"delta": Role.BIAS}
+
+    def __init__(self, host: Host) -> None:
+        super().__init__()
+        dtype = torch.float64 if host.bias.dtype is torch.float64 else torch.float32
+        self.delta = nn.Parameter(torch.zeros(host.bias.shape, device=host.bias.device, dtype=dtype))
+
+    def forward(self, host: Host, args: Any, kwargs: Any, output: Tensor) -> Tensor:  # noqa: ANN401 - the host's own
+        """Add the delta to the host's output, `[..., out]`."""
+        del host, args, kwargs
+        return output + self.delta.to(output.dtype)
+
+    def check_mergeable(self, host: Host) -> None:
+        """Accept every host: its bias is dense, however its weight is stored."""
+
+    def merge_into(self, host: Host) -> None:
+        """Add the delta to the host's bias."""
+        host.bias.data.copy_(host.bias.to(self.delta.dtype) + self.delta)
+
+
+def _bias_names(module: nn.Module) -> list[str]:
+    return [name for name, own in module._parameters.items() if own is not None and name.split("_")[-1] == "bias"]
+
+
+def _takes_delta(modules: dict[str, nn.Module], path: str) -> bool:
+    """Tell whether a shift of the module's output is a shift of its bias, and the module is really called."""
+    module = modules[path]
+    if _bias_names(module) != ["bias"] or isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
+        return False
+    if isinstance(module, nn.LayerNorm):
+        return original_class(module).forward is nn.LayerNorm.forward
+    codec = find_codec(module)
+    return codec is not None and codec.kind is HostKind.LINEAR
