@@ -51,7 +51,8 @@ class BitFit(Method):
         saved = [path for path in modules if any(has_suffix(path, name) for name in self.modules_to_save or [])]
         left_out = [*view.head_paths(), *saved]
         named = list(modules) if isinstance(self.bias, str) else find_modules(view.model, self.bias, "bias")
-        chosen, unknown = [], []
+        chosen: list[str] = []
+        unknown: list[str] = []
         for path in named:
             if is_within(path, left_out) or not _bias_names(modules[path]):
                 continue
