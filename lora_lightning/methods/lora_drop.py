@@ -31,7 +31,7 @@ class SharedFactors(nn.Module):
         lora_b: `[out, r]`.
     """
 
-    def __init__(self, lora_a: nn.Parameter, lora_b: nn.Parameter) -> None:
+    def __init__(self, lora_a: Tensor, lora_b: Tensor) -> None:
         super().__init__()
         self.lora_A, self.lora_B = lora_a, lora_b
 
@@ -129,6 +129,9 @@ class LoRADrop(LoRA):
     """
 
     name: ClassVar[str] = "lora_drop"
+    training_settings: ClassVar[frozenset[str]] = LoRA.training_settings | {
+        *("threshold", "calibration_steps", "calibration_lr", "sample_batches")
+    }
 
     threshold: float = 0.9
     calibration_steps: int = 20

@@ -198,6 +198,7 @@ class VeRA(TargetedMethod):
     """
 
     name: ClassVar[str] = "vera"
+    training_settings: ClassVar[frozenset[str]] = TargetedMethod.training_settings | {"dropout", "d_initial"}
     size_setting: ClassVar[str | None] = None  # r grows it by one number a layer, and memory and time by a rank
     usual_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
 
