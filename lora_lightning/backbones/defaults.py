@@ -38,7 +38,7 @@ USUAL_TARGETS: Mapping[str, tuple[str, ...]] = {
     "qwen3": _PROJ,
     "roberta": _QUERY_VALUE,
     "t5": ("q", "v"),
-    "vit": _QUERY_VALUE,
+    "vit": (*_QUERY_VALUE, *_PROJ),  # renamed within transformers 5
     "whisper": _PROJ,
     "xlm-roberta": _QUERY_VALUE,
 }

@@ -26,8 +26,9 @@ class TransformersView(PlainView):
 
     def usual_targets(self) -> list[str] | None:
         """Return queries and values, under this architecture's names."""
-        usual = USUAL_TARGETS.get(self.model_type or "")
-        return list(usual) if usual else None
+        usual = USUAL_TARGETS.get(self.model_type or "", ())
+        names = {path.rpartition(".")[2] for path, _ in self.model.named_modules()}
+        return [name for name in usual if name in names] or None
 
     def head_paths(self) -> list[str]:
         """Return what stands beside the base model (classifiers, `score`, `lm_head`), or the output embeddings."""
