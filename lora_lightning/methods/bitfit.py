@@ -35,7 +35,7 @@ class BitFit(Method):
     """
 
     name: ClassVar[str] = "bitfit"
-    usual_rates: ClassVar[tuple[float, ...]] = (4e-4, 1e-3, 3e-3)
+    usual_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)
 
     bias: Literal["all"] | list[str] = "all"
 

@@ -85,7 +85,7 @@ class BottleneckAdapter(Method):
     name: ClassVar[str] = "bottleneck"
     training_settings: ClassVar[frozenset[str]] = Method.training_settings | {"dropout"}
     size_setting: ClassVar[str | None] = "width"
-    usual_rates: ClassVar[tuple[float, ...]] = (1e-4, 3e-4, 1e-3)
+    usual_rates: ClassVar[tuple[float, ...]] = (3e-4, 1e-3, 3e-3)
 
     style: Style = "houlsby"
     mh_adapter: bool | None = None
