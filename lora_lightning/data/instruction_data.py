@@ -18,10 +18,11 @@ from lora_lightning.data.chat_templates import chat_template
 from lora_lightning.data.conversations import Sample, sample_from
 from lora_lightning.data.encoder_setup import build_encoder
 from lora_lightning.data.encoding import Encoder
+from lora_lightning.data.grouped_splits import fingerprint_of
 from lora_lightning.data.model_facts import model_facts
 from lora_lightning.data.packing import DocumentBatch, DocumentRows, document_from
 from lora_lightning.data.records import files_of, is_hub_source, read_records
-from lora_lightning.data.sample_splits import SampleSplits, fingerprint_of
+from lora_lightning.data.sample_splits import SampleSplits
 from lora_lightning.data.streaming import StreamedRows, StreamLoader
 from lora_lightning.errors import ConfigError, DataError
 
