@@ -10,19 +10,28 @@ from lora_lightning.backbones.load import load_tokenizer
 from lora_lightning.errors import ConfigError, DataError
 
 
-def padding_tokenizer(name: str, max_length: int) -> Any:  # noqa: ANN401 - tokenizers share no public base class
+def padding_tokenizer(name: str, max_length: int, *, of_words: bool = False) -> Any:  # noqa: ANN401 - tokenizers share no public base class
     """Load a tokenizer and make sure that it can pad.
 
     Args:
         name: Hub name, folder or `pkg://` path of the tokenizer.
         max_length: Tokens after which a text is going to be cut.
+        of_words: Whether texts are given as lists of words.
 
     Raises:
         BackboneError: It cannot be loaded.
         ConfigError: The length is beyond what its model takes.
-        DataError: There is no token to pad with.
+        DataError: There is no token to pad with, or the tokenizer cannot take words.
     """
     tokenizer = load_tokenizer(name)
+    if of_words and not tokenizer.is_fast:
+        raise DataError(
+            f"The tokenizer of {name} ({type(tokenizer).__name__}) does not tell which word a token belongs to; "
+            "a fast one is needed (a folder with tokenizer.json)."
+        )
+    if of_words and getattr(tokenizer, "add_prefix_space", None) is False:
+        # Else a byte-level tokenizer (GPT-2, RoBERTa) would run the words of a list together.
+        tokenizer = load_tokenizer(name, add_prefix_space=True)
     if max_length > tokenizer.model_max_length:
         raise ConfigError(
             f"max_length is {max_length}, but {name} takes at most {tokenizer.model_max_length} tokens; "

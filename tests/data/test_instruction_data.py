@@ -329,7 +329,7 @@ def test_nothing_is_done_twice(build, monkeypatch):
     assert data.rows["train"] is rows
     assert len(data.rows["test"]) == 5
     assert len(list(data.predict_dataloader())) == 2
-    with pytest.raises(DataError, match="no rows to validate: val_size is 0. Set it, or give a file as val"):
+    with pytest.raises(DataError, match=r"no rows to validate: val_size is 0\. Set it, or give a file as val"):
         data.setup("validate")
     with pytest.raises(ConfigError, match="call setup"):
         InstructionData("x.jsonl").train_dataloader()
