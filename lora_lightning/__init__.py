@@ -21,10 +21,26 @@ if TYPE_CHECKING:
         Throughput,
     )
     from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
-    from lora_lightning.data import InstructionData, TextClassificationData
+    from lora_lightning.data import (
+        InstructionData,
+        MultipleChoiceData,
+        Seq2SeqData,
+        TextClassificationData,
+        TokenClassificationData,
+    )
     from lora_lightning.methods import DoRA, LoRA
     from lora_lightning.optim import Optim, param_groups
-    from lora_lightning.tasks import AdapterTask, CausalLM, PerTokenTask, SequenceClassification, StepOutput, TokenSums
+    from lora_lightning.tasks import (
+        AdapterTask,
+        CausalLM,
+        MultipleChoice,
+        PerTokenTask,
+        Seq2SeqLM,
+        SequenceClassification,
+        StepOutput,
+        TokenClassification,
+        TokenSums,
+    )
 
 __version__ = "0.1.0"
 
@@ -38,14 +54,20 @@ _HOME = {
     "LoRA": "methods",
     "MergeAtEnd": "callbacks",
     "MetricCurve": "callbacks",
+    "MultipleChoice": "tasks",
+    "MultipleChoiceData": "data",
     "Optim": "optim",
     "PerTokenTask": "tasks",
     "Quantization": "backbones.quantization",
     "SampleGenerations": "callbacks",
+    "Seq2SeqData": "data",
+    "Seq2SeqLM": "tasks",
     "SequenceClassification": "tasks",
     "StepOutput": "tasks",
     "TextClassificationData": "data",
     "Throughput": "callbacks",
+    "TokenClassification": "tasks",
+    "TokenClassificationData": "data",
     "TokenSums": "tasks",
     "adapter_state_dict": "adapters",
     "attach": "backbones.attach",
@@ -71,14 +93,20 @@ __all__ = [
     "LoRA",
     "MergeAtEnd",
     "MetricCurve",
+    "MultipleChoice",
+    "MultipleChoiceData",
     "Optim",
     "PerTokenTask",
     "Quantization",
     "SampleGenerations",
+    "Seq2SeqData",
+    "Seq2SeqLM",
     "SequenceClassification",
     "StepOutput",
     "TextClassificationData",
     "Throughput",
+    "TokenClassification",
+    "TokenClassificationData",
     "TokenSums",
     "__version__",
     "adapter_state_dict",
