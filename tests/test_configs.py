@@ -1,5 +1,6 @@
 """Every shipped YAML runs for a few steps: on its real data, and where it comes as a package, on its real model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import transformers
 
 from lora_lightning.__main__ import main
+from tests.tasks.test_token_classification import sentences
+from tests.tasks.texts import save_t5
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 STAND_INS = {
@@ -17,6 +20,21 @@ STAND_INS = {
     "qlora_qwen2": "Qwen2",
 }
 """Shapes of the language models that are too large, or too far away, for a test."""
+
+
+def documents(count=160):
+    """Texts with summaries, a line each."""
+    rows = [
+        {"document": f"Report {n}: the sum of {n} and {n} is {2 * n}.", "summary": f"{2 * n}"} for n in range(count)
+    ]
+    return "\n".join(map(json.dumps, rows))
+
+
+OWN_FILES = {
+    "lora_seq2seq": ("train.jsonl", documents),
+    "lora_token_classification": ("train.conll", lambda: sentences(160)),
+}
+"""Files that the user of a config brings."""
 
 
 def stand_in(shape, folder):
@@ -55,6 +73,11 @@ def test_config_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shape = STAND_INS.get(path.stem)
     backbone = ["--model.backbone", stand_in(shape, tmp_path / "model")] if shape else []
+    if path.stem == "lora_seq2seq":
+        backbone = ["--model.backbone", save_t5(tmp_path / "model")]
+    if path.stem in OWN_FILES:
+        name, content = OWN_FILES[path.stem]
+        (tmp_path / name).write_text(content())
     status = main(
         [
             "fit",
@@ -69,7 +92,7 @@ def test_config_runs(path, tmp_path, monkeypatch):
     assert status == 0
     [checkpoint] = tmp_path.glob("run/version_0/checkpoints/last.ckpt")
     kept = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert shape or sum(tensor.numel() for tensor in kept.values()) < 0.02 * 22_713_216
+    assert backbone or sum(tensor.numel() for tensor in kept.values()) < 0.02 * 22_713_216
     assert (checkpoint.parent.parent / "samples.jsonl").is_file() == bool(shape)
     assert (checkpoint.with_suffix("") / "manifest.json").is_file()
     assert len(path.read_text().splitlines()) <= 35
@@ -79,4 +102,5 @@ def test_there_is_a_config_for_each_method():
     assert {path.stem for path in CONFIGS} >= {
         *("quickstart", "lora_classification", "dora_classification"),
         *STAND_INS,
+        *OWN_FILES,
     }
