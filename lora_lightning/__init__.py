@@ -21,7 +21,13 @@ if TYPE_CHECKING:
         Throughput,
     )
     from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
-    from lora_lightning.data import InstructionData, TextClassificationData
+    from lora_lightning.data import (
+        InstructionData,
+        MultipleChoiceData,
+        Seq2SeqData,
+        TextClassificationData,
+        TokenClassificationData,
+    )
     from lora_lightning.methods import (
         IA3,
         AdaLoRA,
@@ -39,7 +45,17 @@ if TYPE_CHECKING:
         VeRA,
     )
     from lora_lightning.optim import Optim, param_groups
-    from lora_lightning.tasks import AdapterTask, CausalLM, PerTokenTask, SequenceClassification, StepOutput, TokenSums
+    from lora_lightning.tasks import (
+        AdapterTask,
+        CausalLM,
+        MultipleChoice,
+        PerTokenTask,
+        Seq2SeqLM,
+        SequenceClassification,
+        StepOutput,
+        TokenClassification,
+        TokenSums,
+    )
 
 __version__ = "0.1.0"
 
@@ -60,6 +76,8 @@ _HOME = {
     "LoRAFA": "methods",
     "MergeAtEnd": "callbacks",
     "MetricCurve": "callbacks",
+    "MultipleChoice": "tasks",
+    "MultipleChoiceData": "data",
     "Optim": "optim",
     "PTuning": "methods",
     "PTuningV2": "methods",
@@ -68,10 +86,14 @@ _HOME = {
     "PromptTuning": "methods",
     "Quantization": "backbones.quantization",
     "SampleGenerations": "callbacks",
+    "Seq2SeqData": "data",
+    "Seq2SeqLM": "tasks",
     "SequenceClassification": "tasks",
     "StepOutput": "tasks",
     "TextClassificationData": "data",
     "Throughput": "callbacks",
+    "TokenClassification": "tasks",
+    "TokenClassificationData": "data",
     "TokenSums": "tasks",
     "VeRA": "methods",
     "adapter_state_dict": "adapters",
@@ -105,6 +127,8 @@ __all__ = [
     "LoRAFA",
     "MergeAtEnd",
     "MetricCurve",
+    "MultipleChoice",
+    "MultipleChoiceData",
     "Optim",
     "PTuning",
     "PTuningV2",
@@ -113,10 +137,14 @@ __all__ = [
     "PromptTuning",
     "Quantization",
     "SampleGenerations",
+    "Seq2SeqData",
+    "Seq2SeqLM",
     "SequenceClassification",
     "StepOutput",
     "TextClassificationData",
     "Throughput",
+    "TokenClassification",
+    "TokenClassificationData",
     "TokenSums",
     "VeRA",
     "__version__",

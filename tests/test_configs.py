@@ -1,5 +1,6 @@
 """Every shipped YAML runs for a few steps: on its real data, and where it comes as a package, on its real model."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import transformers
 
 import lora_lightning.methods
 from lora_lightning.__main__ import main
+from tests.tasks.test_token_classification import sentences
+from tests.tasks.texts import save_t5
 
 EVERYTHING = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 CONFIGS = [path for path in EVERYTHING if not path.stem.startswith("compare_")]  # those are not for `fit`
@@ -22,6 +25,21 @@ STAND_INS |= {path.stem: "Gemma3Text" for path in CONFIGS if path.stem.endswith(
 
 WITHOUT_LANGUAGE_MODEL = ("BitFit",)
 """Methods that the shipped language models do not suit: these have no biases."""
+
+
+def documents(count=160):
+    """Texts with summaries, a line each."""
+    rows = [
+        {"document": f"Report {n}: the sum of {n} and {n} is {2 * n}.", "summary": f"{2 * n}"} for n in range(count)
+    ]
+    return "\n".join(map(json.dumps, rows))
+
+
+OWN_FILES = {
+    "lora_seq2seq": ("train.jsonl", documents),
+    "lora_token_classification": ("train.conll", lambda: sentences(160)),
+}
+"""Files that the user of a config brings."""
 
 
 def stand_in(shape, folder):
@@ -60,6 +78,11 @@ def test_config_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shape = STAND_INS.get(path.stem)
     backbone = ["--model.backbone", stand_in(shape, tmp_path / "model")] if shape else []
+    if path.stem == "lora_seq2seq":
+        backbone = ["--model.backbone", save_t5(tmp_path / "model")]
+    if path.stem in OWN_FILES:
+        name, content = OWN_FILES[path.stem]
+        (tmp_path / name).write_text(content())
     status = main(
         [
             "fit",
@@ -74,14 +97,16 @@ def test_config_runs(path, tmp_path, monkeypatch):
     assert status == 0
     [checkpoint] = tmp_path.glob("run/version_0/checkpoints/last.ckpt")
     kept = torch.load(checkpoint, weights_only=True)["state_dict"]
-    assert shape or sum(tensor.numel() for tensor in kept.values()) < 0.1 * 22_713_216  # prefix tuning's encoder: 8 %
+    assert (
+        backbone or sum(tensor.numel() for tensor in kept.values()) < 0.1 * 22_713_216
+    )  # prefix tuning's encoder: 8 %
     assert (checkpoint.parent.parent / "samples.jsonl").is_file() == bool(shape)
     assert (checkpoint.with_suffix("") / "manifest.json").is_file()
     assert len(path.read_text().splitlines()) <= 35
 
 
 def test_there_is_a_config_for_each_method():
-    assert {path.stem for path in CONFIGS} >= {"quickstart", "lora_plus_classification", *STAND_INS}
+    assert {path.stem for path in CONFIGS} >= {"quickstart", "lora_plus_classification", *STAND_INS, *OWN_FILES}
     texts = {path.stem: path.read_text() for path in CONFIGS}
     for name in lora_lightning.methods.__all__:
         named = {

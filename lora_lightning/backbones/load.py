@@ -130,8 +130,12 @@ def load_backbone(
     return Backbone(model, new, storage)
 
 
-def load_tokenizer(name: str) -> Any:  # noqa: ANN401 - transformers' tokenizers share no public base class
+def load_tokenizer(name: str, **options: Any) -> Any:  # noqa: ANN401 - tokenizers share no public base class
     """Load the tokenizer of a backbone.
+
+    Args:
+        name: See `locate`.
+        **options: Settings of the tokenizer, such as `add_prefix_space`.
 
     Raises:
         BackboneError: It is not there or cannot be reached.
@@ -145,7 +149,7 @@ def load_tokenizer(name: str) -> Any:  # noqa: ANN401 - transformers' tokenizers
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise BackboneError(f"The tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
 

@@ -12,6 +12,7 @@ from lora_lightning import data as _data  # noqa: F401 - its classes are known b
 from lora_lightning.errors import ConfigError
 from lora_lightning.paths import nearest
 from lora_lightning.tasks import AdapterTask
+from lora_lightning.tasks.labelled import LabelledTask
 from lora_lightning.tasks.memory import MemoryPlan, plan_memory
 from lora_lightning.tasks.memory_parts import MemoryPart
 
@@ -85,7 +86,7 @@ def plan(
         raise ConfigError(f"world_size is {num_devices}: expected a whole number of at least 1.")
     room, room_name = _room(gpu)
     is_sharded = any(word in str(settings.get("strategy", "")).lower() for word in ("fsdp", "modelparallel"))
-    if getattr(model, "label_names", ()) is None and model.auto_class == "AutoModelForSequenceClassification":
+    if isinstance(model, LabelledTask) and model.label_names is None:
         model.label_names = ["one", "other"]  # how many there are, only the data know; a head is small
     planned = plan_memory(
         model,

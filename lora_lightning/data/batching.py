@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from lora_lightning.data.packing import UNSUPERVISED
+
 # At most so many batches are sorted by length together; more would pad less and mix less.
 _BATCHES_SORTED_TOGETHER = 50
 
@@ -21,10 +23,10 @@ class EncodedRows(Dataset[dict[str, Any]]):
 
     Args:
         encodings: For each of the tokenizer's outputs (`input_ids`, `attention_mask`, ...), one list for each text.
-        labels: The class index of each text, or None.
+        labels: The class index of each text, or those of its tokens or target tokens, or None.
     """
 
-    def __init__(self, encodings: Mapping[str, list[list[int]]], labels: list[int] | None) -> None:
+    def __init__(self, encodings: Mapping[str, list[Any]], labels: Sequence[int] | Sequence[list[int]] | None) -> None:
         self.encodings = dict(encodings)
         self.labels = labels
         self.lengths = [len(ids) for ids in self.encodings["input_ids"]]
@@ -34,7 +36,7 @@ class EncodedRows(Dataset[dict[str, Any]]):
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return one text's token lists, and its class index as `labels`."""
+        """Return one text's token lists, and its `labels`."""
         item: dict[str, Any] = {name: lists[index] for name, lists in self.encodings.items()}
         if self.labels is not None:
             item["labels"] = self.labels[index]
@@ -46,7 +48,8 @@ class PadToLongest:
     """Makes a batch: pads each text to the longest one in the batch.
 
     Args:
-        padding: What each of the tokenizer's outputs is padded with; outputs not named here get 0.
+        padding: What each of the tokenizer's outputs is padded with; outputs not named here get 0, labels of tokens
+            -100.
         side: `right` or `left`, where the padding goes.
 
     Example:
@@ -59,13 +62,13 @@ class PadToLongest:
     side: str = "right"
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return the tensors of a batch: `[batch, tokens]` each, and `labels` `[batch]`."""
-        width = max(len(item["input_ids"]) for item in items)
+        """Return the tensors of a batch: `[batch, tokens]` each, and `labels` `[batch]` or `[batch, their tokens]`."""
         batch = {}
         for name in items[0]:
             values = [item[name] for item in items]
-            if name != "labels":
-                values = [self._pad(value, width, self.padding.get(name, 0)) for value in values]
+            if isinstance(values[0], list):
+                width, value = max(map(len, values)), self.padding.get(name, UNSUPERVISED if name == "labels" else 0)
+                values = [self._pad(tokens, width, value) for tokens in values]
             batch[name] = torch.tensor(values, dtype=torch.long)
         return batch
 

@@ -6,34 +6,30 @@ import hashlib
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.data import DataLoader
 
-from lora_lightning.data.batching import LengthGroupedSampler, even_batch_size
+from lora_lightning.data.base import Batches, TokenizedData
 from lora_lightning.data.chat_templates import chat_template
 from lora_lightning.data.conversations import Sample, sample_from
 from lora_lightning.data.encoder_setup import build_encoder
 from lora_lightning.data.encoding import Encoder
+from lora_lightning.data.grouped_splits import fingerprint_of
 from lora_lightning.data.model_facts import model_facts
 from lora_lightning.data.packing import DocumentBatch, DocumentRows, document_from
 from lora_lightning.data.records import files_of, is_hub_source, read_records
-from lora_lightning.data.sample_splits import SampleSplits, fingerprint_of
+from lora_lightning.data.sample_splits import SampleSplits
 from lora_lightning.data.streaming import StreamedRows, StreamLoader
 from lora_lightning.errors import ConfigError, DataError
 
-_SPLITS_OF_STAGE = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("test",)}
 _LOOKED_AT_FIRST = 100
-Batches = DataLoader[Any]
 
 
-class InstructionData(L.LightningDataModule):
+class InstructionData(TokenizedData):
     """Reads samples, divides them, encodes them once, and makes batches for `CausalLM`.
 
     A source is a `.jsonl` (`.ndjson`, `.json`), `.parquet` or `.yml` (chatterbot's dialogues) file, a folder of such
@@ -82,7 +78,6 @@ class InstructionData(L.LightningDataModule):
 
     Attributes:
         samples: The samples of the splits (`train`, `val`, `test`).
-        rows: The encoded splits, once `setup` has run.
         counts: What became of the rows: `rows_read`, `rows_incomplete` (left out: a blank answer, or none),
             `duplicates_dropped`, `train`, `val`, `test`, `unused`, `leaked` (rows of sources for `val` and `test` whose
             first question is in the training samples); of those encoded, `cut` (at `max_length`), `answers_lost` (left
@@ -96,6 +91,8 @@ class InstructionData(L.LightningDataModule):
     Example:
         >>> data = InstructionData("talk.jsonl", template="chatml", max_length=1024, packing=True)
     """
+
+    predicted_split: ClassVar[str] = "test"
 
     def __init__(
         self,
@@ -121,10 +118,15 @@ class InstructionData(L.LightningDataModule):
         num_workers: int = 0,
         tokenizer: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            group_by_length=group_by_length and not packing,
+            seed=seed,
+            num_workers=num_workers,
+            tokenizer=tokenizer,
+        )
         self.save_hyperparameters(logger=False)
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
         self.max_length = max_length
         self.template = template
         self.train_on = train_on
@@ -132,15 +134,7 @@ class InstructionData(L.LightningDataModule):
         self.padding_side = padding_side
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
-        self.group_by_length = group_by_length
-        self.seed = seed
-        self.num_workers = num_workers
-        self.tokenizer_name = tokenizer
-        self.tokenizer: Any = None
         self.samples: dict[str, list[Sample]] = {}
-        self.rows: dict[str, DocumentRows] = {}
-        self.counts: dict[str, int] = {}
-        self.fingerprint = ""
         self._check_settings()
         if streaming and (train_size is not None or (val is None and val_size != 0) or test_size):
             raise ConfigError(
@@ -168,76 +162,33 @@ class InstructionData(L.LightningDataModule):
             if source is not None and is_hub_source(source):
                 next(read_records(source, role, self._splits.subset), None)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read and divide the samples, and encode those that a stage needs; nothing is done twice.
-
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`; None means all.
-
-        Raises:
-            DataError: The data is missing, malformed, or does not hold what is needed.
-            BackboneError: The tokenizer cannot be loaded.
-        """
-        if not self.counts:
-            self._read()
-        self._prepare_encoder()
-        for split in _SPLITS_OF_STAGE[stage] if stage else ("train", "val", "test"):
-            if split in self.samples and split not in self.rows:
-                self.rows[split] = self._encode(split)
-            elif split not in self.samples and stage in ("validate", "test", "predict"):
-                raise DataError(f"There are no rows to {stage}: give a file as {split}, or set {split}_size.")
-
     def train_dataloader(self) -> Batches:
         """Return the training batches of this rank, in an order of their own for every epoch."""
+        if not self.streaming:
+            return super().train_dataloader()
         num_replicas, rank = self._ranks()
         epoch = self.trainer.current_epoch if self.trainer else 0
-        if self.streaming:
-            stream = replace(self._stream(), num_replicas=num_replicas, rank=rank, epoch=epoch)
-            return StreamLoader(stream, self.batch_size, **self._loading())
-        rows = self._encoded("train")
-        sampler = LengthGroupedSampler(
-            rows.lengths,
-            self.batch_size,
-            seed=self.seed,
-            group_by_length=self.group_by_length and not self.packing,
-            num_replicas=num_replicas,
-            rank=rank,
-        )
-        # With workers, the first iterator may stand before Lightning sets the epoch.
-        sampler.set_epoch(epoch)
-        return self._loader(rows, self.batch_size, sampler)
+        stream = replace(self._stream(), num_replicas=num_replicas, rank=rank, epoch=epoch)
+        return StreamLoader(stream, self.batch_size, **self._loading())
 
-    def val_dataloader(self) -> Batches | list[Any]:
-        """Return the validation batches of this rank, the longest rows first; an empty list without such rows."""
-        return self._evaluation_batches("val")
-
-    def test_dataloader(self) -> Batches | list[Any]:
-        """Return the test batches of this rank, the longest rows first; an empty list without such rows."""
-        return self._evaluation_batches("test")
-
-    def predict_dataloader(self) -> Batches:
-        """Return the test batches in the order of their file."""
-        return self._loader(self._encoded("test"), self.eval_batch_size or self.batch_size)
+    @property
+    def rows(self) -> dict[str, DocumentRows]:
+        """The encoded splits, once `setup` has run."""
+        return self._encoded
 
     # Samples.
 
     def _check_settings(self) -> None:
-        for name, least in (
-            ("max_length", 2),
-            ("batch_size", 1),
-            ("eval_batch_size", 1),
-            ("shuffle_buffer", 1),
-            ("num_workers", 0),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} is {value}: expected a whole number of at least {least}.")
+        self._require_at_least(max_length=2, shuffle_buffer=1)
         for name, known in (("train_on", ("assistant", "all")), ("padding_side", ("right", "left"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: expected {' or '.join(known)}.")
         if self.template is not None:
             chat_template(self.template)
+
+    @property
+    def _splits_read(self) -> Collection[str]:
+        return self.samples
 
     def _read(self) -> None:
         """Read what is not streamed, and tell it apart by a fingerprint."""
@@ -270,16 +221,9 @@ class InstructionData(L.LightningDataModule):
 
     # The tokenizer and what it makes of the samples.
 
-    def _prepare_encoder(self) -> None:
+    def _prepare(self) -> None:
         """Load the tokenizer, once for each name, and settle template, length, padding and end."""
-        module = getattr(self.trainer, "lightning_module", None)
-        backbone = getattr(module, "backbone", None)
-        name = self.tokenizer_name or backbone
-        if not isinstance(name, str):
-            raise ConfigError(
-                "No tokenizer is named, and there is no backbone to take it from: set tokenizer to a Hub name, a "
-                "folder, or pkg://package/folder."
-            )
+        backbone, name = getattr(self._module(), "backbone", None), self._name_of_tokenizer()
         if self._encoded_by == (name, backbone):
             return
         self._encoder = build_encoder(
@@ -293,7 +237,7 @@ class InstructionData(L.LightningDataModule):
         )
         self.tokenizer = self._encoder.tokenizer
         self._encoded_by = (name, backbone)
-        self.rows.clear()
+        self._encoded.clear()
         if self.streaming:
             self._try_stream()
 
@@ -363,32 +307,10 @@ class InstructionData(L.LightningDataModule):
             raise ConfigError("The data is not read yet: call setup() first (the Trainer does).")
         return self._encoder
 
-    def _encoded(self, split: str) -> DocumentRows:
-        if split not in self.rows:
-            raise ConfigError(f"The {split} rows are not there: call setup() first (the Trainer does).")
-        return self.rows[split]
-
-    def _evaluation_batches(self, split: str) -> Batches | list[Any]:
-        if self.counts and split not in self.samples:
-            return []
-        rows, (num_replicas, rank) = self._encoded(split), self._ranks()
-        size = even_batch_size(len(rows), num_replicas, self.eval_batch_size or self.batch_size)
-        sampler = LengthGroupedSampler(rows.lengths, size, shuffle=False, num_replicas=num_replicas, rank=rank)
-        return self._loader(rows, size, sampler)
-
-    def _ranks(self) -> tuple[int, int]:
-        """Return how many processes share the rows, and which of them this is."""
-        shared = self.trainer.distributed_sampler_kwargs if self.trainer else None
-        return (shared["num_replicas"], shared["rank"]) if shared else (1, 0)
-
-    def _loader(self, rows: DocumentRows, batch_size: int, sampler: LengthGroupedSampler | None = None) -> Batches:
-        return DataLoader(rows, batch_size, sampler=sampler, persistent_workers=self.num_workers > 0, **self._loading())
-
-    def _loading(self) -> dict[str, Any]:
-        collate = DocumentBatch(
+    def _collate(self) -> DocumentBatch:
+        return DocumentBatch(
             self.tokenizer.pad_token_id, self.padding_side, self.packing, positions=self._takes_positions()
         )
-        return {"collate_fn": collate, "num_workers": self.num_workers, "pin_memory": torch.cuda.is_available()}
 
     def _takes_positions(self) -> bool:
         """Tell whether the model takes `position_ids`; one that is not there yet is taken to.
@@ -396,7 +318,7 @@ class InstructionData(L.LightningDataModule):
         Raises:
             ConfigError: It does not, and packing needs them.
         """
-        model = getattr(getattr(self.trainer, "lightning_module", None), "model", None)
+        model = getattr(self._module(), "model", None)
         if model is None or "position_ids" in inspect.signature(model.forward).parameters:
             return True
         if self.packing:

@@ -87,7 +87,7 @@ def rows_from(
         raise DataError(f"{table.source}: none of the {counts.read} rows can be used: {why}.")
     return (
         Rows(
-            [_text(cell, table.source, text_column) for cell in texts[kept].tolist()],
+            [text_of(cell, table.source, text_column) for cell in texts[kept].tolist()],
             [_label(cell, table.source, label_column) for cell in labels[kept].tolist()],
         ),
         counts,
@@ -102,7 +102,7 @@ def unlabelled_rows(table: Table, text_column: str) -> Rows:
     """
     cells = table.column(text_column, "text_column")
     pairs = zip(cells.tolist(), missing(cells).tolist(), strict=True)
-    return Rows(["" if gone else _text(cell, table.source, text_column) for cell, gone in pairs], [])
+    return Rows(["" if gone else text_of(cell, table.source, text_column) for cell, gone in pairs], [])
 
 
 def drop_duplicates(rows: Rows) -> tuple[Rows, int, int]:
@@ -143,17 +143,12 @@ def sorted_labels(labels: Iterable[str]) -> list[str]:
     return sorted(names)
 
 
-def fingerprint(splits: Mapping[str, Rows], label_names: Sequence[str]) -> str:
-    """Return the SHA-256 of rows, the splits they are in, and the label names, as 64 hexadecimal digits."""
-    digest = hashlib.sha256(json.dumps(list(label_names)).encode())
-    for split in sorted(splits):
-        rows = splits[split]
-        for text, label in zip(rows.texts, rows.labels, strict=True):
-            digest.update(json.dumps([split, text, label]).encode())
-    return digest.hexdigest()
+def text_of(cell: object, source: str, column: str) -> str:
+    """Return a cell as a text.
 
-
-def _text(cell: object, source: str, column: str) -> str:
+    Raises:
+        DataError: It holds something else.
+    """
     if isinstance(cell, bool | int | float):
         return str(cell)
     if not isinstance(cell, str):
@@ -162,6 +157,16 @@ def _text(cell: object, source: str, column: str) -> str:
         )
     # Half of a surrogate pair, which JSON can carry, is no character, and tokenizers refuse it.
     return cell if cell.isascii() else cell.encode("utf-8", "replace").decode("utf-8")
+
+
+def fingerprint(splits: Mapping[str, Rows], label_names: Sequence[str]) -> str:
+    """Return the SHA-256 of rows, the splits they are in, and the label names, as 64 hexadecimal digits."""
+    digest = hashlib.sha256(json.dumps(list(label_names)).encode())
+    for split in sorted(splits):
+        rows = splits[split]
+        for text, label in zip(rows.texts, rows.labels, strict=True):
+            digest.update(json.dumps([split, text, label]).encode())
+    return digest.hexdigest()
 
 
 def _label(cell: object, source: str, column: str) -> str:

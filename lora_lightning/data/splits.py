@@ -101,7 +101,9 @@ def stratified_split(labels: Sequence[str], counts: Mapping[str, int], seed: int
     return {name: places[name] for name in counts}
 
 
-def group_split(groups: Sequence[str], counts: Mapping[str, int], rest: str, seed: int) -> dict[str, list[int]]:
+def group_split(
+    groups: Sequence[str], counts: Mapping[str, int], rest: str, seed: int, shared: str = "first question"
+) -> dict[str, list[int]]:
     """Draw splits such that rows of one group are never divided.
 
     Args:
@@ -109,6 +111,7 @@ def group_split(groups: Sequence[str], counts: Mapping[str, int], rest: str, see
         counts: Number of rows of each split; whole groups come as near to it as they can without going over.
         rest: The split that gets every row that the others leave, where `counts` does not name it.
         seed: Seed of the draw.
+        shared: What rows of one group have in common, for the message.
 
     Returns:
         The places of each split's rows, ascending.
@@ -140,7 +143,7 @@ def group_split(groups: Sequence[str], counts: Mapping[str, int], rest: str, see
     empty = [name for name, taken in places.items() if not taken]
     if empty:
         raise DataError(
-            f"No rows can be had for {empty[0]}: rows with the same first question stay together, and there are "
+            f"No rows can be had for {empty[0]}: rows with the same {shared} stay together, and there are "
             f"{len(members)} different ones in {len(groups)} rows. Ask for other sizes, or give a file for {empty[0]}."
         )
     return places

@@ -142,6 +142,9 @@ class TableReader:
         for column, feature in rows.features.items():
             if isinstance(feature, datasets.ClassLabel):
                 frame[column] = [_class_name(feature.names, index) for index in frame[column].tolist()]
+            elif isinstance(getattr(feature, "feature", None), datasets.ClassLabel):
+                names = feature.feature.names
+                frame[column] = [[_class_name(names, index) for index in cell] for cell in frame[column].tolist()]
         return frame
 
 

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
 
-import lightning as L
-import torch
-from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader
-
-from lora_lightning.backbones.load import load_tokenizer
-from lora_lightning.data.batching import EncodedRows, LengthGroupedSampler, PadToLongest, even_batch_size
+from lora_lightning.data.base import TokenizedData
+from lora_lightning.data.batching import EncodedRows, PadToLongest
 from lora_lightning.data.conditions import parse_condition
 from lora_lightning.data.labelled_splits import LabelledSplits
 from lora_lightning.data.rows import Rows, fingerprint, sorted_labels
 from lora_lightning.data.tables import TableReader, is_hub_name
-from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.data.tokenizers import padding_tokenizer
 
-_SPLITS_OF_STAGE = {
-    "fit": ("train", "val"),
-    "validate": ("val",),
-    "test": ("test",),
-    "predict": ("predict",),
-    None: ("train", "val", "test", "predict"),
-}
 _TOKENIZED_TOGETHER = 1000
-Batches = DataLoader[dict[str, Any]]
 
 
-class TextClassificationData(L.LightningDataModule):
+class TextClassificationData(TokenizedData):
     """Reads labelled texts, divides them, tokenizes them once, and makes batches of like length.
 
     A source is a `.csv`, `.tsv`, `.jsonl` (`.ndjson`, `.json`) or `.parquet` file, a folder with one sub-folder of
@@ -99,20 +86,19 @@ class TextClassificationData(L.LightningDataModule):
         num_workers: int = 0,
         tokenizer: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            group_by_length=group_by_length,
+            seed=seed,
+            num_workers=num_workers,
+            tokenizer=tokenizer,
+        )
         self.save_hyperparameters(logger=False)
         self.max_length = max_length
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.group_by_length = group_by_length
-        self.seed = seed
-        self.num_workers = num_workers
-        self.tokenizer_name = tokenizer
-        self.tokenizer: Any = None
+        self._require_at_least(max_length=1)
         self.rows: dict[str, Rows] = {}
         self.label_names: list[str] = []
-        self.counts: dict[str, int] = {}
-        self.fingerprint = ""
         self._splits = LabelledSplits(
             sources={"train": train, "val": val, "test": test, "predict": predict},
             sizes={"train": train_size, "val": val_size, "test": test_size},
@@ -126,18 +112,7 @@ class TextClassificationData(L.LightningDataModule):
             conditions=tuple(map(parse_condition, where or [])),
             seed=seed,
         )
-        self._encoded: dict[str, EncodedRows] = {}
         self._encoded_by = ""
-        for name, least in (
-            ("max_length", 1),
-            ("batch_size", 1),
-            ("eval_batch_size", 1),
-            ("num_workers", 0),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} is {value}: expected a whole number of at least {least}.")
 
     # What Lightning calls.
 
@@ -147,56 +122,22 @@ class TextClassificationData(L.LightningDataModule):
             if source is not None and is_hub_name(source):
                 self._splits.reader.read(source, role)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read and divide the rows, and tokenize those that a stage needs; nothing is done twice.
-
-        Args:
-            stage: `fit`, `validate`, `test` or `predict`; None means all.
-
-        Raises:
-            DataError: The data is missing, malformed, or does not hold what is needed.
-            BackboneError: The tokenizer cannot be loaded.
-        """
-        if not self.rows:
-            self.rows, self.counts = self._splits.load()
-        self._name_labels()
-        self._load_tokenizer()
-        for split in _SPLITS_OF_STAGE[stage]:
-            if split in self.rows and split not in self._encoded:
-                self._encoded[split] = self._encode(self.rows[split])
-            elif split not in self.rows and stage in ("validate", "test", "predict"):
-                wanted = "val" if split == "val" else "test"
-                raise DataError(f"There are no rows to {stage}: {wanted}_size is 0. Set it, or give a file as {split}.")
-
-    def train_dataloader(self) -> Batches:
-        """Return the training batches of this rank, in an order of their own for every epoch."""
-        rows = self._encoded_rows("train")
-        num_replicas, rank = self._ranks()
-        sampler = LengthGroupedSampler(
-            rows.lengths,
-            self.batch_size,
-            seed=self.seed,
-            group_by_length=self.group_by_length,
-            num_replicas=num_replicas,
-            rank=rank,
-        )
-        # With workers, the first iterator may stand before Lightning sets the epoch.
-        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
-        return self._loader(rows, self.batch_size, sampler)
-
-    def val_dataloader(self) -> Batches | list[Any]:
-        """Return the validation batches of this rank, the longest texts first; an empty list without such rows."""
-        return self._evaluation_batches("val")
-
-    def test_dataloader(self) -> Batches | list[Any]:
-        """Return the test batches of this rank, the longest texts first; an empty list without such rows."""
-        return self._evaluation_batches("test")
-
-    def predict_dataloader(self) -> Batches:
-        """Return the batches to predict, in the order of their file."""
-        return self._loader(self._encoded_rows("predict"), self.eval_batch_size or self.batch_size)
-
     # Labels, tokens and batches.
+
+    @property
+    def _splits_read(self) -> Collection[str]:
+        return self.rows
+
+    def _read(self) -> None:
+        self.rows, self.counts = self._splits.load()
+
+    def _prepare(self) -> None:
+        self._name_labels()
+        name = self._name_of_tokenizer()
+        if name != self._encoded_by:
+            self.tokenizer = padding_tokenizer(name, self.max_length)
+            self._encoded_by = name
+            self._encoded.clear()
 
     def _name_labels(self) -> None:
         """Take the model's label names if it has some, else those of the training rows."""
@@ -209,33 +150,8 @@ class TextClassificationData(L.LightningDataModule):
         self.fingerprint = fingerprint({name: rows for name, rows in self.rows.items() if name != "predict"}, names)
         self._encoded.clear()
 
-    def _load_tokenizer(self) -> None:
-        """Load the tokenizer, once for each name, and make sure that it can pad."""
-        name = self.tokenizer_name or getattr(self._module(), "backbone", None)
-        if not isinstance(name, str):
-            raise ConfigError(
-                "No tokenizer is named, and there is no backbone to take it from: set tokenizer to a Hub name, a "
-                "folder, or pkg://package/folder."
-            )
-        if name == self._encoded_by:
-            return
-        tokenizer = load_tokenizer(name)
-        if self.max_length > tokenizer.model_max_length:
-            raise ConfigError(
-                f"max_length is {self.max_length}, but {name} takes at most {tokenizer.model_max_length} tokens; "
-                "set it to that or less."
-            )
-        if tokenizer.pad_token_id is None:
-            if tokenizer.eos_token_id is None:
-                raise DataError(f"The tokenizer of {name} has neither a padding token nor an end token to pad with.")
-            tokenizer.pad_token = tokenizer.eos_token
-            rank_zero_info(f"The tokenizer of {name} has no padding token; its end token {tokenizer.eos_token!r} pads.")
-        self.tokenizer = tokenizer
-        self._encoded_by = name
-        self._encoded.clear()
-
-    def _encode(self, rows: Rows) -> EncodedRows:
-        """Tokenize rows."""
+    def _encode(self, split: str) -> EncodedRows:
+        rows = self.rows[split]
         encodings: dict[str, list[list[int]]] = {}
         # Without special tokens an empty text has no tokens at all, and no model takes that.
         of_nothing = {"input_ids": [self.tokenizer.pad_token_id], "attention_mask": [1]}
@@ -247,35 +163,6 @@ class TextClassificationData(L.LightningDataModule):
         index_of = {name: index for index, name in enumerate(self.label_names)}
         return EncodedRows(encodings, [index_of[label] for label in rows.labels] or None)
 
-    def _module(self) -> L.LightningModule | None:
-        return getattr(self.trainer, "lightning_module", None)
-
-    def _encoded_rows(self, split: str) -> EncodedRows:
-        if split not in self._encoded:
-            raise ConfigError(f"The {split} rows are not there: call setup() first (the Trainer does).")
-        return self._encoded[split]
-
-    def _evaluation_batches(self, split: str) -> Batches | list[Any]:
-        if self.rows and split not in self.rows:
-            return []
-        rows, (num_replicas, rank) = self._encoded_rows(split), self._ranks()
-        size = even_batch_size(len(rows), num_replicas, self.eval_batch_size or self.batch_size)
-        sampler = LengthGroupedSampler(rows.lengths, size, shuffle=False, num_replicas=num_replicas, rank=rank)
-        return self._loader(rows, size, sampler)
-
-    def _ranks(self) -> tuple[int, int]:
-        """Return how many processes share the rows, and which of them this is."""
-        shared = self.trainer.distributed_sampler_kwargs if self.trainer else None
-        return (shared["num_replicas"], shared["rank"]) if shared else (1, 0)
-
-    def _loader(self, rows: EncodedRows, batch_size: int, sampler: LengthGroupedSampler | None = None) -> Batches:
+    def _collate(self) -> PadToLongest:
         padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
-        return DataLoader(
-            rows,
-            batch_size=batch_size,
-            sampler=sampler,
-            collate_fn=PadToLongest(padding, self.tokenizer.padding_side),
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-        )
+        return PadToLongest(padding, self.tokenizer.padding_side)

@@ -2,8 +2,21 @@
 
 from lora_lightning.tasks.base import AdapterTask, StepOutput
 from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.tasks.multiple_choice import MultipleChoice
 from lora_lightning.tasks.per_token import PerTokenTask
+from lora_lightning.tasks.seq2seq import Seq2SeqLM
 from lora_lightning.tasks.sequence_classification import SequenceClassification
+from lora_lightning.tasks.token_classification import TokenClassification
 from lora_lightning.tasks.token_loss import TokenSums
 
-__all__ = ["AdapterTask", "CausalLM", "PerTokenTask", "SequenceClassification", "StepOutput", "TokenSums"]
+__all__ = [
+    "AdapterTask",
+    "CausalLM",
+    "MultipleChoice",
+    "PerTokenTask",
+    "Seq2SeqLM",
+    "SequenceClassification",
+    "StepOutput",
+    "TokenClassification",
+    "TokenSums",
+]

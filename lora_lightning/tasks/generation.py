@@ -1,7 +1,8 @@
-"""Let a causal language model go on from prompts of different lengths."""
+"""Let a language model go on from prompts of different lengths, or answer texts that it has read."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -122,6 +123,35 @@ def generate(
         torch.manual_seed(seed)
         output = bare.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
     return [_until(row[longest:].tolist(), ends) for row in output]
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module, inputs: Mapping[str, Tensor], *, max_new_tokens: int = 64, num_beams: int = 1
+) -> list[list[int]]:
+    """Let a model with an encoder and a decoder answer a batch of texts, without drawing.
+
+    The model is in evaluation mode meanwhile. What else its own generation config says (start token, forced tokens)
+    stays.
+
+    Args:
+        model: A model of transformers that generates, with or without adapters.
+        inputs: What the encoder takes: `input_ids` and `attention_mask` `[batch, length]`.
+        max_new_tokens: Length of an answer, at most.
+        num_beams: Answers that are followed at a time; 1 takes the likeliest token each time.
+
+    Returns:
+        The tokens of each answer, without start and end.
+    """
+    bare: Any = unwrap(model)
+    config = copy.deepcopy(bare.generation_config)
+    for name in ("temperature", "top_p", "top_k", "max_length"):  # of no use here, and said to be so
+        setattr(config, name, None)
+    config.update(do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens)
+    with _evaluating(bare):
+        output = bare.generate(**inputs, generation_config=config)
+    pad = {config.pad_token_id} - {None}
+    return [_until(row[1:].tolist(), [*_own_ends(bare), *pad]) for row in output]
 
 
 def max_positions(model: Any) -> float:  # noqa: ANN401 - a transformers model

@@ -225,7 +225,7 @@ def test_questions_stay_on_one_side(build):
 
 def test_leaks_from_sources_of_their_own_are_warned_of(build, tmp_path):
     other = write_lines(tmp_path / "val.jsonl", [*PAIRS[:2], {"prompt": "new", "completion": "b"}])
-    with pytest.warns(UserWarning, match=r"2 of 3 rows of .*val\.jsonl begin with a question .* trained on too"):
+    with pytest.warns(UserWarning, match=r"2 of 3 rows of .*val\.jsonl have a first question .* trained on too"):
         data = build(val=other, val_size=None)
     assert data.counts["leaked"] == 2
     assert len(data.rows["val"]) == 3
@@ -329,7 +329,7 @@ def test_nothing_is_done_twice(build, monkeypatch):
     assert data.rows["train"] is rows
     assert len(data.rows["test"]) == 5
     assert len(list(data.predict_dataloader())) == 2
-    with pytest.raises(DataError, match="no rows to validate: give a file as val, or set val_size"):
+    with pytest.raises(DataError, match=r"no rows to validate: val_size is 0\. Set it, or give a file as val"):
         data.setup("validate")
     with pytest.raises(ConfigError, match="call setup"):
         InstructionData("x.jsonl").train_dataloader()

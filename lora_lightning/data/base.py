@@ -1,0 +1,195 @@
+"""What the data modules share: their stages, and loaders that put rows of like length into a batch."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lora_lightning.data.batching import LengthGroupedSampler, even_batch_size
+from lora_lightning.errors import ConfigError, DataError
+
+Batches = DataLoader[Any]
+
+
+class TokenizedData(L.LightningDataModule, abc.ABC):
+    """Reads rows once, encodes those that a stage needs, and makes the batches of a rank.
+
+    A subclass defines `_read` (fills `counts` and `fingerprint`), `_prepare` (loads the tokenizer), `_encode` (returns
+    a data set that has `lengths`, the number of tokens of each row), `_collate` and `_splits_read`.
+
+    Args:
+        batch_size: Rows in a training batch, on each device.
+        eval_batch_size: Rows in any other batch; None means `batch_size`.
+        group_by_length: Put rows of like length into a batch, so that little is padded.
+        seed: Seed of the order of training, at least 0.
+        num_workers: Processes that make batches; 0 makes them in the main one.
+        tokenizer: Hub name, folder, or `pkg://package/folder` of the tokenizer; None means the backbone's own.
+
+    Attributes:
+        counts: What became of the rows; empty before `setup`.
+        fingerprint: SHA-256 of the rows and their splits.
+        tokenizer: The tokenizer, once `setup` has run.
+
+    Raises:
+        ConfigError: A setting is out of its range.
+    """
+
+    predicted_split: ClassVar[str] = "predict"
+
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        eval_batch_size: int | None,
+        group_by_length: bool,
+        seed: int,
+        num_workers: int,
+        tokenizer: str | None,
+    ) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.group_by_length = group_by_length
+        self.seed = seed
+        self.num_workers = num_workers
+        self.tokenizer_name = tokenizer
+        self.tokenizer: Any = None
+        self.counts: dict[str, int] = {}
+        self.fingerprint = ""
+        self._encoded: dict[str, Any] = {}
+        self._require_at_least(batch_size=1, eval_batch_size=1, num_workers=0, seed=0)
+
+    # What a subclass defines.
+
+    @abc.abstractmethod
+    def _read(self) -> None:
+        """Read and divide the rows."""
+
+    @abc.abstractmethod
+    def _prepare(self) -> None:
+        """Load the tokenizer and settle what encoding needs; forget encoded rows that no longer fit."""
+
+    @abc.abstractmethod
+    def _encode(self, split: str) -> Any:  # noqa: ANN401 - data sets with lengths share no public base class
+        """Return the encoded rows of a split."""
+
+    @abc.abstractmethod
+    def _collate(self) -> Callable[[Any], dict[str, Tensor]]:
+        """Return what makes a batch of encoded rows."""
+
+    @property
+    @abc.abstractmethod
+    def _splits_read(self) -> Collection[str]:
+        """The names of the splits that have rows."""
+
+    # What Lightning calls.
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and divide the rows, and encode those that a stage needs; nothing is done twice.
+
+        Args:
+            stage: `fit`, `validate`, `test` or `predict`; None means all.
+
+        Raises:
+            DataError: The data is missing, malformed, or does not hold what is needed.
+            BackboneError: The tokenizer cannot be loaded.
+        """
+        if not self.counts:
+            self._read()
+        self._prepare()
+        for split in self._splits_of(stage):
+            if split in self._splits_read and split not in self._encoded:
+                self._encoded[split] = self._encode(split)
+            elif split not in self._splits_read and stage in ("validate", "test", "predict"):
+                wanted = "val" if split == "val" else "test"
+                raise DataError(f"There are no rows to {stage}: {wanted}_size is 0. Set it, or give a file as {split}.")
+
+    def train_dataloader(self) -> Batches:
+        """Return the training batches of this rank, in an order of their own for every epoch."""
+        rows = self._encoded_rows("train")
+        num_replicas, rank = self._ranks()
+        sampler = LengthGroupedSampler(
+            rows.lengths,
+            self.batch_size,
+            seed=self.seed,
+            group_by_length=self.group_by_length,
+            num_replicas=num_replicas,
+            rank=rank,
+        )
+        # With workers, the first iterator may stand before Lightning sets the epoch.
+        sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
+        return self._loader(rows, self.batch_size, sampler)
+
+    def val_dataloader(self) -> Batches | list[Any]:
+        """Return the validation batches of this rank, the longest rows first; an empty list without such rows."""
+        return self._evaluation_batches("val")
+
+    def test_dataloader(self) -> Batches | list[Any]:
+        """Return the test batches of this rank, the longest rows first; an empty list without such rows."""
+        return self._evaluation_batches("test")
+
+    def predict_dataloader(self) -> Batches:
+        """Return the batches to predict, in the order of their file."""
+        return self._loader(self._encoded_rows(self.predicted_split), self.eval_batch_size or self.batch_size)
+
+    # Helpers.
+
+    def _splits_of(self, stage: str | None) -> tuple[str, ...]:
+        predicted = self.predicted_split
+        of_stage = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": (predicted,)}
+        return of_stage[stage] if stage else tuple(dict.fromkeys(("train", "val", "test", predicted)))
+
+    def _require_at_least(self, **least: int) -> None:
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ConfigError(f"{name} is {value}: expected a whole number of at least {bound}.")
+
+    def _module(self) -> L.LightningModule | None:
+        return getattr(self.trainer, "lightning_module", None)
+
+    def _name_of_tokenizer(self) -> str:
+        """Return the tokenizer's name, or that of the backbone.
+
+        Raises:
+            ConfigError: There is neither.
+        """
+        name = self.tokenizer_name or getattr(self._module(), "backbone", None)
+        if not isinstance(name, str):
+            raise ConfigError(
+                "No tokenizer is named, and there is no backbone to take it from: set tokenizer to a Hub name, a "
+                "folder, or pkg://package/folder."
+            )
+        return name
+
+    def _encoded_rows(self, split: str) -> Any:  # noqa: ANN401 - as _encode has it
+        if split not in self._encoded:
+            raise ConfigError(f"The {split} rows are not there: call setup() first (the Trainer does).")
+        return self._encoded[split]
+
+    def _evaluation_batches(self, split: str) -> Batches | list[Any]:
+        if self.counts and split not in self._splits_read:
+            return []
+        rows, (num_replicas, rank) = self._encoded_rows(split), self._ranks()
+        size = even_batch_size(len(rows), num_replicas, self.eval_batch_size or self.batch_size)
+        sampler = LengthGroupedSampler(rows.lengths, size, shuffle=False, num_replicas=num_replicas, rank=rank)
+        return self._loader(rows, size, sampler)
+
+    def _ranks(self) -> tuple[int, int]:
+        """Return how many processes share the rows, and which of them this is."""
+        shared = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return (shared["num_replicas"], shared["rank"]) if shared else (1, 0)
+
+    def _loader(self, rows: Any, batch_size: int, sampler: LengthGroupedSampler | None = None) -> Batches:  # noqa: ANN401
+        keeps = self.num_workers > 0
+        return DataLoader(rows, batch_size=batch_size, sampler=sampler, persistent_workers=keeps, **self._loading())
+
+    def _loading(self) -> dict[str, Any]:
+        pin = torch.cuda.is_available()
+        return {"collate_fn": self._collate(), "num_workers": self.num_workers, "pin_memory": pin}

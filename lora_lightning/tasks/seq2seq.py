@@ -1,0 +1,228 @@
+"""Models with an encoder and a decoder that learn to turn one text into another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from lora_lightning.adapters import Method
+from lora_lightning.adapters.attach import unwrap
+from lora_lightning.backbones.decoder_head import decoder_states, find_decoder_head
+from lora_lightning.backbones.output_head import without_cache
+from lora_lightning.backbones.quantization import Quantization
+from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.optim import Optim
+from lora_lightning.tasks.generation import answer
+from lora_lightning.tasks.per_token import PerTokenTask
+from lora_lightning.tasks.text_overlap import Overlap, overlap
+from lora_lightning.tasks.token_loss import CHUNK, IGNORED, TokenSums, chunked_token_loss
+
+_NOT_FOR_THE_ENCODER = ("labels", "decoder_input_ids", "decoder_attention_mask")
+
+
+class Seq2SeqLM(PerTokenTask):
+    """Fine-tunes a model such as T5 or BART to write a target text for a source text.
+
+    Batches hold `input_ids` and `attention_mask` `[batch, source length]`, and `labels` `[batch, target length]`: the
+    target's tokens with its end token, -100 where padded, padding on the right. The decoder's input is made of the
+    labels as the architecture does it, unless the batch holds `decoder_input_ids`.
+
+    The loss is the mean over target tokens, exact over accumulated batches and ranks, and never holds all logits where
+    the output head can be called alone. Logged: see `PerTokenTask`, and of the answers to the first rows of each
+    evaluation `val/…` and `test/…` of `exact_match`, `rouge1`, `rouge2` and `rougeL`, means over these rows; see
+    `lora_lightning.tasks.text_overlap`. Without a tokenizer (no data module has one), token ids count as words.
+
+    Args:
+        backbone: See `AdapterTask`.
+        method: See `AdapterTask`.
+        optim: See `AdapterTask`.
+        dtype: See `AdapterTask`.
+        gradient_checkpointing: See `AdapterTask`.
+        quantization: See `AdapterTask`.
+        adapter: See `AdapterTask`.
+        loss_chunk_size: Tokens whose logits are held at one time; more take more memory and, on a GPU, less time.
+        max_new_tokens: Tokens of an answer, at most.
+        num_beams: Answers that are followed at a time while generating; 1 takes the likeliest token each time.
+        num_generated: Rows of each validation and test that are answered, over all ranks; 0 generates nothing.
+    """
+
+    auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+
+    def __init__(
+        self,
+        backbone: str | None = None,
+        method: Method | list[Method] | None = None,
+        optim: Optim | None = None,
+        dtype: str = "auto",
+        gradient_checkpointing: bool = False,
+        quantization: Quantization | None = None,
+        adapter: str | None = None,
+        loss_chunk_size: int = CHUNK,
+        max_new_tokens: int = 64,
+        num_beams: int = 1,
+        num_generated: int = 64,
+    ) -> None:
+        super().__init__(
+            backbone=backbone,
+            method=method,
+            optim=optim,
+            dtype=dtype,
+            gradient_checkpointing=gradient_checkpointing,
+            quantization=quantization,
+            adapter=adapter,
+        )
+        own = {
+            "loss_chunk_size": loss_chunk_size,
+            "max_new_tokens": max_new_tokens,
+            "num_beams": num_beams,
+            "num_generated": num_generated,
+        }
+        for name, value in own.items():
+            least = 0 if name == "num_generated" else 1
+            if value < least:
+                raise ConfigError(f"Seq2SeqLM: {name} must be at least {least}, got {value}.")
+        self.loss_chunk_size, self.max_new_tokens = loss_chunk_size, max_new_tokens
+        self.num_beams, self.num_generated = num_beams, num_generated
+        self.keep_settings(**own)
+        self._found: tuple[nn.Module | None, nn.Module | None] | None = None
+        self._overlaps: list[Overlap] = []
+        self._has_told_sharded = False
+
+    def trained_modules(self, model: nn.Module) -> list[str]:
+        """Return the modules that the files held no weights for; a pretrained head stays frozen."""
+        del model
+        return list(self._new_modules)
+
+    def token_sums(self, batch: Mapping[str, Any]) -> TokenSums:
+        """Return the cross-entropies of a batch's target tokens, summed.
+
+        Raises:
+            DataError: The batch does not fit the model, or has no labels.
+        """
+        inputs = self._with_decoder_inputs(batch)
+        labels: Tensor = batch["labels"]
+        positions = (labels != IGNORED).flatten().nonzero().flatten()
+        targets = labels.flatten()[positions]
+        head = self._output_head()
+        if head is None:
+            states = self({**inputs, **without_cache(unwrap(self.adapted))}).logits
+        else:
+            states = decoder_states(self.adapted, head, inputs)
+        rows = torch.index_select(states.flatten(0, 1), 0, positions)
+        return chunked_token_loss(rows, targets, head or nn.Identity(), chunk_size=self.loss_chunk_size)
+
+    def predict(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the answer to each source text.
+
+        Returns:
+            For each row `source_ids` and `generated_ids`, and as texts `source` and `generated` where the data module
+            has a tokenizer.
+        """
+        answers, mask = self._answers(batch), batch.get("attention_mask")
+        sources = [
+            ids[mask[row] > 0].tolist() if mask is not None else ids.tolist()
+            for row, ids in enumerate(batch["input_ids"])
+        ]
+        rows = [{"source_ids": source, "generated_ids": ids} for source, ids in zip(sources, answers, strict=True)]
+        if self._tokenizer() is None:
+            return rows
+        return [
+            {"source": self._text(row["source_ids"]), "generated": self._text(row["generated_ids"]), **row}
+            for row in rows
+        ]
+
+    # What Lightning calls.
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting."""
+        super().on_validation_epoch_start()
+        self._overlaps = []
+
+    def on_test_epoch_start(self) -> None:
+        """Start counting."""
+        super().on_test_epoch_start()
+        self._overlaps = []
+
+    # Helpers.
+
+    def _checked(self, stage: str, *args: Any) -> Any:  # noqa: ANN401 - as the base has it
+        self._output_head()  # its trial calls every adapter, which must not count as a call in the loss
+        return super()._checked(stage, *args)
+
+    def _output_head(self) -> nn.Module | None:
+        """Return the model's output head; found out once, and again where it was replaced."""
+        model: Any = unwrap(self.adapted)
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if self._found is None or self._found[0] is not head:
+            self._found = (head, find_decoder_head(self.adapted))
+        return self._found[1]
+
+    def _with_decoder_inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a batch without its labels, with the decoder's input."""
+        ids, labels = batch.get("input_ids"), batch.get("labels")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
+            raise DataError(
+                f"Seq2SeqLM needs token ids [batch, length] under input_ids; the batch holds {sorted(batch)}."
+            )
+        if not isinstance(labels, Tensor) or labels.dim() != 2 or len(labels) != len(ids):
+            raise DataError(
+                f"Seq2SeqLM needs labels [batch, target length] for its {len(ids)} rows; the batch holds "
+                f"{sorted(batch)}{f', labels of shape {list(labels.shape)}' if isinstance(labels, Tensor) else ''}."
+            )
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if "decoder_input_ids" not in inputs:
+            shift: Any = getattr(unwrap(self.adapted), "prepare_decoder_input_ids_from_labels", None)
+            if shift is None:
+                raise DataError(
+                    f"{type(unwrap(self.adapted)).__name__} does not say how its decoder's input is made of labels; "
+                    "put decoder_input_ids into the batches."
+                )
+            inputs["decoder_input_ids"] = shift(labels)
+        return inputs
+
+    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401
+        super()._evaluate(batch, stage)
+        share = -(-self.num_generated // self.trainer.world_size)
+        rows = min(share - len(self._overlaps), len(batch["input_ids"]))
+        if rows < 1 or self._is_sharded():
+            return
+        part = {name: value[:rows] for name, value in batch.items() if isinstance(value, Tensor)}
+        for ids, labels in zip(self._answers(part), part["labels"].tolist(), strict=True):
+            target = [token for token in labels if token != IGNORED]
+            self._overlaps.append(overlap(self._text(ids), self._text(target)))
+
+    def _log_totals(self, stage: str) -> None:
+        super()._log_totals(stage)
+        if self.num_generated == 0:
+            return
+        sums = torch.tensor([[1.0, *one] for one in self._overlaps] or [[0.0] * 5], device=self.device).sum(0)
+        num_rows, *totals = self._over_ranks(sums).tolist()
+        if num_rows:
+            pairs = zip(Overlap._fields, totals, strict=True)
+            self.log_dict({f"{stage}/{name}": total / num_rows for name, total in pairs}, prog_bar=True)
+
+    def _is_sharded(self) -> bool:
+        """Tell whether parameters are sharded; then ranks that generate differently long would wait for each other."""
+        sharded = any(hasattr(parameter, "device_mesh") for parameter in self.adapted.parameters())
+        if sharded and not self._has_told_sharded:
+            self._has_told_sharded = True
+            rank_zero_warn("The model's parameters are sharded, so nothing is generated: no exact_match and no ROUGE.")
+        return sharded
+
+    def _answers(self, batch: Mapping[str, Any]) -> list[list[int]]:
+        inputs = {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_ENCODER}
+        return answer(self.adapted, inputs, max_new_tokens=self.max_new_tokens, num_beams=self.num_beams)
+
+    def _tokenizer(self) -> Any:  # noqa: ANN401 - tokenizers share no public base class
+        return getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+
+    def _text(self, ids: list[int]) -> str:
+        tokenizer = self._tokenizer()
+        if tokenizer is not None:
+            return tokenizer.decode(ids, skip_special_tokens=True)
+        ends = getattr(unwrap(self.adapted).config, "eos_token_id", None)
+        return " ".join(str(token) for token in ids if token != ends)

@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from lora_lightning.data import MultipleChoiceData
+from lora_lightning.errors import ConfigError, DataError
+
+COLUMNS = ("question", "choices", "label")
+
+
+def questions(count):
+    return [(f"id{n} w{n % 7}", [f"w{n % 9}", f"w{n % 5} w1", "w2"][: 2 + n % 2], n % 2) for n in range(count)]
+
+
+@pytest.fixture
+def build(write, tokenizer_folder):
+    def _build(rows=None, columns=COLUMNS, stage=None, **settings):
+        path = write("train.jsonl", questions(60) if rows is None else rows, columns)
+        data = MultipleChoiceData(path, **{"tokenizer": tokenizer_folder, "batch_size": 4, **settings})
+        data.setup(stage)
+        return data
+
+    return _build
+
+
+def test_questions_are_divided_and_batched(build):
+    data = build()
+    assert [data.counts[split] for split in ("train", "val", "test")] == [48, 6, 6]
+    seen = []
+    for batch in data.train_dataloader():
+        assert batch["input_ids"].shape == batch["attention_mask"].shape
+        assert batch["input_ids"].shape[:2] == batch["choice_mask"].shape
+        assert (batch["labels"] < batch["choice_mask"].sum(-1)).all()
+        seen += zip(batch["input_ids"], batch["choice_mask"], batch["labels"].tolist(), strict=True)
+    rows = {row.text.split()[0]: row for row in data.rows["train"]}
+    assert len(seen) == len(rows) == 48
+    for ids, mask, label in seen:
+        texts = [data.tokenizer.decode(choice, skip_special_tokens=True) for choice in ids[mask == 1]]
+        row = rows[texts[0].split()[0]]
+        assert [text.removeprefix(row.text).strip() for text in texts] == list(row.choices)
+        assert label == row.label
+
+
+@pytest.mark.parametrize(
+    ("label", "place"), [(1, 1), (1.0, 1), ("1", 1), ("B", 1), ("b", 1), ("w9", 1), ("w8", 0), ("A", 0)]
+)
+def test_labels_are_places_letters_or_texts(build, label, place):
+    data = build([("w1", ["w8", "w9"], label)], val_size=0, test_size=0)
+    assert data.rows["train"][0].label == place
+
+
+def test_choices_of_hub_data_sets_are_taken_out_of_their_field(build):
+    rows = [("w1", {"text": ["w8", "w9"], "label": ["A", "B"]}, "B")]
+    assert build(rows, val_size=0, test_size=0).rows["train"][0].choices == ("w8", "w9")
+
+
+def test_questions_to_predict_need_no_labels(build, write):
+    data = build(predict=write("new.jsonl", [row[:2] for row in questions(3)], COLUMNS[:2]))
+    (batch,) = data.predict_dataloader()
+    assert "labels" not in batch
+    assert batch["choice_mask"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 1, 0]]
+    assert torch.equal(batch["input_ids"][0, 2], batch["input_ids"][0, 0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        (
+            [("w1", ["w8", "w9"], 2)],
+            COLUMNS,
+            r"row 1: the column 'label' holds 2, and there are 2 choices; .* \(A to B\)",
+        ),
+        ([("w1", ["w8", "w9"], "C")], COLUMNS, "holds 'C'"),
+        ([("w1", ["w8", "w9"], "no")], COLUMNS, "holds 'no'"),
+        ([("w1", ["w8", "w9"], None)], COLUMNS, "holds None"),
+        ([("w1", ["w8"], 0)], COLUMNS, "row 1: the column 'choices' holds .* a list of at least two choices"),
+        ([("w1", "w8", 0)], COLUMNS, "a list of at least two choices"),
+        ([("w1", ["w8", "w9"], 0)], ("question", "choice", "label"), r"no column 'choices'.*Did you mean 'choice'\?"),
+    ],
+)
+def test_mistakes_in_files_are_sentences(build, rows, columns, message):
+    with pytest.raises(DataError, match=message):
+        build(rows, columns)
+
+
+def test_settings_out_of_range_are_sentences(build):
+    with pytest.raises(ConfigError, match="max_length is 3"):
+        build(max_length=3)
