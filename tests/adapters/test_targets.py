@@ -199,7 +199,7 @@ NAN, INF = float("nan"), float("inf")
         ({"rank_pattern": {"query": 0}}, r"rank_pattern\['query'\] must be an integer of at least 1, got 0"),
         ({"alpha_pattern": {"query": -1}}, r"alpha_pattern\['query'\] must be a finite number above 0, got -1"),
         ({"scaling": "linear"}, "scaling must be one of standard, rslora, alpha, got 'linear'"),
-        ({"init": "zeros"}, "init must be one of kaiming, gaussian, gaussian_sqrt, got 'zeros'"),
+        ({"init": "zeros"}, "init must be one of kaiming, gaussian, .*, got 'zeros'"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": ""}, "target_modules is empty"),
         ({"modules_to_save": "head"}, r"modules_to_save must be a list of names, got a string; write \['head'\]"),
