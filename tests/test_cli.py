@@ -173,7 +173,7 @@ def test_a_real_process_ends_with_status_2_and_one_line(folder):
         ("alpha: 4", "lora_alpha: 4", "unknown key `model.init_args.method.init_args.lora_alpha`; use alpha"),
         ("optim: {lr", "optim: {lrr", "unknown key `model.init_args.optim.lrr`; did you mean `lr`?"),
         ("path: LoRA", "path: LoRa", "unknown class `LoRa` at `model.init_args.method`; did you mean `LoRA`?"),
-        ("path: LoRA", "path: LoRaa", "unknown class `LoRaa` at `model.init_args.method`; did you mean `LoRA`?"),
+        ("path: LoRA", "path: LoRRA", "unknown class `LoRRA` at `model.init_args.method`; did you mean `LoRA`?"),
         ("path: LoRA", "path: nowhere.LoRA", "unknown class `nowhere.LoRA` at `model.init_args.method`"),
         ("path: LoRA", "path: torch.nn.Linear", "is no Method"),
         ("path: ToyTask", "path: ToyTsk", "unknown class `ToyTsk` at `model`; did you mean `ToyTask`?"),
