@@ -7,8 +7,10 @@ import hashlib
 from torch import nn
 
 from lora_lightning.adapters import iter_adapters
+from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.base import Role
-from lora_lightning.adapters.weights import codec_of, find_codec
+from lora_lightning.adapters.targets import is_within
+from lora_lightning.adapters.weights import RESERVED, codec_of, find_codec
 from lora_lightning.backbones.samples import host_sample
 from lora_lightning.errors import CheckpointError
 
@@ -58,10 +60,24 @@ def check_fingerprint(found: str, expected: str, source: str) -> None:
 
 
 def _hosts(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the hosts whose own weight stays in use, by path."""
-    hosts = {}
-    for path, host, adapter in iter_adapters(model):
-        roles = {role for _, _, role in adapter.named_roles()}
-        if roles != {Role.HEAD} and find_codec(host) is not None:
-            hosts[path] = host
+    """Return the modules whose own weight stays in use, by path: hosts, and the layers of hosts that have no weight."""
+    found = [
+        (path, host, {role for _, _, role in adapter.named_roles()}) for path, host, adapter in iter_adapters(model)
+    ]
+    copied = [path for path, _, roles in found if roles == {Role.HEAD}]
+    hosts: dict[str, nn.Module] = {}
+    for path, host, roles in found:
+        if roles == {Role.HEAD}:
+            continue
+        inside = {path: host} if find_codec(host) is not None else _layers(path, host)
+        hosts |= {name: layer for name, layer in inside.items() if name == path or not is_within(name, copied)}
     return hosts
+
+
+def _layers(path: str, host: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers with a dense weight below a host, by path."""
+    return {
+        join(path, name): module
+        for name, module in host.named_modules()
+        if RESERVED not in name.split(".") and find_codec(module) is not None
+    }

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning.adapters import attach, disabled
+from lora_lightning.adapters import Method, attach, disabled
+from lora_lightning.backbones.attach import attach as attach_to_backbone
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.errors import CheckpointError
-from lora_lightning.methods import DoRA, LoRA
-from tests.models import perturb
+from lora_lightning.methods import BottleneckAdapter, DoRA, LoRA, PrefixTuning, PromptTuning, PTuning, PTuningV2
+from tests.models import build, perturb
 
 TARGETS = ["query", "word_embeddings"]
 
@@ -39,6 +40,35 @@ def test_depends_on_every_host_and_on_no_head(build_model: Callable[..., nn.Modu
             model.get_parameter(name).mul_(1 + 1e-5)
             assert fingerprint(model) != expected
             model.get_parameter(name).div_(1 + 1e-5)
+
+
+WITHOUT_WEIGHT = [
+    BottleneckAdapter(style="parallel"),
+    *(method(num_virtual_tokens=2) for method in (PromptTuning, PTuning, PrefixTuning, PTuningV2)),
+]
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+@pytest.mark.parametrize("method", WITHOUT_WEIGHT, ids=lambda method: method.name)
+def test_another_base_of_the_same_shape_is_noticed(method: Method, architecture: str) -> None:
+    digests = []
+    for seed in (0, 0, 1):
+        model = build(architecture, seed=seed)
+        attach_to_backbone(model, method)
+        digests.append(fingerprint(model))
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("method", [BottleneckAdapter(style="parallel"), PrefixTuning(num_virtual_tokens=2)])
+def test_hosts_without_a_weight_stand_for_the_layers_in_them(method: Method) -> None:
+    model = build("llama")
+    attach_to_backbone(model, method)
+    expected = fingerprint(model)
+    perturb(model)
+    assert fingerprint(model) == expected
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.mlp.up_proj.weight").mul_(1 + 1e-5)
+    assert fingerprint(model) != expected
 
 
 def test_depends_on_hosts_and_shapes() -> None:
