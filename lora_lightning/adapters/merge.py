@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora_lightning.adapters.attach import detach, iter_adapters, iter_hosts, join, refuse_sharded
+from lora_lightning.adapters.base import ForwardAdapter
 from lora_lightning.adapters.view import ModelView, PlainView
 from lora_lightning.errors import PackedHost
 
@@ -45,7 +46,9 @@ def merge(model: nn.Module, view: ModelView | None = None) -> None:
     for path, host in list(iter_hosts(model)):
         for name in _tied_modules(model, host):
             view.untie(join(path, name))
-    for _, host, adapter in list(iter_adapters(model)):
+    # What changes a host's input or output acts around what computes its forward, whichever was attached first.
+    inside_out = sorted(iter_adapters(model), key=lambda found: not isinstance(found[2], ForwardAdapter))
+    for _, host, adapter in inside_out:
         adapter.merge_into(host)
     detach(model)
 
