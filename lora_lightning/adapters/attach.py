@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -75,27 +76,34 @@ class AdapterStack(nn.ModuleDict):
 
 
 class _Adapted:
-    """Mixed into a host's class: hands the whole forward to the host's adapter."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
-        """Compute the host's forward with its adapter, or without it inside `disabled`."""
-        stack: AdapterStack = self._modules[RESERVED]  # type: ignore[attr-defined]  # mixed into an nn.Module
-        adapter = stack.of_kind(ForwardAdapter)[0]
-        if not adapter.enabled:
-            return stack.host_class.forward(self, *args, **kwargs)
-        return adapter(self, *args, **kwargs)
+    """Mixed into a host's class, whose forward then goes to the host's adapter (see `_entrance`)."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401 - object's own signature
         """Pickle and copy through the host's class, since an adapted class has no importable name."""
-        return _new_adapted, (self._modules[RESERVED].host_class,), self.__dict__  # type: ignore[attr-defined]
+        return _new_adapted, (self._modules[RESERVED].host_class,), self.__dict__  # type: ignore[attr-defined]  # mixed in
 
 
 def _adapted_class(host_class: type[nn.Module]) -> type[nn.Module]:
-    """Return the one class that adapted hosts of `host_class` have."""
+    """Return the one class of adapted hosts of `host_class`, under the names by which transformers looks classes up."""
     if host_class not in _ADAPTED_CLASSES:
-        name, bases = f"Adapted{host_class.__name__}", (_Adapted, host_class)
-        _ADAPTED_CLASSES[host_class] = type(name, bases, {"__module__": host_class.__module__})
+        alike = {"__module__": host_class.__module__, "__qualname__": host_class.__qualname__}
+        members = {**alike, "forward": _entrance(host_class)}
+        _ADAPTED_CLASSES[host_class] = type(f"Adapted{host_class.__name__}", (_Adapted, host_class), members)
     return _ADAPTED_CLASSES[host_class]
+
+
+def _entrance(host_class: type[nn.Module]) -> Callable[..., Any]:
+    """Return a forward that hands over to the host's adapter, with the signature of the host's: callers inspect it."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
+        """Compute the host's forward with its adapter, or without it inside `disabled`."""
+        stack: AdapterStack = self._modules[RESERVED]
+        adapter = stack.of_kind(ForwardAdapter)[0]
+        compute = adapter if adapter.enabled else stack.host_class.forward
+        return compute(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(host_class.forward)  # type: ignore[attr-defined]  # what inspect asks for
+    return forward
 
 
 def _new_adapted(host_class: type[Any]) -> nn.Module:

@@ -15,6 +15,7 @@ from lora_lightning.adapters import (
     load_adapter_state_dict,
 )
 from lora_lightning.backbones.attach import attach, merge
+from lora_lightning.backbones.output_head import without_cache
 from lora_lightning.errors import CheckpointError, ConfigError, NotMergeable, TargetError
 from lora_lightning.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2
 from lora_lightning.methods.prefix import PrefixAdapter
@@ -346,3 +347,27 @@ def test_further_architectures_do_not_mind_padding(name, method):
     assert models.gap(*states) <= 1e-5
     detach(model)
     assert models.gap(model(**batch).last_hidden_state[real], states[0]) > 1e-3
+
+
+@pytest.mark.parametrize("architecture", [*DECODERS, *ENCODERS, "t5"])
+def test_hidden_states_are_there_at_the_inputs_length(architecture, method):
+    model = models.build(architecture)
+    name = "encoder_hidden_states" if architecture == "t5" else "hidden_states"
+    expected = hidden_states_of(model, name)
+    attach(model, method)
+    states = hidden_states_of(model, name)
+    assert len(states) == len(expected) > 2
+    virtual = NUM if architecture == "t5" and isinstance(method, PromptTuning | PTuning) else 0  # its decoder sees them
+    assert all(one.shape[1] == other.shape[1] + virtual for one, other in zip(states, expected, strict=True))
+
+
+def hidden_states_of(model, name):
+    return getattr(model(**models.inputs(model), output_hidden_states=True), name)
+
+
+def test_an_adapted_body_still_takes_what_the_base_takes(method):
+    model = models.build("llama")
+    assert without_cache(model.model) == {"use_cache": False}
+    attach(model, method)
+    assert without_cache(model.model) == {"use_cache": False}
+    assert without_cache(model.lm_head) == {}
