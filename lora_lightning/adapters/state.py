@@ -69,7 +69,8 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         state: The tensors; cast to the dtype of the model's own.
 
     Raises:
-        CheckpointError: Keys are missing or unknown, or a shape differs; no value is changed.
+        CheckpointError: Keys are missing or unknown, or a shape differs; no value is changed, but a prompt that came
+            folded may have lost its encoder already, which changes no output.
     """
     for method in attached_methods(model):
         method.fit_to_state(model, state)

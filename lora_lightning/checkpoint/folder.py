@@ -137,7 +137,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> Manifest:
 
     Raises:
         CheckpointError: The folder is damaged, or its methods, base, keys or shapes differ from the model's; the model
-            is unchanged.
+            answers as before.
     """
     folder = Path(folder)
     manifest, state = read_adapter_folder(folder)
