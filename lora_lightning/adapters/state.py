@@ -50,12 +50,12 @@ def fold(model: nn.Module) -> None:
 
 def _named(model: nn.Module, state_of: Callable[[Adapter], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors of all adapters by their public names; one that several share, by its first."""
-    seen: set[int] = set()
+    seen: dict[int, Tensor] = {}  # with the tensors themselves: the identity of one that is gone may be given again
     named: dict[str, Tensor] = {}
     for path, _, adapter in iter_adapters(model):
         for name, tensor in state_of(adapter).items():
             if id(tensor) not in seen:
-                seen.add(id(tensor))
+                seen[id(tensor)] = tensor
                 named[join(path, adapter.public_name(name))] = tensor.detach()
     return named
 

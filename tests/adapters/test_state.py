@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning.adapters import adapter_state_dict, attach, load_adapter_state_dict
+from lora_lightning.adapters import (
+    adapter_state_dict,
+    attach,
+    folded_state_dict,
+    iter_adapters,
+    load_adapter_state_dict,
+)
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import DoRA, LoRA
 from tests.adapters.toys import Bias, Model, ids
@@ -112,3 +118,24 @@ def test_two_methods_share_a_host():
         "layer.0.query.lora_B",
         "layer.0.query.delta",
     ]
+
+
+def test_tensors_made_for_the_folded_state_are_all_there(monkeypatch):
+    """One that is gone must not be taken for the next, to which Python may give the same identity."""
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(50))
+    attach(model, LoRA(r=1, target_modules="all-linear"))
+
+    def fresh(adapter):
+        return {name: tensor.detach() + 0 for name, tensor in adapter.state_dict().items()}
+
+    monkeypatch.setattr("lora_lightning.methods.low_rank.LowRankAdapter.folded_state", fresh)
+    for _ in range(20):
+        assert folded_state_dict(model).keys() == adapter_state_dict(model).keys()
+
+
+def test_what_adapters_share_is_there_once():
+    model = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    attach(model, LoRA(r=1, target_modules="all-linear"))
+    first, second, _ = (adapter for _, _, adapter in iter_adapters(model))
+    second.lora_A = first.lora_A
+    assert list(folded_state_dict(model)) == ["0.lora_A", "0.lora_B", "1.lora_B", "2.lora_A", "2.lora_B"]
