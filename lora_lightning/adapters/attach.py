@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -27,11 +27,12 @@ from lora_lightning.errors import AdapterNotCalled, ConfigError, TargetError
 
 _RECORD = "_lora_lightning_attachment"
 _ADAPTED_CLASSES: dict[type[Any], type[Any]] = {}
+A = TypeVar("A", bound=Adapter)
 
 
 @dataclass(frozen=True)
 class AttachReport:
-    """What `attach` did.
+    """What adapters a model has.
 
     Args:
         num_trainable: Elements of all trainable adapter parameters.
@@ -175,7 +176,9 @@ def attach(
         placed += [(path, "head", HeadAdapter(model.get_submodule(path))) for path in _saved_paths(model, saved)]
     for one in methods:  # after the copies, so that merging a delta adds to what a copy leaves
         informed = replace(one, modules_to_save=saved or None)  # all-linear leaves out what anybody copies
-        placed += [(path, one.name, adapter) for path, adapter in informed.adapters(view)]
+        for path, adapter in informed.adapters(view):
+            adapter.method = one
+            placed.append((path, one.name, adapter))
     _check_placement(model, placed)
 
     named = model.named_parameters(remove_duplicate=False)  # each name of a tied weight, which merging may untie
@@ -240,6 +243,24 @@ def iter_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
     for path, host in iter_hosts(model):
         for adapter in host._modules[RESERVED].of_kind(Adapter):  # type: ignore[union-attr, operator]  # AdapterStack
             yield path, host, adapter
+
+
+def adapters_of(model: nn.Module, method: Method, kind: type[A]) -> list[tuple[str, nn.Module, A]]:
+    """Return `(host path, host, adapter)` of one method's adapters of one kind, in the model's order.
+
+    What a method does during training goes to its own adapters: another one of its kind may stand in the same list.
+
+    Raises:
+        ConfigError: This method was not attached to the model.
+    """
+    found = [(path, host, adapter) for path, host, adapter in iter_adapters(model) if adapter.method == method]
+    if not found:
+        attached = ", ".join(type(one).__name__ for one in attached_methods(model)) or "none"
+        raise ConfigError(
+            f"This {type(method).__name__} was not attached to the model, whose methods are: {attached}; use the very "
+            "one that was attached, with all its settings."
+        )
+    return [(path, host, adapter) for path, host, adapter in found if isinstance(adapter, kind)]
 
 
 def iter_roles(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Role]]:

@@ -44,6 +44,7 @@ class Adapter(nn.Module):
         roles: Role of each parameter by its name in this module.
         enabled: False inside `disabled(model)`, where the host acts as in the base model.
         host_class: Class of the host before it was adapted.
+        method: The method that it was attached for; None for a trained copy of a module.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
@@ -52,6 +53,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.enabled = True
         self.host_class: type[nn.Module] = nn.Module
+        self.method: Method | None = None
 
     def role_of(self, name: str) -> Role:
         """Return the role of the parameter called `name` in this module."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import iter_adapters
+from lora_lightning.adapters.attach import adapters_of
 from lora_lightning.adapters.base import (
     Adapter,
     Role,
@@ -250,18 +250,21 @@ class AdaLoRA(TargetedMethod):
         progress = min(max(step - start, 0) / (end - start), 1.0)
         return last + math.floor((first - last) * (1 - progress) ** 3)
 
+    def _own(self, model: nn.Module) -> list[tuple[str, AdaLoRAAdapter]]:
+        return [(path, adapter) for path, _, adapter in adapters_of(model, self, AdaLoRAAdapter)]
+
     def extra_loss(self, model: nn.Module) -> Tensor | None:
         """Return the orthogonality penalty: its mean over all P and Q, times its weight."""
         if self.orthogonality_weight == 0:
             return None
-        penalties = [adapter.orthogonality() for _, adapter in _of(model)]
+        penalties = [adapter.orthogonality() for _, adapter in self._own(model)]
         return torch.stack(penalties).mean() * (self.orthogonality_weight / 2)
 
     def before_step(self, model: nn.Module, step: int, total_steps: int) -> None:
         """Take the gradients into the moving averages, until the final pruning."""
         _, end = self.schedule(total_steps)
         if step < end:
-            for path, adapter in _of(model):
+            for path, adapter in self._own(model):
                 if hasattr(adapter.lora_A, "device_mesh"):
                     raise ConfigError(
                         f"AdaLoRA compares the triplets of all layers, and {path!r} is sharded over several processes "
@@ -274,7 +277,7 @@ class AdaLoRA(TargetedMethod):
         """Set Λ of the least important triplets to zero, every `delta_t` steps; after the final pruning, every step."""
         start, end = self.schedule(total_steps)
         done = step + 1
-        adapters = [adapter for _, adapter in _of(model)]
+        adapters = [adapter for _, adapter in self._own(model)]
         if done == end or (start < done < end and done % self.delta_t == 0):
             masks = _most_important(adapters, self.budget(done, total_steps, len(adapters)))
             for adapter, mask in zip(adapters, masks, strict=True):
@@ -289,22 +292,17 @@ class AdaLoRA(TargetedMethod):
         """Return the moving averages and the final choice, by host path and name."""
         return {
             f"{path}.{name}": getattr(adapter, name).clone()
-            for path, adapter in _of(model)
+            for path, adapter in self._own(model)
             for name in adapter.training_state_names()
             if getattr(adapter, name) is not None
         }
 
     def load_extra_state(self, model: nn.Module, state: dict[str, Any]) -> None:
         """Take back what `extra_state` returned."""
-        for path, adapter in _of(model):
+        for path, adapter in self._own(model):
             for name in adapter.training_state_names():
                 tensor = state.get(f"{path}.{name}")
                 setattr(adapter, name, None if tensor is None else tensor.to(adapter.lora_E.device, copy=True))
-
-
-def _of(model: nn.Module) -> list[tuple[str, AdaLoRAAdapter]]:
-    """Return the paths and adapters of this method, in the model's order."""
-    return [(path, adapter) for path, _, adapter in iter_adapters(model) if isinstance(adapter, AdaLoRAAdapter)]
 
 
 def _most_important(adapters: list[AdaLoRAAdapter], budget: int) -> list[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import iter_adapters
+from lora_lightning.adapters.attach import adapters_of
 from lora_lightning.adapters.base import Adapter, check_positive
 from lora_lightning.adapters.weights import Host
 from lora_lightning.errors import ConfigError
@@ -120,6 +120,6 @@ class DeltaLoRA(LoRA):
     def after_step(self, model: nn.Module, step: int, total_steps: int) -> None:
         """Let W start to move once K steps are done."""
         del total_steps
-        for _, _, adapter in iter_adapters(model):
-            if isinstance(adapter, DeltaLoRAAdapter) and step + 1 == adapter.start_step:
+        if step + 1 == self.start_step:
+            for _, _, adapter in adapters_of(model, self, DeltaLoRAAdapter):
                 adapter.start()

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import iter_adapters
+from lora_lightning.adapters.attach import adapters_of
 from lora_lightning.adapters.base import (
     Adapter,
     TargetedMethod,
@@ -118,12 +118,8 @@ class LoRA(TargetedMethod):
 
     def calibrate(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
         """Start A from the data where `init` is `eva`; see `Method.calibrate`."""
-        adapters = {
-            path: adapter
-            for path, _, adapter in iter_adapters(model)
-            if isinstance(adapter, LowRankAdapter) and adapter.init == "eva"
-        }
-        if adapters:
+        if self.init == "eva":
+            adapters = {path: adapter for path, _, adapter in adapters_of(model, self, LowRankAdapter)}
             start_from_data(model, adapters, batches, loss)
 
     def build(self, path: str, host: nn.Module) -> Adapter:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from lora_lightning.adapters.attach import iter_adapters
+from lora_lightning.adapters.attach import adapters_of
 from lora_lightning.adapters.base import Adapter, Role, check_choice, check_positive, check_positive_int
 from lora_lightning.adapters.weights import Host
 from lora_lightning.errors import ConfigError, DataError
@@ -166,7 +166,7 @@ class LoRADrop(LoRA):
             DataError: There is no batch.
             ConfigError: The importance came out as zero or not finite, or the model is sharded.
         """
-        adapters = _of(model)
+        adapters = self._own(model)
         if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
             raise ConfigError(
                 "LoRADrop decides which parameters there are by the data, and this model's are sharded already (FSDP); "
@@ -189,7 +189,7 @@ class LoRADrop(LoRA):
     def fit_to_state(self, model: nn.Module, state: Mapping[str, Tensor]) -> None:
         """Share what the state shares: `<host>.shared.lora_A` stands under the first host of each group."""
         groups: dict[Any, SharedFactors] = {}
-        for path, adapter in _of(model):
+        for path, adapter in self._own(model):
             key = adapter.group(path)
             if f"{path}.lora_A" in state:
                 adapter.keep()
@@ -201,6 +201,9 @@ class LoRADrop(LoRA):
                 groups[key] = fresh if adapter.shared is None else adapter.shared
             if key in groups:
                 adapter.share(groups[key])
+
+    def _own(self, model: nn.Module) -> list[tuple[str, LoRADropAdapter]]:
+        return [(path, adapter) for path, _, adapter in adapters_of(model, self, LoRADropAdapter)]
 
     def _train(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> list[Any]:
         """Take the steps of calibration, all ranks together; return the batches to measure on."""
@@ -229,7 +232,7 @@ class LoRADrop(LoRA):
     @torch.no_grad()
     def _measure(self, model: nn.Module, sample: Sequence[Any], loss: Callable[[Any], Tensor]) -> Tensor:
         """Return each host's share of the importance, over all ranks, float64."""
-        adapters = [adapter for _, adapter in _of(model)]
+        adapters = [adapter for _, adapter in self._own(model)]
         device = adapters[0].factors()[0].device
         sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in adapters]
 
@@ -276,11 +279,6 @@ def most_important(shares: Sequence[float], threshold: float) -> set[int]:
         chosen.add(index)
         reached += shares[index]
     return chosen
-
-
-def _of(model: nn.Module) -> list[tuple[str, LoRADropAdapter]]:
-    """Return the paths and adapters of this method, in the model's order."""
-    return [(path, adapter) for path, _, adapter in iter_adapters(model) if isinstance(adapter, LoRADropAdapter)]
 
 
 def _num_ranks() -> int:

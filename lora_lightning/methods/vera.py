@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import iter_adapters, join
+from lora_lightning.adapters.attach import adapters_of, join
 from lora_lightning.adapters.base import (
     Adapter,
     Role,
@@ -252,9 +252,7 @@ class VeRA(TargetedMethod):
         """
         if self.save_projection:
             return
-        for path, _, adapter in iter_adapters(model):
-            if not isinstance(adapter, VeRAAdapter):
-                continue
+        for path, _, adapter in adapters_of(model, self, VeRAAdapter):
             own, theirs = adapter.projections.digest, state.get(join(path, "projections.digest"))
             if theirs is not None and not own.is_meta and own.tolist() != theirs.tolist():
                 raise CheckpointError(

@@ -36,7 +36,7 @@ from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
 from lora_lightning.tasks.quantized import refuse_unfit_trainer
-from lora_lightning.tasks.settings import methods_from, plain, refuse_packing
+from lora_lightning.tasks.settings import labels, methods_from, plain, refuse_packing
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -242,10 +242,10 @@ class AdapterTask(L.LightningModule):
         del batch_idx
         loss = self._checked("train", self.compute_loss, batch).loss
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=_batch_size(batch))
-        for method in self.methods:
+        for method, label in zip(self.methods, labels(self.methods), strict=True):
             extra = method.extra_loss(self.adapted)
             if extra is not None:
-                self.log(f"train/{method.name}_penalty", extra.detach(), batch_size=_batch_size(batch))
+                self.log(f"train/{label}_penalty", extra.detach(), batch_size=_batch_size(batch))
                 loss = loss + extra
         return loss
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lora_lightning.tasks.base import AdapterTask, StepOutput
+from lora_lightning.tasks.settings import labels
 from lora_lightning.tasks.token_loss import TokenSums
 
 _UNIT = 1024.0
@@ -139,12 +140,12 @@ class PerTokenTask(AdapterTask, abc.ABC):
     def _add_penalties(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the gradients of the methods' penalties, which know no tokens and are alike on all ranks."""
         parameters = [parameter for parameter in _parameters(optimizer) if parameter.requires_grad]
-        for method in self.methods:
+        for method, label in zip(self.methods, labels(self.methods), strict=True):
             with torch.enable_grad():
                 extra = method.extra_loss(self.adapted)
             if extra is None:
                 continue
-            self.log(f"train/{method.name}_penalty", extra.detach())
+            self.log(f"train/{label}_penalty", extra.detach())
             found = torch.autograd.grad(extra, parameters, allow_unused=True)
             for parameter, gradient in zip(parameters, found, strict=True):
                 if gradient is not None:

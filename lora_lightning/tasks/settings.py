@@ -30,6 +30,21 @@ def methods_from(spec: MethodSpec | Sequence[MethodSpec]) -> tuple[Method, ...]:
     raise ConfigError(f"method takes a method, such as LoRA(r=8), or a list of methods; got {spec!r}.")
 
 
+def labels(methods: Sequence[Method]) -> list[str]:
+    """Return the methods' names, numbered where one occurs more than once: what is logged goes by them.
+
+    Example:
+        >>> from lora_lightning.methods import BitFit, LoRA
+        >>> labels([LoRA(target_modules=["q"]), BitFit(), LoRA(target_modules=["k"])])
+        ['lora_1', 'bitfit', 'lora_2']
+    """
+    names = [method.name for method in methods]
+    return [
+        f"{name}_{names[: index + 1].count(name)}" if names.count(name) > 1 else name
+        for index, name in enumerate(names)
+    ]
+
+
 def refuse_packing(methods: Sequence[Method], data: object) -> None:
     """Refuse methods that stand before a row, on data that put several documents into one.
 

@@ -162,7 +162,8 @@ def test_importance_and_masks_equal_pefts():
 
 def test_the_score_of_a_triplet_is_the_formula():
     model = nn.Sequential(nn.Linear(7, 5)).double()
-    attach(model, AdaLoRA(target_r=2, init_r=3, beta1=0.7, beta2=0.6))
+    method = AdaLoRA(target_r=2, init_r=3, beta1=0.7, beta2=0.6)
+    attach(model, method)
     (adapter,) = adapters(models.perturb(model))
     mean = {name: torch.zeros_like(parameter) for name, parameter in adapter.named_parameters()}
     spread = copy.deepcopy(mean)
@@ -173,7 +174,7 @@ def test_the_score_of_a_triplet_is_the_formula():
             now = (parameter * parameter.grad).abs().detach()
             mean[name] = 0.7 * mean[name] + 0.3 * now
             spread[name] = 0.6 * spread[name] + 0.4 * (now - mean[name]).abs()
-        AdaLoRA(beta1=0.7, beta2=0.6).before_step(model, step, 100)
+        method.before_step(model, step, 100)
     parts = {name: mean[name] * spread[name] for name in mean}
     expected = parts["lora_E"] + parts["lora_A"].sum(1) / 7 + parts["lora_B"].sum(0) / 5
     assert models.gap(adapter.triplet_scores(), expected) <= 1e-12
@@ -261,6 +262,32 @@ def test_fit(tmp_path):
     trainer(max_epochs=3, default_root_dir=tmp_path).fit(again, loader(), ckpt_path=path)
     assert alive(again.model) == alive(task.model)
     assert all(torch.equal(a.kept, b.kept) for a, b in zip(adapters(again.model), adapters(task.model), strict=True))
+
+
+def test_two_in_one_list_keep_to_their_own(tmp_path):
+    """Each has its own budget, penalty and averages; with one budget for both, the hosts would end otherwise."""
+    settings = {"delta_t": 1, "t_init": 1, "t_final": 2}
+    methods = [
+        AdaLoRA(target_r=1, init_r=4, target_modules=["linear1"], **settings),
+        AdaLoRA(target_r=3, init_r=4, target_modules=["linear2"], orthogonality_weight=0.25, **settings),
+    ]
+    task = Tagger(method=methods)
+    trained = trainer(default_root_dir=tmp_path)
+    trained.fit(task, loader())
+    ends = {path: int((adapter.lora_E != 0).sum()) for path, _, adapter in iter_adapters(task.model) if "lin" in path}
+    assert sum(num for path, num in ends.items() if path.endswith("linear1")) == 2 * 1
+    assert sum(num for path, num in ends.items() if path.endswith("linear2")) == 2 * 3
+    assert {"train/adalora_1_penalty", "train/adalora_2_penalty"} <= trained.callback_metrics.keys()
+    first, second = (method.extra_state(task.model) for method in methods)
+    assert all("linear1" in name for name in first)
+    assert all("linear2" in name for name in second)
+    own = [adapter for path, _, adapter in iter_adapters(task.model) if path.endswith("linear2")]
+    expected = sum(adapter.orthogonality() for adapter in own) / 2 * 0.125
+    assert torch.allclose(methods[1].extra_loss(task.model), expected)
+    with pytest.raises(
+        ConfigError, match=r"This AdaLoRA was not attached to the model, whose methods are: AdaLoRA, AdaLoRA"
+    ):
+        AdaLoRA(target_r=2).extra_loss(task.model)
 
 
 def test_a_run_of_unknown_or_too_small_length_is_refused():

@@ -30,7 +30,7 @@ def loss_of(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().mean()
 
 
-def train(model: nn.Module, first: int, last: int) -> None:
+def train(model: nn.Module, first: int, last: int, method: DeltaLoRA = METHOD) -> None:
     """Take SGD steps `first` to `last` - 1, with the method's hook after each, as a task does."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
     for step in range(first, last):
@@ -38,7 +38,7 @@ def train(model: nn.Module, first: int, last: int) -> None:
         optimizer.zero_grad()
         loss_of(model(x), target).backward()
         optimizer.step()
-        METHOD.after_step(model, step, STEPS)
+        method.after_step(model, step, STEPS)
 
 
 @dataclass
@@ -111,9 +111,10 @@ def test_equals_a_weight_that_really_moves():
 
 def test_without_warm_up_w_moves_from_the_first_step():
     model = network()
-    attach(model, DeltaLoRA(r=2, alpha=4, delta_ratio=RATIO, start_step=0))
+    method = DeltaLoRA(r=2, alpha=4, delta_ratio=RATIO, start_step=0)
+    attach(model, method)
     simulated, late = layers_of(model), layers_of(model)
-    train(model, 0, STEPS)
+    train(model, 0, STEPS, method)
     assert largest_gap(model, simulated, simulate(simulated, start=0)) <= 1e-10
     assert largest_gap(model, late, simulate(late, start=1)) > 1e-5
 

@@ -189,7 +189,30 @@ def test_copies_keep_the_sharing():
     assert shared(other) == shared(model)
 
 
-def test_fit_and_resume(tmp_path):
+def test_two_in_one_list_keep_to_their_own():
+    settings = {"r": 2, "calibration_steps": 3, "sample_batches": 2}
+    first = LoRADrop(**settings, target_modules=["up"], threshold=1.0)
+    second = LoRADrop(**settings, target_modules=["down"], threshold=0.1)
+    torch.manual_seed(0)
+    model = Tower()
+    attach(model, [first, second])
+    ups = {name: one.detach().clone() for name, one in model.named_parameters() if "up" in name}
+    second.calibrate(model, batches(), loss_of(model))
+    assert sum(shared(model).values()) == 3
+    assert all(torch.equal(one, ups[name]) for name, one in model.named_parameters() if "up" in name)
+    downs = {name: one.detach().clone() for name, one in model.named_parameters() if "down" in name}
+    first.calibrate(model, batches(), loss_of(model))
+    assert shared(model).items() >= {f"blocks.{index}.up": False for index in range(4)}.items()
+    assert sum(shared(model).values()) == 3
+    assert all(torch.equal(one, downs[name]) for name, one in model.named_parameters() if "down" in name)
+    state = adapter_state_dict(models.perturb(model))
+    other = Tower()
+    attach(other, [first, second])
+    load_adapter_state_dict(other, state)
+    assert shared(other) == shared(model)
+
+
+def test_fit_and_resume(tmp_path, capsys):
     method = LoRADrop(
         r=2, target_modules=["linear1", "linear2"], calibration_steps=6, sample_batches=2, threshold=0.1, dropout=0.1
     )
