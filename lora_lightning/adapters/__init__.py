@@ -10,6 +10,7 @@ from lora_lightning.adapters.attach import (
     iter_adapters,
     iter_hosts,
     iter_roles,
+    report_of,
     require_calls,
 )
 from lora_lightning.adapters.base import (
@@ -51,5 +52,6 @@ __all__ = [
     "iter_roles",
     "load_adapter_state_dict",
     "merge",
+    "report_of",
     "require_calls",
 ]

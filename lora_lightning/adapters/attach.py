@@ -183,7 +183,6 @@ def attach(
 
     named = model.named_parameters(remove_duplicate=False)  # each name of a tied weight, which merging may untie
     record = _Attachment(methods, [name for name, parameter in named if parameter.requires_grad])
-    num_base = sum(parameter.numel() for parameter in model.parameters())
     model.requires_grad_(requires_grad=False)
     for path, name, adapter in placed:
         _hang(model.get_submodule(path), name, adapter)
@@ -191,10 +190,18 @@ def attach(
     if any(isinstance(adapter, AttentionAdapter) for _, _, adapter in placed):
         record.unroute = view.route_attention()
     setattr(model, _RECORD, record)
-    own = {parameter: None for _, _, adapter in placed for parameter in adapter.parameters()}  # shared ones once
+    return report_of(model)
+
+
+def report_of(model: nn.Module) -> AttachReport:
+    """Return how many parameters of an adapted model train, and on which hosts, as it is now.
+
+    Methods that look at data, or load a state, may have changed what `attach` made.
+    """
+    own = [parameter for _, parameter, _ in iter_roles(model)]
     return AttachReport(
         num_trainable=sum(parameter.numel() for parameter in own if parameter.requires_grad),
-        num_total=num_base + sum(parameter.numel() for parameter in own),
+        num_total=sum(parameter.numel() for parameter in model.parameters()),
         hosts=tuple(path for path, _ in iter_hosts(model)),
     )
 

@@ -21,6 +21,7 @@ from lora_lightning.adapters import (
     fold,
     is_attached,
     load_adapter_state_dict,
+    report_of,
     require_calls,
 )
 from lora_lightning.backbones.attach import attach
@@ -78,7 +79,6 @@ class AdapterTask(L.LightningModule):
 
     Attributes:
         model: The adapted model; None before `configure_model`.
-        report: What `attach` did; None before `configure_model`.
         label_names: Names of the classes by index, or None for tasks without classes.
     """
 
@@ -106,7 +106,6 @@ class AdapterTask(L.LightningModule):
         # Settings from a checkpoint are plain: then its weights follow, and the folder may be gone or changed.
         self._takes_state_of_checkpoint = adapter is not None and _is_plain(method)
         self.model: nn.Module | None = None
-        self.report: AttachReport | None = None
         self.label_names: list[str] | None = None
         self.base_fingerprint: str | None = None
         self._new_modules: tuple[str, ...] = ()
@@ -194,6 +193,11 @@ class AdapterTask(L.LightningModule):
             raise ConfigError("The model is not built yet; call configure_model() first (the Trainer does).")
         return self.model
 
+    @property
+    def report(self) -> AttachReport | None:
+        """What trains, and where, as it is now; None before `configure_model`."""
+        return None if self.model is None else report_of(self.model)
+
     def configure_model(self) -> None:
         """Load the backbone, freeze it and attach the adapters; does nothing the second time."""
         if self.model is not None:
@@ -206,7 +210,7 @@ class AdapterTask(L.LightningModule):
         self._check_quantization(model)
         start = self._starting_adapter(model)
         refuse_packing(self.methods, getattr(self._trainer, "datamodule", None))
-        self.report = attach(model, self.methods, modules_to_save=self.trained_modules(model))
+        attach(model, self.methods, modules_to_save=self.trained_modules(model))
         if start is not None:
             start.check_labels(self.label_names, model)
             start.load_into(model, self.methods)

@@ -14,6 +14,7 @@ from lora_lightning.adapters import (
     load_adapter_state_dict,
     merge,
 )
+from lora_lightning.callbacks import AdapterSummary
 from lora_lightning.errors import CheckpointError, ConfigError, DataError
 from lora_lightning.methods import LoRA, LoRADrop
 from lora_lightning.methods.lora_drop import most_important
@@ -217,10 +218,14 @@ def test_fit_and_resume(tmp_path, capsys):
         r=2, target_modules=["linear1", "linear2"], calibration_steps=6, sample_batches=2, threshold=0.1, dropout=0.1
     )
     task = Tagger(method=method)
-    trained = trainer(default_root_dir=tmp_path, max_epochs=1)
+    trained = trainer(default_root_dir=tmp_path, max_epochs=1, callbacks=[AdapterSummary()])
     trained.fit(task, loader())
     assert sum(shared(task.model).values()) == 3
-    assert num_trainable(task.model) < task.report.num_trainable
+    fresh = Tagger(method=method)
+    fresh.configure_model()
+    assert num_trainable(task.model) == task.report.num_trainable < fresh.report.num_trainable
+    assert f"{task.report.num_trainable:,}" in capsys.readouterr().out  # of the table
+    assert task.report.hosts == fresh.report.hosts
     optimized = sum(p.numel() for group in trained.optimizers[0].param_groups for p in group["params"])
     assert optimized == num_trainable(task.model)
     assert all(adapter.factors()[1].any() for adapter in adapters(task.model).values())
@@ -229,6 +234,7 @@ def test_fit_and_resume(tmp_path, capsys):
     again = Tagger(method=method)
     trainer(default_root_dir=tmp_path, max_epochs=1).fit(again, loader(), ckpt_path=path)
     assert shared(again.model) == shared(task.model)
+    assert again.report == task.report
     state = adapter_state_dict(task.model)
     assert all(torch.equal(tensor, state[name]) for name, tensor in adapter_state_dict(again.model).items())
 
