@@ -45,6 +45,7 @@ class Adapter(nn.Module):
         enabled: False inside `disabled(model)`, where the host acts as in the base model.
         host_class: Class of the host before it was adapted.
         method: The method that it was attached for; None for a trained copy of a module.
+        num_virtual_tokens: Positions of the model that it takes up in front of the real tokens'.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
@@ -54,6 +55,7 @@ class Adapter(nn.Module):
         self.enabled = True
         self.host_class: type[nn.Module] = nn.Module
         self.method: Method | None = None
+        self.num_virtual_tokens = 0
 
     def role_of(self, name: str) -> Role:
         """Return the role of the parameter called `name` in this module."""

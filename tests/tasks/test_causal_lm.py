@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from lora_lightning import DoRA, LoRA, Optim
-from lora_lightning.adapters import adapter_state_dict
+from lora_lightning.adapters import adapter_state_dict, disabled
+from lora_lightning.backbones.attach import attach
 from lora_lightning.errors import AdapterNotCalled, ConfigError, DataError
+from lora_lightning.methods import PromptTuning, PTuningV2
 from lora_lightning.tasks import CausalLM
+from lora_lightning.tasks.causal_lm import check_batch
 from lora_lightning.tasks.generation import Example, examples_of, generate
 from tests import models
 from tests.tasks import languages
@@ -433,3 +436,19 @@ def test_generating_keeps_modes_and_random_numbers():
         generate(task.adapted, [[5], []])
     with pytest.raises(ConfigError, match="32 tokens leaves no room"):
         generate(task.adapted, [[5] * 32])
+
+
+@pytest.mark.parametrize("method", [PromptTuning(num_virtual_tokens=4), PTuningV2(num_virtual_tokens=4)])
+def test_virtual_tokens_take_their_share_of_the_positions(method):
+    model = models.build("gpt2")
+    model.config.eos_token_id = model.generation_config.eos_token_id = None  # so that only the positions end an answer
+    attach(model, method)
+    assert len(generate(model, [[5] * 20], max_new_tokens=99)[0]) == 32 - 4 - 20
+    with pytest.raises(ConfigError, match="28 tokens leaves no room: the model takes 28"):
+        generate(model, [[5] * 28])
+    row = {"input_ids": torch.full((1, 29), 5), "labels": torch.full((1, 29), 5)}
+    with pytest.raises(DataError, match="29 tokens, and this model takes 28"):
+        check_batch(row, model)
+    with disabled(model):
+        check_batch(row, model)
+        assert len(generate(model, [[5] * 20], max_new_tokens=99)[0]) == 32 - 20
