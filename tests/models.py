@@ -147,6 +147,47 @@ def _t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def _like_bert(name: str, **changes: Any) -> Callable[[], nn.Module]:
+    """Return the builder of a relative of BERT, by the prefix of its classes."""
+
+    def builder() -> nn.Module:
+        config = getattr(transformers, f"{name}Config")(**{**_bert().config.to_dict(), **changes})
+        return getattr(transformers, f"{name}ForSequenceClassification")(config)
+
+    return builder
+
+
+def _like_llama(name: str, **settings: Any) -> Callable[[], nn.Module]:
+    """Return the builder of a relative of Llama, by the prefix of its classes."""
+
+    def builder() -> nn.Module:
+        config = getattr(transformers, f"{name}Config")(**_DECODER, **settings)
+        return getattr(transformers, f"{name}ForCausalLM")(config)
+
+    return builder
+
+
+def _mt5() -> nn.Module:
+    config = {**_t5().config.to_dict(), "feed_forward_proj": "gated-gelu"}
+    return transformers.MT5ForConditionalGeneration(transformers.MT5Config(**config))
+
+
+def _vit() -> nn.Module:
+    config = transformers.ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        image_size=8,
+        patch_size=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.1,
+        num_labels=NUM_LABELS,
+    )
+    return transformers.ViTForImageClassification(config)
+
+
 _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "bert": _bert,
     "distilbert": _distilbert,
@@ -160,11 +201,25 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
 }
 ARCHITECTURES = tuple(_BUILDERS)
 
+_RELATIVES: dict[str, Callable[[], nn.Module]] = {
+    "camembert": _like_bert("Camembert", max_position_embeddings=34, pad_token_id=1),
+    "electra": _like_bert("Electra", embedding_size=16),
+    "gemma": _like_llama("Gemma", head_dim=8),
+    "gemma2": _like_llama("Gemma2", head_dim=8, query_pre_attn_scalar=8, sliding_window=8),
+    "mistral": _like_llama("Mistral", sliding_window=8),
+    "mt5": _mt5,
+    "qwen3": _like_llama("Qwen3", head_dim=8),
+    "vit": _vit,
+    "xlm-roberta": _like_bert("XLMRoberta", max_position_embeddings=34, pad_token_id=1),
+}
+RELATIVES = tuple(_RELATIVES)
+"""Architectures that share most of their code with one of `ARCHITECTURES`, and the vision transformer."""
+
 
 def build(name: str, seed: int = 0) -> nn.Module:
     """Build a tiny model with random weights, in eval mode; norms and biases are random too."""
     torch.manual_seed(seed)
-    model = _BUILDERS[name]()
+    model = {**_BUILDERS, **_RELATIVES}[name]()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -173,13 +228,16 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 
 def inputs(model: nn.Module, batch: int = 3, length: int = 7, seed: int = 1) -> dict[str, Tensor]:
-    """Return token ids with one padded row, and the decoder's ids where the model has a decoder of its own."""
+    """Return token ids with one padded row, and the decoder's ids where the model has a decoder; or images."""
     generator = torch.Generator().manual_seed(seed)
+    if model.config.model_type == "vit":
+        size = model.config.image_size
+        return {"pixel_values": torch.randn(batch, 3, size, size, generator=generator)}
     ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
     mask = torch.ones_like(ids)
     ids[-1, length - 2 :], mask[-1, length - 2 :] = 0, 0
     batch_inputs = {"input_ids": ids, "attention_mask": mask}
-    if model.config.model_type == "t5":
+    if model.config.is_encoder_decoder:
         batch_inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (batch, 4), generator=generator)
     return batch_inputs
 

@@ -98,12 +98,13 @@ EXAMPLES: dict[type[Method], dict[str, Example]] = {
     BottleneckAdapter: {
         f"bottleneck-{style}": Example(
             method=BottleneckAdapter(style=style, width=8),
+            models=("llama",) if style == "pfeiffer" else ("llama", "bert"),  # `houlsby` without its attention part
             is_exact=True,
             is_mergeable=False,
             on_plain=False,
             spread=0.2,
         )
-        for style in ("houlsby", "parallel")
+        for style in ("houlsby", "pfeiffer", "parallel")
     },
     BitFit: {
         "bitfit": Example(

@@ -128,6 +128,11 @@ def _implementation(model: Any) -> str:  # noqa: ANN401
         raise TargetError(
             f"Prefix methods need the attention implementation sdpa or eager, and this model was loaded with {name!r}."
         )
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        raise TargetError(
+            f"Prefix methods do not work on {model.config.model_type}: it caps the scores of its attention "
+            "(attn_logit_softcapping), which scaled-dot-product attention does not. Use PromptTuning, or LoRA."
+        )
     return str(name)
 
 

@@ -17,15 +17,23 @@ _DECODER = BlockPlaces(
     ffn_outputs=("mlp.down_proj",),
     keys_values=("self_attn.k_proj", "self_attn.v_proj"),
 )
+_T5 = BlockPlaces(
+    attention_outputs=("SelfAttention.o", "EncDecAttention.o"),
+    ffn_outputs=("DenseReluDense.wo",),
+    keys_values=("SelfAttention.k", "SelfAttention.v", "EncDecAttention.k", "EncDecAttention.v"),
+)
 
 BLOCKS: Mapping[str, BlockPlaces] = {
     "bert": _BERT,
+    "camembert": _BERT,
     "distilbert": BlockPlaces(
         attention_outputs=("attention.out_lin",),
         ffn_outputs=("ffn.lin2",),
         keys_values=("attention.k_lin", "attention.v_lin"),
     ),
     "electra": _BERT,
+    "gemma": _DECODER,
+    "gemma2": _DECODER,
     "gemma3_text": _DECODER,
     "gpt2": BlockPlaces(
         attention_outputs=("attn.c_proj",),
@@ -41,13 +49,16 @@ BLOCKS: Mapping[str, BlockPlaces] = {
         keys_values=("attn.Wqkv",),
         fused=("attn.Wqkv",),
     ),
+    "mt5": _T5,
     "qwen2": _DECODER,
     "qwen3": _DECODER,
     "roberta": _BERT,
-    "t5": BlockPlaces(
-        attention_outputs=("SelfAttention.o", "EncDecAttention.o"),
-        ffn_outputs=("DenseReluDense.wo",),
-        keys_values=("SelfAttention.k", "SelfAttention.v", "EncDecAttention.k", "EncDecAttention.v"),
+    "t5": _T5,
+    "vit": BlockPlaces(
+        attention_outputs=("attention.o_proj",),
+        ffn_outputs=("mlp.fc2",),
+        keys_values=("attention.k_proj", "attention.v_proj"),
     ),
+    "xlm-roberta": _BERT,
 }
 """The places that bottleneck adapters and IA3 take where the user names none."""

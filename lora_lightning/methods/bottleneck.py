@@ -140,6 +140,12 @@ class BottleneckAdapter(Method):
         """Return the paths of the places without adapters: in layers to leave out, and in modules trained as copies."""
         paths = [path for path, _ in view.model.named_modules()]
         inside = [path for path in paths if ends_with_any(path, places)]
+        if not inside:
+            raise TargetError(
+                f"{type(view.model).__name__} has no modules called {' or '.join(places)}, where models of type "
+                f"{view.model_type!r} take bottleneck adapters; another version of transformers may have renamed them. "
+                "Use a method that takes target_modules."
+            )
         layers, leave_out = {layer_index(path) for path in inside}, set(self.leave_out or [])
         if not leave_out <= layers or (leave_out and leave_out == layers):
             numbers = ", ".join(str(layer) for layer in sorted(layers - {None}, key=lambda layer: layer or 0))

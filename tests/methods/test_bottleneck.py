@@ -23,6 +23,15 @@ PLACES = {
     "qwen2": ("self_attn.o_proj", "mlp.down_proj"),
     "gemma3": ("self_attn.o_proj", "mlp.down_proj"),
     "t5": ("Attention.o", "DenseReluDense.wo"),
+    "camembert": ("attention.output.dense", "output.dense"),
+    "electra": ("attention.output.dense", "output.dense"),
+    "gemma": ("self_attn.o_proj", "mlp.down_proj"),
+    "gemma2": ("self_attn.o_proj", "mlp.down_proj"),
+    "mistral": ("self_attn.o_proj", "mlp.down_proj"),
+    "mt5": ("Attention.o", "DenseReluDense.wo"),
+    "qwen3": ("self_attn.o_proj", "mlp.down_proj"),
+    "vit": ("attention.o_proj", "mlp.fc2"),
+    "xlm-roberta": ("attention.output.dense", "output.dense"),
 }
 STYLES = ("houlsby", "pfeiffer", "parallel")
 
@@ -144,3 +153,10 @@ def test_settings(settings, message):
 def test_leave_out_names_layers_that_are_there(leave_out):
     with pytest.raises(TargetError, match="the model's layers are 0, 1"):
         attach(models.build("gpt2"), BottleneckAdapter(leave_out=leave_out))
+
+
+def test_a_model_without_the_usual_names_is_refused():
+    model = models.build("llama")
+    model.config.model_type = "vit"
+    with pytest.raises(TargetError, match=r"LlamaForCausalLM has no modules called attention.o_proj or mlp.fc2, where"):
+        attach(model, BottleneckAdapter())

@@ -21,6 +21,8 @@ NAMES = {
     "bert": (["key", "value"], ["1.output.dense"]),
     "llama": (["k_proj", "v_proj"], ["down_proj"]),
 }
+# In two blocks, where it is not six: fused projections, and an encoder with a decoder that attends twice.
+NUM_HOSTS = {"gpt2": 4, "modernbert": 4, "t5": 16, "mt5": 16}
 
 
 @torch.no_grad()
@@ -67,11 +69,12 @@ def test_only_keys_and_values_of_a_fused_projection(architecture, fused, named):
         assert models.gap(host(x), torch.cat([query, key * value_scale, value * key_scale], dim=-1)) > 1e-3
 
 
-@pytest.mark.parametrize("architecture", models.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [*models.ARCHITECTURES, *models.RELATIVES])
 def test_usual_places_of_every_architecture(architecture):
     model = models.build(architecture)
     before = models.logits(model)
-    attach(model, IA3())
+    report = attach(model, IA3())
+    assert len(report.hosts) == NUM_HOSTS.get(architecture, 6)
     assert models.gap(models.logits(model), before) <= 1e-6
     models.perturb(model)
     expected = models.logits(model)

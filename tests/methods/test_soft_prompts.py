@@ -322,21 +322,18 @@ def test_detach_gives_the_attention_back(method):
     assert torch.equal(models.logits(model), expected)
 
 
-def further(name):
-    """Build a tiny model of an architecture that the other tests do not have."""
-    shape = {"vocab_size": models.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape |= {"intermediate_size": 48, "max_position_embeddings": 32, "initializer_range": 0.1, "pad_token_id": 0}
-    if name == "Electra":
-        shape |= {"embedding_size": 16, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    else:
-        shape |= {"num_key_value_heads": 2, "head_dim": 8, "bos_token_id": 1, "eos_token_id": 2}
-    torch.manual_seed(0)
-    return getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**shape)).eval()
+@pytest.mark.parametrize("method", METHODS[2:], ids=by_name)
+def test_an_attention_that_caps_its_scores_takes_no_prefix(method):
+    model = models.build("gemma2")
+    with pytest.raises(TargetError, match=r"do not work on gemma2: it caps the scores .* Use PromptTuning"):
+        attach(model, method)
+    attach(model, METHODS[0])
+    assert models.logits(models.perturb(model)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["Electra", "Qwen3", "Mistral"])
-def test_further_architectures_do_not_mind_padding(name, method):
-    model = further(name)
+@pytest.mark.parametrize("name", ["electra", "qwen3", "mistral", "gemma", "xlm-roberta"])
+def test_relatives_do_not_mind_padding(name, method):
+    model = body(models.build(name))
     torch.manual_seed(3)
     attach(model, method)
     models.perturb(model)
