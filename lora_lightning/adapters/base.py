@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 
 
 class Role(StrEnum):
-    """What an adapter parameter is for; optimizer groups, summaries and checkpoints go by it."""
+    """What an adapter parameter is for; optimizer groups, summaries and checkpoints go by it.
+
+    A and B are the factors of a low-rank update, and LoRA+ is about these two alone; a matrix of a network of its own,
+    such as a bottleneck's, is a WEIGHT.
+    """
 
     A = "A"
     B = "B"
+    WEIGHT = "weight"
     MAGNITUDE = "magnitude"
     VECTOR = "vector"
     PROMPT = "prompt"

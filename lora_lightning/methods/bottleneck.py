@@ -191,9 +191,9 @@ class Bottleneck(Adapter):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {
-        "down_weight": Role.A,
+        "down_weight": Role.WEIGHT,
         "down_bias": Role.BIAS,
-        "up_weight": Role.B,
+        "up_weight": Role.WEIGHT,
         "up_bias": Role.BIAS,
     }
 

@@ -2,10 +2,11 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning import DoRA, LoRA, Optim, attach, param_groups
+from lora_lightning import BottleneckAdapter, DoRA, LoRA, Optim, attach, param_groups
 from lora_lightning.adapters import iter_roles
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim import build_optimizer
+from tests import models
 
 
 class Small(nn.Module):
@@ -108,3 +109,22 @@ def test_any_optimizer_class_steps_with_the_rates_of_its_groups(name):
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == {n for n, p in model.named_parameters() if p.requires_grad and p.grad.abs().sum() > 0}
     assert [g["lr"] for g in optimizer.param_groups] == [1e-3, 1e-3, 1e-2]
+
+
+def test_lora_plus_leaves_bottlenecks_alone():
+    """A bottleneck's matrices are no factors of one product, which is what LoRA+ derives its two rates for."""
+    optim = Optim(lr=1e-3, lora_plus_ratio=8, weight_decay=0.01)
+    model = models.build("bert")
+    attach(model, [LoRA(r=2), BottleneckAdapter(width=4)])
+    rates = table(param_groups(model, optim))
+    assert {name: (lr, decay) for name, (lr, decay, _) in rates.items()} == {
+        "A": (1e-3, 0.01),
+        "B": (8e-3, 0.01),
+        "weight": (1e-3, 0.01),
+        "bias, no decay": (1e-3, 0.0),
+    }
+    assert rates["weight"][2] == 4 * 2 * 4 * 32
+    alone = models.build("bert")
+    attach(alone, BottleneckAdapter(width=4))
+    with pytest.raises(ConfigError, match="no adapter of this model has one"):
+        param_groups(alone, optim)
