@@ -97,7 +97,7 @@ class AdaLoRAAdapter(LowRankAdapter):
 
     @torch.no_grad()
     def observe(self, beta1: float, beta2: float) -> None:
-        """Move both averages by the gradients at hand (equations 9 and 10); does nothing without gradients."""
+        """Move both averages by the gradients at hand (section 3.2); does nothing without gradients."""
         for part in _PARTS:
             parameter = getattr(self, part)
             if parameter.grad is None:
@@ -112,7 +112,7 @@ class AdaLoRAAdapter(LowRankAdapter):
             uncertainty.lerp_((current - sensitivity).abs_(), 1 - beta2)
 
     def triplet_scores(self) -> Tensor:
-        """Return the importance of each triplet, `[r]` (equation 7); zero where nothing was observed."""
+        """Return the importance of each triplet, `[r]` (section 3.2); zero where nothing was observed."""
         scores = torch.zeros_like(self.lora_E.detach())
         for part, mean_over in (("lora_A", 1), ("lora_E", None), ("lora_B", 0)):
             sensitivity, uncertainty = getattr(self, f"{part}_sensitivity"), getattr(self, f"{part}_uncertainty")
@@ -124,17 +124,17 @@ class AdaLoRAAdapter(LowRankAdapter):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(TargetedMethod):
-    """W' = W + s P Λ Q with P: [out, r], Λ diagonal, Q: [r, in] (Zhang et al. 2023, arXiv 2303.10512, equation 3).
+    """W' = W + s P Λ Q with P: [out, r], Λ diagonal, Q: [r, in] (Zhang et al. 2023, arXiv 2303.10512, section 3.1).
 
     Every host starts with `init_r` triplets (an element of Λ with its column of P and row of Q). A triplet's importance
-    is the sensitivity |w · ∂L/∂w| of its weights, smoothed by two moving averages (equations 7 to 10). While the
-    budget of the whole model falls along a cubic curve (equation 12), the least important triplets get Λ = 0; such a
+    is the sensitivity |w · ∂L/∂w| of its weights, smoothed by two moving averages (section 3.2). While the
+    budget of the whole model falls along a cubic curve (section 3.3), the least important triplets get Λ = 0; such a
     triplet may come back until the final pruning, which leaves `target_r` times the number of hosts for good. Hosts
     differ in what they are left with. Λ starts at zero, so the first forward equals the base model's exactly.
 
     s = alpha / init_r throughout, as in PEFT (which adds 1e-5 to init_r). The penalty is the mean of ‖P^T P - I‖_F and
     ‖Q Q^T - I‖_F over all matrices, not squared: what the authors' code and PEFT compute, and what
-    `orthogonality_weight` is chosen for (equation 4 has the squares). The budget needs the number of steps of the run,
+    `orthogonality_weight` is chosen for (section 3.1 has the squares). The budget needs the number of steps of the run,
     so set `max_steps` or `max_epochs`.
 
     Args:
@@ -239,7 +239,7 @@ class AdaLoRA(TargetedMethod):
         return t_init, total_steps - t_final
 
     def budget(self, step: int, total_steps: int, num_hosts: int) -> int:
-        """Return how many triplets the whole model may have after `step` updates (equation 12).
+        """Return how many triplets the whole model may have after `step` updates (section 3.3).
 
         Example:
             >>> [AdaLoRA(target_r=2, init_r=4).budget(step, 100, num_hosts=8) for step in (10, 20, 40, 70)]

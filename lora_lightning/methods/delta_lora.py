@@ -61,7 +61,7 @@ class DeltaLoRAAdapter(LowRankAdapter):
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaLoRA(LoRA):
-    """LoRA whose base weight moves by λ s (B_{t+1} A_{t+1} - B_t A_t) (Zi et al. 2023, arXiv 2309.02411, equation 6).
+    """LoRA whose base weight moves by λ s (B_{t+1} A_{t+1} - B_t A_t) (Zi et al. 2023, arXiv 2309.02411).
 
     W moves from step K on, without a gradient of its own. For a constant λ the sum of its moves telescopes to
     λ s (B A - B_K A_K), so A_K and B_K are kept and no base weight is written. What flows back to the layer's input
@@ -72,7 +72,7 @@ class DeltaLoRA(LoRA):
         start_step: K, the number of optimizer steps before W starts to move, at least 0.
         r: See `LoRA`.
         alpha: See `LoRA`.
-        dropout: Must be 0: with dropout B A would change another output than the one that the loss saw (section 4.2).
+        dropout: Must be 0: with dropout B A would change another output than the one that the loss saw, as the paper says.
         scaling: See `LoRA`.
         init: See `LoRA`.
         rank_pattern: See `LoRA`.

@@ -51,7 +51,7 @@ class PromptEncoder(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class PTuning(SoftPrompt):
-    """Virtual tokens out of a small encoder (Liu et al. 2021, arXiv 2103.10385, section 3.2).
+    """Virtual tokens out of a small encoder (Liu et al. 2021, arXiv 2103.10385).
 
     The model sees [f(P); E(x)], with P: [num_virtual_tokens, width] and f an MLP, or a bidirectional LSTM with an MLP.
     After training f is folded away: the adapter folder holds f(P) alone.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def principal_part(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return A and B with s B A the best rank-r approximation of a matrix (PiSSA, arXiv 2404.02948, equations 2 and 3).
+    """Return A and B with s B A the best rank-r approximation of a matrix (PiSSA, arXiv 2404.02948, section 3).
 
     Args:
         weight: `[out, in]`, float32 or float64.
@@ -31,7 +31,7 @@ def principal_part(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tens
 
 
 def orthonormal_part(weight: Tensor, r: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """Return the first r rows of R and columns of Q of a matrix Q R (OLoRA, arXiv 2406.01775, equation 3).
+    """Return the first r rows of R and columns of Q of a matrix Q R (OLoRA, arXiv 2406.01775).
 
     Args:
         weight: `[out, in]`, float32 or float64.
