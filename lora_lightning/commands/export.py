@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors.torch import load_file
 from torch import nn
 
+from lora_lightning.adapters.attach import unwrap
 from lora_lightning.checkpoint.folder import CONFIG_NAME, PEFT_WEIGHTS_NAME, RunFacts
 from lora_lightning.checkpoint.merge_report import UpdateLost
 from lora_lightning.checkpoint.merging import merge_checkpoint, refuse_taken
@@ -31,7 +32,8 @@ def export(
 ) -> None:
     """Write a checkpoint's adapter for other tools, in PEFT's format or merged into its base.
 
-    `peft` writes a folder that PEFT and transformers load, and says what vLLM and llama.cpp would not take of it.
+    `peft` writes a folder that PEFT and transformers load. For a decoder language model it says too what vLLM and
+    llama.cpp would not take of it; what they make of other models has not been checked.
     `merged` writes a plain Hugging Face folder, and says what the merge lost.
 
     Args:
@@ -56,7 +58,7 @@ def export(
 
 
 def write_peft(ckpt_path: Path, output_dir: Path, task_class: str | None) -> None:
-    """Write an adapter in PEFT's format, and tell what vLLM and llama.cpp make of it."""
+    """Write an adapter in PEFT's format, and tell what vLLM and llama.cpp make of it where that is known."""
     refuse_taken(output_dir)
     task = rebuild_task(ckpt_path, task_class)
     model = getattr(task, "model", None)
@@ -73,10 +75,20 @@ def write_peft(ckpt_path: Path, output_dir: Path, task_class: str | None) -> Non
     )
     manifest = export_peft(model, output_dir, facts, base_fingerprint=getattr(task, "base_fingerprint", None))
     print(f"Wrote the adapter of {ckpt_path} to {output_dir}, for the base {manifest.base or 'of your own'}.")
+    if not _is_decoder(model):
+        kind = type(unwrap(model)).__name__
+        print(f"What vLLM and llama.cpp take is known for decoder language models alone; this base is a {kind}.")
+        return
     config = json.loads((output_dir / CONFIG_NAME).read_text(encoding="utf-8"))
     tensors = load_file(output_dir / PEFT_WEIGHTS_NAME)
     for tool in TOOLS:
         print("\n".join(preflight(config, tensors, tool).lines()))
+
+
+def _is_decoder(model: nn.Module) -> bool:
+    """Tell whether a model generates text and has no encoder beside its decoder."""
+    generates: Any = getattr(model, "can_generate", lambda: False)
+    return bool(generates()) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 def write_merged(

@@ -17,8 +17,9 @@ from lora_lightning.checkpoint import read_manifest
 from lora_lightning.commands.export import export
 from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.methods import DoRA, LoRA
-from lora_lightning.tasks import SequenceClassification
+from lora_lightning.tasks import CausalLM, Seq2SeqLM, SequenceClassification
 from tests.checkpoint.runs import PlainTask, save_backbone, save_checkpoint
+from tests.commands.language_models import save_language_model
 from tests.models import build, inputs, logits
 
 LABELS = ["a", "b", "c"]
@@ -45,8 +46,7 @@ def test_peft_reads_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str
     export(str(ckpt), str(tmp_path / "adapter"))
     output = capsys.readouterr().out
     assert f"Wrote the adapter of {ckpt} to {tmp_path / 'adapter'}, for the base {tmp_path / 'base'}." in output
-    assert "vLLM does not take this adapter as it is. Merge it instead" in output
-    assert "llama.cpp does not take this adapter" in output
+    assert "is known for decoder language models alone; this base is a BertForSequenceClassification." in output
     manifest = read_manifest(tmp_path / "adapter")
     assert (manifest.base, manifest.label_names) == (str(tmp_path / "base"), LABELS)
 
@@ -56,6 +56,16 @@ def test_peft_reads_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str
         fresh = peft.PeftModel.from_pretrained(build("bert"), tmp_path / "adapter").eval()
     torch.testing.assert_close(fresh(**inputs(fresh)).logits, logits(task.adapted.eval()), atol=1e-5, rtol=0)
     assert (logits(build("bert")) - logits(task.adapted)).abs().max() > 1e-2  # negative control
+
+
+@pytest.mark.parametrize(("name", "kind"), [("llama", CausalLM), ("t5", Seq2SeqLM)])
+def test_other_tools_are_named_for_the_models_they_are_checked_for(tmp_path, capsys, name, kind) -> None:
+    task = kind(backbone=str(save_language_model(tmp_path / "base", name=name)), method=DoRA(r=2))
+    export(str(save_checkpoint(task, tmp_path / "x.ckpt")), str(tmp_path / "adapter"))
+    output = capsys.readouterr().out
+    told = ["vLLM does not take this adapter as it is. Merge it instead", "llama.cpp does not take this adapter"]
+    assert all((one in output) == (name == "llama") for one in told)
+    assert ("this base is a T5ForConditionalGeneration." in output) == (name == "t5")
 
 
 def test_merged_in_a_chosen_dtype_and_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
