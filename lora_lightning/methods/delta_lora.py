@@ -72,7 +72,7 @@ class DeltaLoRA(LoRA):
         start_step: K, the number of optimizer steps before W starts to move, at least 0.
         r: See `LoRA`.
         alpha: See `LoRA`.
-        dropout: Must be 0: with dropout B A would change another output than the one that the loss saw, as the paper says.
+        dropout: Must be 0: with dropout B A would change another output than the one that the loss saw.
         scaling: See `LoRA`.
         init: See `LoRA`.
         rank_pattern: See `LoRA`.

@@ -174,7 +174,7 @@ class VeRAAdapter(LowRankAdapter):
 
 @dataclass(frozen=True, kw_only=True)
 class VeRA(TargetedMethod):
-    """W' = W + diag(b) B diag(d) A with shared frozen random A, B (Kopiczko et al. 2023, arXiv 2310.11454, section 3.1).
+    """W' = W + diag(b) B diag(d) A with shared frozen A, B (Kopiczko et al. 2023, arXiv 2310.11454, section 3.1).
 
     One pair A: [r, largest in], B: [largest out, r] serves all layers; a smaller layer takes its first columns and
     rows. Only d: [r] and b: [out] of each layer train, so a large r costs few parameters. b starts at zero, so the

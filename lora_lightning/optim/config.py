@@ -27,8 +27,8 @@ BITSANDBYTES_OPTIMIZERS = (
 class Optim:
     """Learning rates by role, the optimizer class and the schedule.
 
-    LoRA+ (Hayou et al. 2024, arXiv 2402.12354) is `lora_plus_ratio`: only the B factors of low-rank updates take it. The
-    paper uses 16 in general, 10 for GPT-2 and 80 for RoBERTa at a lower base rate.
+    LoRA+ (Hayou et al. 2024, arXiv 2402.12354) is `lora_plus_ratio`: only the B factors of low-rank updates take it.
+    The paper uses 16 in general, 10 for GPT-2 and 80 for RoBERTa at a lower base rate.
 
     Args:
         lr: Base learning rate, above 0.
