@@ -1,4 +1,4 @@
-"""The README's custom task, as it stands there: it must be short, and do what its section says."""
+"""The README's custom task, as it stands there, is short and does what its section says; its tables are true."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_lightning import disabled, merge
+from lora_lightning import data, disabled, merge, methods, tasks
+from lora_lightning.backbones.blocks import BLOCKS
+from lora_lightning.tasks import AdapterTask, PerTokenTask
+from lora_lightning.tasks.text_overlap import Overlap
 from tests.tasks.toys import trainer
 
 README = Path(__file__).parent.parent / "README.md"
@@ -15,6 +18,49 @@ MARK = "<!-- This block is run by tests/test_readme.py. -->"
 
 def custom_task_code() -> str:
     return re.match(r"\s*```python\n(.*?)```", README.read_text().split(MARK)[1], re.DOTALL).group(1)
+
+
+def table(heading: str) -> list[list[str]]:
+    """Return the cells of the rows of the table that starts with a column of this name."""
+    rows = README.read_text().split(f"| {heading} |")[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+
+
+def code_in(cell: str) -> list[str]:
+    return re.findall(r"`(\w+)`", cell)
+
+
+def logged_by(task: type[AdapterTask]) -> set[str]:
+    """Return the names of what a task logs on validation beside its loss."""
+    if issubclass(task, PerTokenTask):
+        return {"perplexity", "accuracy"} | (set(Overlap._fields) if task is tasks.Seq2SeqLM else set())
+    labels = {} if task is tasks.MultipleChoice else {"label_names": ["O", "B-X"]}
+    return set(task(**labels).configure_metrics())
+
+
+def test_the_table_of_tasks_is_complete_and_true():
+    rows = table("task")
+    concrete = {name for name in tasks.__all__ if isinstance(getattr(tasks, name), type)}
+    concrete = {name for name in concrete if issubclass(getattr(tasks, name), AdapterTask)}
+    assert {row[0].strip("`") for row in rows} == concrete - {"AdapterTask", "PerTokenTask"}
+    assert {code_in(row[1])[0] for row in rows} == set(data.__all__)
+    for row in rows:
+        assert set(code_in(row[2])) == logged_by(getattr(tasks, row[0].strip("`")))
+
+
+def test_the_table_of_methods_is_complete():
+    named = {row[0].strip("`") for row in table("method")}
+    assert named - {"LoRA+"} == set(methods.__all__)
+
+
+def test_the_architectures_with_known_blocks_are_all_named():
+    text = README.read_text().split("know the blocks of ")[1].split("; another")[0]
+    numbered = {"qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"}  # written as ranges
+    assert "Qwen 2 and 3" in text
+    assert "Gemma 1 to 3" in text
+    named = re.sub(r"[^a-z0-9]", "", text.lower())
+    assert all(name.replace("-", "") in named for name in set(BLOCKS) - numbered)
+    assert len(re.findall(r",| and ", text.replace("Qwen 2 and 3", "Qwen"))) + 1 == len(BLOCKS) - 3
 
 
 @pytest.fixture
