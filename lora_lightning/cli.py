@@ -146,7 +146,7 @@ class AdapterCLI(LightningCLI):
 
     # Reading the settings.
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401 - Lightning's own signature
         """Parse the command line.
 
         Raises:

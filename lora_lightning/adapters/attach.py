@@ -119,7 +119,7 @@ def _input_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return args, kwargs
 
 
-def _output_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401
+def _output_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401 - what the host returns
     for adapter in host._modules[RESERVED].of_kind(OutputAdapter):  # type: ignore[union-attr, operator]  # AdapterStack
         if adapter.enabled:
             output = adapter(host, args, kwargs, output)

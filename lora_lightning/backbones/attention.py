@@ -99,7 +99,7 @@ def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a tran
     before = _implementation(model)
     found: dict[nn.Module, tuple[int, int]] = {}
 
-    def probe(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:  # noqa: ANN401
+    def probe(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:  # noqa: ANN401 - the interface's own
         found[module] = (key.shape[1], key.shape[3])
         return attend(module, query, key, *args, **kwargs)
 
@@ -119,7 +119,7 @@ def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a tran
     ]
 
 
-def _implementation(model: Any) -> str:  # noqa: ANN401
+def _implementation(model: Any) -> str:  # noqa: ANN401 - a transformers model
     name: str | None = getattr(model.config, "_attn_implementation", None)
     can_set: Any = getattr(model, "_can_set_attn_implementation", None)
     if can_set is None or not can_set():
@@ -136,7 +136,7 @@ def _implementation(model: Any) -> str:  # noqa: ANN401
     return str(name)
 
 
-def _unsupported(model: Any) -> TargetError:  # noqa: ANN401
+def _unsupported(model: Any) -> TargetError:  # noqa: ANN401 - a transformers model
     return TargetError(
         f"Prefix methods do not work on {model.config.model_type}: its attention does not go through transformers' "
         "attention interface. Use LoRA, or PromptTuning where that works."
@@ -151,7 +151,7 @@ def _register(name: str, function: Callable[..., Any]) -> None:
     AttentionMaskInterface.register(name, sdpa_mask)  # without it padding is ignored
 
 
-def _trial_inputs(model: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def _trial_inputs(model: Any) -> dict[str, Tensor]:  # noqa: ANN401 - a transformers model
     device = next(model.parameters()).device
     ids = torch.ones(1, 2, dtype=torch.long, device=device)
     return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}

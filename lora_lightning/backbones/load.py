@@ -79,7 +79,7 @@ def load_backbone(
     dtype: str = "auto",
     quantization: Quantization | None = None,
     keep_dense: Sequence[str] = (),
-    **config: Any,  # noqa: ANN401
+    **config: Any,  # noqa: ANN401 - overrides of any type
 ) -> Backbone:
     """Load a transformers model.
 

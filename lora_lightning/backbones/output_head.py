@@ -114,7 +114,7 @@ def _try(model: Any) -> OutputHead | str:  # noqa: ANN401 - a transformers model
     return "it does something unknown to the logits after its output head"
 
 
-def _bodies(model: Any) -> list[nn.Module]:  # noqa: ANN401
+def _bodies(model: Any) -> list[nn.Module]:  # noqa: ANN401 - a transformers model
     """Return what may be a model without its head, as transformers finds it, the outermost first."""
     found = [getattr(model, "base_model", None)]
     if hasattr(model, "get_decoder"):
@@ -136,7 +136,7 @@ class _Trial:
     scores: Tensor | None = None
     logits: Tensor | None = None
 
-    def note_body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401
+    def note_body(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401 - what the body returns
         del args
         first = output if isinstance(output, Tensor) else output[0]
         if isinstance(first, Tensor):
@@ -152,7 +152,7 @@ class _Trial:
 
 
 @torch.no_grad()
-def _call(model: Any, bodies: list[nn.Module], head: nn.Module) -> _Trial:  # noqa: ANN401
+def _call(model: Any, bodies: list[nn.Module], head: nn.Module) -> _Trial:  # noqa: ANN401 - a transformers model
     trial, device = _Trial(), next(model.parameters()).device
     ids = torch.tensor([[0, 1]], device=device)
     with _rng_kept(device):
@@ -177,7 +177,7 @@ def _rng_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _candidates(model: Any) -> Iterator[LogitMap]:  # noqa: ANN401
+def _candidates(model: Any) -> Iterator[LogitMap]:  # noqa: ANN401 - a transformers model
     """Yield the maps that the config's settings allow for, the plainest first."""
     configs = [model.config, model.config.get_text_config()] if hasattr(model.config, "get_text_config") else []
     scales: list[float] = [1.0]
@@ -190,7 +190,7 @@ def _candidates(model: Any) -> Iterator[LogitMap]:  # noqa: ANN401
         yield LogitMap(scale, softcap)
 
 
-def _number(config: Any, name: str) -> float | None:  # noqa: ANN401
+def _number(config: Any, name: str) -> float | None:  # noqa: ANN401 - transformers' configs differ by model
     value = getattr(config, name, None)
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 

@@ -32,7 +32,7 @@ def load_quantized(
     *,
     dtype: str = "auto",
     keep_dense: Sequence[str] = (),
-    **config: Any,  # noqa: ANN401
+    **config: Any,  # noqa: ANN401 - overrides of any type
 ) -> tuple[Any, dict[str, Any], str]:
     """Load a transformers model and quantize it on the way, onto torch's default device.
 
@@ -182,7 +182,7 @@ def _keeping_samples() -> Iterator[None]:
     originals = {cls: cls.convert for cls in (Bnb4bitQuantize, Bnb8bitQuantize)}
 
     def keeping(convert: Any) -> Any:  # noqa: ANN401 - transformers' own signature
-        def wrapped(self: Any, input_dict: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        def wrapped(self: Any, input_dict: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the wrapped method's own signature
             model = next((one for one in (*args, *kwargs.values()) if isinstance(one, nn.Module)), None)
             for name, value in input_dict.items():
                 if model is not None:

@@ -120,7 +120,7 @@ def _file_of(source: str, file_name: str) -> Path | None:
     return Path(cached) if isinstance(cached, str) else None
 
 
-def _new_modules(model: nn.Module, files: dict[str, torch.dtype], config: Any) -> tuple[str, ...]:  # noqa: ANN401
+def _new_modules(model: nn.Module, files: dict[str, torch.dtype], config: Any) -> tuple[str, ...]:  # noqa: ANN401 - transformers' configs differ by model
     """Return the heads and poolers whose weights the files lack; they would be drawn at random and trained.
 
     Where the files cannot be looked into, a head is new unless the config was written by the very same class.

@@ -126,7 +126,7 @@ class SampleGenerations(L.Callback):
         generated = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
         return [Sample(*texts) for texts in zip(shown, expected, generated, strict=True)]
 
-    def _find_tokenizer(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:  # noqa: ANN401
+    def _find_tokenizer(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:  # noqa: ANN401 - tokenizers share no public base class
         if self._tokenizer is None:
             datamodule: Any = getattr(trainer, "datamodule", None)
             self._tokenizer = getattr(datamodule, "tokenizer", None)

@@ -307,7 +307,7 @@ def _refuse_other_tasks(cls: type[Any], source: str) -> None:
         )
 
 
-def _jinja(name: str, tokenizer: Any) -> str:  # noqa: ANN401
+def _jinja(name: str, tokenizer: Any) -> str:  # noqa: ANN401 - tokenizers share no public base class
     """Return a template by its name, as the data modules use it with this tokenizer."""
     return chat_template(name, bos=begins_with_bos(tokenizer))
 
@@ -328,7 +328,7 @@ def _on(device: torch.device) -> Iterator[torch.device]:
         yield device
 
 
-def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:  # noqa: ANN401
+def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:  # noqa: ANN401 - tokenizers share no public base class
     """Return a streamer of transformers that hands on words as they are complete."""
     from transformers import TextStreamer
 

@@ -14,14 +14,14 @@ from lora_lightning.errors import ConfigError
 class StrictConfigFile(ActionConfigFile):
     """The option `--config`, which reads nothing but strict YAML."""
 
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:  # noqa: ANN401
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:  # noqa: ANN401 - argparse's own signature
         """Check the file, then let jsonargparse read it.
 
         Raises:
             ConfigError: It is missing or is not strict YAML.
         """
         check_config(values)
-        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
+        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]  # jsonargparse leaves it untyped
 
 
 def check_config(value: str) -> None:

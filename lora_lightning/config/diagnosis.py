@@ -80,7 +80,7 @@ def dotted(path: KeyPath) -> str:
     return ".".join(path)
 
 
-def _problems_of_arguments(arguments: Any, parameters: Parameters, path: KeyPath) -> Iterator[Problem]:  # noqa: ANN401
+def _problems_of_arguments(arguments: Any, parameters: Parameters, path: KeyPath) -> Iterator[Problem]:  # noqa: ANN401 - values out of YAML are of any type
     if not isinstance(arguments, dict):
         yield Problem(path, f"{dotted(path)}: expected a mapping, got {arguments!r}")
         return
@@ -158,7 +158,7 @@ def _class_item(parts: tuple[Any, ...]) -> Any:  # noqa: ANN401 - a type hint
     return None
 
 
-def _accepts(hint: Any, value: Any) -> bool:  # noqa: ANN401
+def _accepts(hint: Any, value: Any) -> bool:  # noqa: ANN401 - type hints have no common type
     """Return whether jsonargparse takes a plain value for a type."""
     parser = ArgumentParser(exit_on_error=False)
     try:

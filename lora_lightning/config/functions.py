@@ -16,7 +16,7 @@ from lora_lightning.config.strict_yaml import PARSER_MODE, register
 from lora_lightning.errors import ConfigError
 
 
-def call_from_arguments(prog: str, function: Callable[..., Any], arguments: Sequence[str]) -> Any:  # noqa: ANN401
+def call_from_arguments(prog: str, function: Callable[..., Any], arguments: Sequence[str]) -> Any:  # noqa: ANN401 - what the function returns
     """Call a function with options made from its signature; its docstring is the help.
 
     Args:

@@ -75,7 +75,7 @@ def parse_value(text: str) -> Any:  # noqa: ANN401 - whatever the YAML says
         return text
 
 
-def set_flag(tree: dict[str, Any], keys: Sequence[str], value: Any) -> KeyPath:  # noqa: ANN401
+def set_flag(tree: dict[str, Any], keys: Sequence[str], value: Any) -> KeyPath:  # noqa: ANN401 - values out of YAML are of any type
     """Put the value of a flag such as `--model.method.r` into a tree, through `init_args` where a class is named.
 
     Returns:
@@ -110,7 +110,7 @@ def _enter(node: dict[str, Any], key: str, path: list[str]) -> dict[str, Any]:
     return inner
 
 
-def _merged(old: Any, new: Any) -> Any:  # noqa: ANN401
+def _merged(old: Any, new: Any) -> Any:  # noqa: ANN401 - values out of YAML are of any type
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
     if CLASS_PATH in new and new[CLASS_PATH] != old.get(CLASS_PATH):

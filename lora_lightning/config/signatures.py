@@ -40,7 +40,7 @@ def parameters_of(cls: type) -> Parameters:
     for base in cls.__mro__:
         if "__init__" not in base.__dict__ or base is object:
             continue
-        found = parameters_of_function(base.__init__)  # type: ignore[misc]
+        found = parameters_of_function(base.__init__)  # type: ignore[misc]  # asked of a class, on purpose
         required |= found.required - known.keys()
         known = {**found.types, **known}
         if not found.is_open:
@@ -135,7 +135,7 @@ _WORDS = {int: "an int", float: "a number", str: "a string", bool: "true or fals
 _PLURALS = {int: "ints", float: "numbers", str: "strings", bool: "booleans"}
 
 
-def _describe_one(hint: Any) -> str:  # noqa: ANN401
+def _describe_one(hint: Any) -> str:  # noqa: ANN401 - type hints have no common type
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"

@@ -186,7 +186,7 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
         shared = self.trainer.distributed_sampler_kwargs if self.trainer else None
         return (shared["num_replicas"], shared["rank"]) if shared else (1, 0)
 
-    def _loader(self, rows: Any, batch_size: int, sampler: LengthGroupedSampler | None = None) -> Batches:  # noqa: ANN401
+    def _loader(self, rows: Any, batch_size: int, sampler: LengthGroupedSampler | None = None) -> Batches:  # noqa: ANN401 - a torch dataset of any kind
         keeps = self.num_workers > 0
         return DataLoader(rows, batch_size=batch_size, sampler=sampler, persistent_workers=keeps, **self._loading())
 

@@ -115,7 +115,7 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        super().__init__(range(len(lengths)), num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        super().__init__(range(len(lengths)), num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]  # any sized sequence does
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batch_size = batch_size
         self.group_by_length = group_by_length

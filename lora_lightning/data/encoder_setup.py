@@ -71,7 +71,7 @@ def known_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:  # noqa: ANN4
     return [one for token, one in pairs if one is not None and tokenizer.convert_ids_to_tokens(one) == token]
 
 
-def _settle_end(tokenizer: Any, name: str, facts: ModelFacts) -> list[int]:  # noqa: ANN401
+def _settle_end(tokenizer: Any, name: str, facts: ModelFacts) -> list[int]:  # noqa: ANN401 - tokenizers share no public base class
     """Make sure that there is an end token if the model has one; return the tokens at which the model stops."""
     ids = [one for one in (tokenizer.eos_token_id, *facts.end_ids) if one is not None]
     if tokenizer.eos_token_id is None and ids:
@@ -82,7 +82,7 @@ def _settle_end(tokenizer: Any, name: str, facts: ModelFacts) -> list[int]:  # n
     return ids
 
 
-def _settle_padding(tokenizer: Any, name: str, facts: ModelFacts) -> None:  # noqa: ANN401
+def _settle_padding(tokenizer: Any, name: str, facts: ModelFacts) -> None:  # noqa: ANN401 - tokenizers share no public base class
     """Make sure that there is a token to pad with, and one that the model knows."""
     known = facts.vocabulary is None or (tokenizer.pad_token_id or 0) < facts.vocabulary
     if tokenizer.pad_token_id is not None and known:
@@ -96,7 +96,7 @@ def _settle_padding(tokenizer: Any, name: str, facts: ModelFacts) -> None:  # no
 
 
 def _settle_template(
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Any,  # noqa: ANN401 - tokenizers share no public base class
     name: str,
     wanted: str | None,
     begins: bool,

@@ -212,7 +212,7 @@ def _choices(cell: Any, place: str, column: str) -> tuple[str, ...]:  # noqa: AN
     return tuple(text_of(one, place, column) for one in cell)
 
 
-def _place_of(label: Any, choices: tuple[str, ...], place: str, column: str) -> int:  # noqa: ANN401
+def _place_of(label: Any, choices: tuple[str, ...], place: str, column: str) -> int:  # noqa: ANN401 - a label as the file has it
     """Return the place of the right choice."""
     text = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label).strip()
     found = _NO_LABEL

@@ -189,7 +189,7 @@ class Seq2SeqData(TableData[TextPair]):
             )
         return EncodedRows(encodings, labels or None)
 
-    def _tokenize(self, most: int, *texts: Any, **settings: Any) -> tuple[list[list[int]], int]:  # noqa: ANN401
+    def _tokenize(self, most: int, *texts: Any, **settings: Any) -> tuple[list[list[int]], int]:  # noqa: ANN401 - what tokenizers take
         """Return the token ids of texts, and how many were cut."""
         encoded = self.tokenizer(*texts, **settings, truncation=True, max_length=most)
         # A slow tokenizer does not tell what it cuts.

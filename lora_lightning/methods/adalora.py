@@ -46,7 +46,7 @@ class AdaLoRAAdapter(LowRankAdapter):
     lora_E: nn.Parameter
     kept: Tensor | None
 
-    def __init__(self, host: Host, **settings: Any) -> None:  # noqa: ANN401
+    def __init__(self, host: Host, **settings: Any) -> None:  # noqa: ANN401 - see `LowRankAdapter`
         super().__init__(host, **settings)
         self.lora_E = nn.Parameter(self.lora_A.new_zeros(self.r))
         # Only training needs these, so they are made when it starts and travel in `AdaLoRA.extra_state`.

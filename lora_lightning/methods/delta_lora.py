@@ -36,7 +36,7 @@ class DeltaLoRAAdapter(LowRankAdapter):
     anchor_b: Tensor
     started: Tensor
 
-    def __init__(self, host: Host, *, delta_ratio: float, start_step: int, **settings: Any) -> None:  # noqa: ANN401
+    def __init__(self, host: Host, *, delta_ratio: float, start_step: int, **settings: Any) -> None:  # noqa: ANN401 - see `LowRankAdapter`
         super().__init__(host, **settings)
         self.delta_ratio, self.start_step = delta_ratio, start_step
         self.register_buffer("anchor_a", torch.zeros_like(self.lora_A.detach()))

@@ -34,7 +34,7 @@ class DoRAAdapter(LowRankAdapter):
     magnitude: nn.Parameter
     base_norm_squared: Tensor
 
-    def __init__(self, host: Host, *, axis: MagnitudeAxis = "output", **settings: Any) -> None:  # noqa: ANN401
+    def __init__(self, host: Host, *, axis: MagnitudeAxis = "output", **settings: Any) -> None:  # noqa: ANN401 - see `LowRankAdapter`
         super().__init__(host, **settings)
         self.axis = axis
         self.register_buffer("base_norm_squared", torch.empty(0), persistent=False)
@@ -46,7 +46,7 @@ class DoRAAdapter(LowRankAdapter):
         """Return MAGNITUDE for the magnitude, else as LoRA."""
         return Role.MAGNITUDE if name == "magnitude" else super().role_of(name)
 
-    def forward(self, host: Host, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+    def forward(self, host: Host, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - the host's own signature
         """Compute m V / ‖V‖ applied to x, plus the host's bias; see `LowRankAdapter.forward`."""
         codec, norm = codec_of(host), self.norm(host)
         if self.kind is HostKind.LINEAR and codec.is_view:

@@ -49,7 +49,7 @@ class LoRADropAdapter(LowRankAdapter):
 
     shared: SharedFactors | None
 
-    def __init__(self, host: Host, **settings: Any) -> None:  # noqa: ANN401
+    def __init__(self, host: Host, **settings: Any) -> None:  # noqa: ANN401 - see `LowRankAdapter`
         super().__init__(host, **settings)
         self.register_module("shared", None)
 

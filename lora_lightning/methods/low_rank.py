@@ -95,7 +95,7 @@ class LowRankAdapter(ForwardAdapter):
             return Role.EMBEDDING
         return {"lora_A": Role.A, "lora_B": Role.B}[name]
 
-    def forward(self, host: Host, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+    def forward(self, host: Host, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - the host's own signature
         """Compute host and update together.
 
         Args:

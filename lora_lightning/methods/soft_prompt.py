@@ -135,7 +135,7 @@ class SoftPromptAdapter(ForwardAdapter):
         given["attention_mask"] = extended
         return num_real
 
-    def _trim(self, host: Host, output: Any, mask: Tensor | None, num_real: int) -> Any:  # noqa: ANN401
+    def _trim(self, host: Host, output: Any, mask: Tensor | None, num_real: int) -> Any:  # noqa: ANN401 - what the body returns
         """Drop the virtual positions from hidden states, and pool again where the body pools."""
 
         def real(states: Tensor) -> Tensor:

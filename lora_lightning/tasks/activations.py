@@ -119,7 +119,7 @@ def _autocast(precision: str) -> Iterator[None]:
         yield
 
 
-def _loss(task: AdapterTask, config: Any, tokens: int, itemsize: int) -> list[MemoryPart]:  # noqa: ANN401
+def _loss(task: AdapterTask, config: Any, tokens: int, itemsize: int) -> list[MemoryPart]:  # noqa: ANN401 - transformers' configs differ by model
     """Return what the logits of a language model take: all of them, or a chunk where the task computes them so."""
     vocabulary = _number(config, "vocab_size")
     if not vocabulary or "LM" not in task.auto_class:

@@ -162,7 +162,7 @@ def max_positions(model: Any) -> float:  # noqa: ANN401 - a transformers model
     return (getattr(config, "max_position_embeddings", None) or float("inf")) - max(virtual, default=0)
 
 
-def _own_ends(model: Any) -> list[int]:  # noqa: ANN401
+def _own_ends(model: Any) -> list[int]:  # noqa: ANN401 - a transformers model
     configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
     found: Any = next((end for config in configs if (end := getattr(config, "eos_token_id", None)) is not None), [])
     return list(found) if isinstance(found, Sequence) else [found]

@@ -56,7 +56,7 @@ class PerTokenTask(AdapterTask, abc.ABC):
     def token_sums(self, batch: Any) -> TokenSums:  # noqa: ANN401 - the data module's own type
         """Return the loss summed over the supervised tokens of a batch, their number, and how many are right."""
 
-    def compute_loss(self, batch: Any) -> StepOutput:  # noqa: ANN401
+    def compute_loss(self, batch: Any) -> StepOutput:  # noqa: ANN401 - the data module's own type
         """Return the mean loss over the supervised tokens of one batch, 0 where there is none."""
         sums = self.token_sums(batch)
         return StepOutput(sums.loss / max(sums.num_tokens, 1))
@@ -68,7 +68,7 @@ class PerTokenTask(AdapterTask, abc.ABC):
         self._totals.pop("train", None)
         super().on_train_start()
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401 - the data module's own type
         """Return the sum of a batch's losses, in units of 1,024 tokens, times what Lightning will divide it by."""
         del batch_idx
         sums = self._checked("train", self.token_sums, batch)
@@ -108,7 +108,7 @@ class PerTokenTask(AdapterTask, abc.ABC):
 
     # Helpers.
 
-    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401
+    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401 - the data module's own type
         self._totals[stage].add(self._checked(stage, self.token_sums, batch))
 
     def _log_totals(self, stage: str) -> None:

@@ -184,7 +184,7 @@ class Seq2SeqLM(PerTokenTask):
             inputs["decoder_input_ids"] = shift(labels)
         return inputs
 
-    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401
+    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401 - the data module's own type
         super()._evaluate(batch, stage)
         share = -(-self.num_generated // self.trainer.world_size)
         rows = min(share - len(self._overlaps), len(batch["input_ids"]))

@@ -98,7 +98,7 @@ def chunked_token_loss(
     parameters = list(head.parameters()) if isinstance(head, nn.Module) else []
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or trained):
-        loss, num_right = _ChunkedLoss.apply(hidden, targets, head, logit_map, chunk_size, *trained)  # type: ignore[no-untyped-call]
+        loss, num_right = _ChunkedLoss.apply(hidden, targets, head, logit_map, chunk_size, *trained)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     else:
         with torch.no_grad():
             loss, num_right = _without_gradients(hidden, targets, head, logit_map, chunk_size)
@@ -147,7 +147,7 @@ class _ChunkedLoss(Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, d_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 - torch's own context
         """Scale the gradients by that of the loss, in place: the head's may be the largest tensor of all."""
         gradients = [gradient.mul_(d_loss) for gradient in ctx.saved_tensors]
         d_hidden = gradients.pop(0) if ctx.has_hidden else None

@@ -53,7 +53,7 @@ def data_spec(data: L.LightningDataModule) -> Spec:
     return {"class_path": class_path(cls), "init_args": plain(kept)}
 
 
-def build_task(spec: Spec, method: Any, optim: dict[str, Any], cls: type[AdapterTask] | None = None) -> AdapterTask:  # noqa: ANN401
+def build_task(spec: Spec, method: Any, optim: dict[str, Any], cls: type[AdapterTask] | None = None) -> AdapterTask:  # noqa: ANN401 - a method in its plain form, or several
     """Build a task from its spec.
 
     Args:

@@ -58,8 +58,8 @@ class Recorder(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ANN401
-        batch: Any,  # noqa: ANN401
+        outputs: Any,  # noqa: ANN401 - Lightning's own type
+        batch: Any,  # noqa: ANN401 - the data module's own type
         batch_idx: int,
     ) -> None:
         """Write down the step's loss, time and memory."""
@@ -94,7 +94,7 @@ class Recorder(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        batch: Any,  # noqa: ANN401
+        batch: Any,  # noqa: ANN401 - the data module's own type
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

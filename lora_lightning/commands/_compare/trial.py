@@ -141,15 +141,15 @@ def _limit_validation(data: L.LightningDataModule, num_rows: int) -> None:
     def limited() -> Any:  # noqa: ANN401 - Lightning's own union
         loader = make()
         dataset = getattr(loader, "dataset", None)
-        if not isinstance(loader, DataLoader) or not hasattr(dataset, "__len__") or len(dataset) <= num_rows:  # type: ignore[arg-type]
+        if not isinstance(loader, DataLoader) or not hasattr(dataset, "__len__") or len(dataset) <= num_rows:  # type: ignore[arg-type]  # datasets need not be sized to torch
             return loader
         lengths = getattr(dataset, "lengths", None)
-        places = [index * len(dataset) // num_rows for index in range(num_rows)]  # type: ignore[arg-type]
+        places = [index * len(dataset) // num_rows for index in range(num_rows)]  # type: ignore[arg-type]  # datasets need not be sized to torch
         if lengths is not None:  # texts of like length together, so that little is padded
             places.sort(key=lambda place: -lengths[place])
-        return DataLoader(Subset(dataset, places), batch_size=loader.batch_size, collate_fn=loader.collate_fn)  # type: ignore[arg-type]
+        return DataLoader(Subset(dataset, places), batch_size=loader.batch_size, collate_fn=loader.collate_fn)  # type: ignore[arg-type]  # datasets need not be sized to torch
 
-    data.val_dataloader = limited  # type: ignore[method-assign]
+    data.val_dataloader = limited  # type: ignore[method-assign]  # replaced on this instance alone
 
 
 def _end_with_parent() -> None:
