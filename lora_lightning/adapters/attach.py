@@ -1,12 +1,11 @@
-"""Hang adapters on a model and take them off again: the only place that changes a host module."""
+"""Hang adapters on a model, take them off again, and iterate over them; `adapters/host.py` does it to one host."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -14,19 +13,17 @@ from lora_lightning.adapters.base import (
     Adapter,
     AttentionAdapter,
     ForwardAdapter,
-    InputAdapter,
     Method,
-    OutputAdapter,
     Role,
 )
 from lora_lightning.adapters.head import HeadAdapter
+from lora_lightning.adapters.host import hang, no_op_hook, unhang
 from lora_lightning.adapters.targets import find_modules, is_within
 from lora_lightning.adapters.view import ModelView, PlainView
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import AdapterNotCalled, ConfigError, TargetError
 
 _RECORD = "_lora_lightning_attachment"
-_ADAPTED_CLASSES: dict[type[Any], type[Any]] = {}
 A = TypeVar("A", bound=Adapter)
 
 
@@ -58,79 +55,6 @@ class _Attachment:
     was_trainable: list[str] = field(default_factory=list)
     nested_encoders: list[str] = field(default_factory=list)
     unroute: Callable[[nn.Module], None] | None = None
-
-
-class AdapterStack(nn.ModuleDict):
-    """The adapters of one host, by the name of their method, and the host's class before it was adapted."""
-
-    def __init__(self, host_class: type[nn.Module]) -> None:
-        super().__init__()
-        self.host_class = host_class
-
-    def forward(self, x: Any) -> Any:  # noqa: ANN401 - whatever the host's children hand on
-        """Return the input: a host that is an `nn.Sequential` calls each of its children in turn, this one too."""
-        return x
-
-    def of_kind(self, kind: type[Adapter]) -> list[Adapter]:
-        """Return the adapters of one kind, in the order of attaching."""
-        return [adapter for adapter in self._modules.values() if isinstance(adapter, kind)]
-
-
-class _Adapted:
-    """Mixed into a host's class, whose forward then goes to the host's adapter (see `_entrance`)."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401 - object's own signature
-        """Pickle and copy through the host's class, since an adapted class has no importable name."""
-        return _new_adapted, (self._modules[RESERVED].host_class,), self.__dict__  # type: ignore[attr-defined]  # mixed in
-
-
-def _adapted_class(host_class: type[nn.Module]) -> type[nn.Module]:
-    """Return the one class of adapted hosts of `host_class`, under the names by which transformers looks classes up."""
-    if host_class not in _ADAPTED_CLASSES:
-        alike = {"__module__": host_class.__module__, "__qualname__": host_class.__qualname__}
-        members = {**alike, "forward": _entrance(host_class)}
-        _ADAPTED_CLASSES[host_class] = type(f"Adapted{host_class.__name__}", (_Adapted, host_class), members)
-    return _ADAPTED_CLASSES[host_class]
-
-
-def _entrance(host_class: type[nn.Module]) -> Callable[..., Any]:
-    """Return a forward that hands over to the host's adapter, with the signature of the host's: callers inspect it."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
-        """Compute the host's forward with its adapter, or without it inside `disabled`."""
-        stack: AdapterStack = self._modules[RESERVED]
-        adapter = stack.of_kind(ForwardAdapter)[0]
-        compute = adapter if adapter.enabled else stack.host_class.forward
-        return compute(self, *args, **kwargs)
-
-    forward.__signature__ = inspect.signature(host_class.forward)  # type: ignore[attr-defined]  # what inspect asks for
-    return forward
-
-
-def _new_adapted(host_class: type[Any]) -> nn.Module:
-    cls = _adapted_class(host_class)
-    return cls.__new__(cls)
-
-
-def _input_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    for adapter in host._modules[RESERVED].of_kind(InputAdapter):  # type: ignore[union-attr, operator]  # AdapterStack
-        if adapter.enabled:
-            args, kwargs = adapter(host, args, kwargs)
-    return args, kwargs
-
-
-def _output_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401 - what the host returns
-    for adapter in host._modules[RESERVED].of_kind(OutputAdapter):  # type: ignore[union-attr, operator]  # AdapterStack
-        if adapter.enabled:
-            output = adapter(host, args, kwargs, output)
-    return output
-
-
-def _no_op_hook(host: nn.Module, args: tuple[Any, ...]) -> None:
-    """Do nothing: its presence turns off the fast path of `nn.TransformerEncoderLayer`, which skips its layers."""
-
-
-_HOOKS = (_input_hook, _output_hook, _no_op_hook)
 
 
 def attach(
@@ -185,7 +109,7 @@ def attach(
     record = _Attachment(methods, [name for name, parameter in named if parameter.requires_grad])
     model.requires_grad_(requires_grad=False)
     for path, name, adapter in placed:
-        _hang(model.get_submodule(path), name, adapter)
+        hang(model.get_submodule(path), name, adapter)
     _turn_off_fast_paths(model, [path for path, _, _ in placed], record)
     if any(isinstance(adapter, AttentionAdapter) for _, _, adapter in placed):
         record.unroute = view.route_attention()
@@ -214,7 +138,7 @@ def detach(model: nn.Module) -> None:
     """
     refuse_sharded(model, "detach")
     for _, host in list(iter_hosts(model)):
-        _unhang(host)
+        unhang(host)
     for module in unwrap(model).modules():  # adapters may have been attached to a part of the model
         record: _Attachment | None = module.__dict__.pop(_RECORD, None)
         if record is None:
@@ -393,38 +317,6 @@ def _check_placement(model: nn.Module, placed: Sequence[tuple[str, str, Adapter]
         raise TargetError("The same method is given twice for one module; give each its own target_modules.")
 
 
-def _hang(host: nn.Module, name: str, adapter: Adapter) -> None:
-    stack = host._modules.get(RESERVED)
-    if stack is None:
-        stack = AdapterStack(type(host))
-        host.add_module(RESERVED, stack)
-    assert isinstance(stack, AdapterStack)
-    adapter.host_class = stack.host_class
-    adapter.train(host.training)
-    stack[name] = adapter
-    if isinstance(adapter, ForwardAdapter):
-        host.__class__ = _adapted_class(stack.host_class)
-    elif isinstance(adapter, InputAdapter) and _input_hook not in host._forward_pre_hooks.values():
-        host.register_forward_pre_hook(_input_hook, with_kwargs=True)
-    elif isinstance(adapter, OutputAdapter) and _output_hook not in host._forward_hooks.values():
-        host.register_forward_hook(_output_hook, with_kwargs=True)
-
-
-def _unhang(host: nn.Module) -> None:
-    stack = host._modules.pop(RESERVED)
-    assert isinstance(stack, AdapterStack)
-    if isinstance(host, _Adapted):
-        host.__class__ = stack.host_class  # type: ignore[assignment]  # the class it had before
-    # By identity, not by handle: handles do not survive deepcopy and pickle, these module-level functions do.
-    for hooks, flags in (
-        (host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs),
-        (host._forward_hooks, host._forward_hooks_with_kwargs),
-    ):
-        for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
-            del hooks[key]
-            flags.pop(key, None)
-
-
 def _turn_off_fast_paths(model: nn.Module, paths: Sequence[str], record: _Attachment) -> None:
     """Make torch's own transformer layers call their linear layers in eval mode too.
 
@@ -435,7 +327,7 @@ def _turn_off_fast_paths(model: nn.Module, paths: Sequence[str], record: _Attach
         inside = [host for host in paths if is_within(host, [path]) or not path]
         if isinstance(module, nn.TransformerEncoderLayer):
             for host in inside:
-                model.get_submodule(host).register_forward_pre_hook(_no_op_hook)
+                model.get_submodule(host).register_forward_pre_hook(no_op_hook)
         if isinstance(module, nn.TransformerEncoder) and inside and module.use_nested_tensor:
             module.use_nested_tensor = False
             record.nested_encoders.append(path)

@@ -1,0 +1,121 @@
+"""How the adapters of one host are entered, through a class of its own or hooks; nothing else changes a host module."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lora_lightning.adapters.base import Adapter, ForwardAdapter, InputAdapter, OutputAdapter
+from lora_lightning.adapters.weights import RESERVED
+
+_ADAPTED_CLASSES: dict[type[Any], type[Any]] = {}
+
+
+class AdapterStack(nn.ModuleDict):
+    """The adapters of one host, by the name of their method, and the host's class before it was adapted."""
+
+    def __init__(self, host_class: type[nn.Module]) -> None:
+        super().__init__()
+        self.host_class = host_class
+
+    def forward(self, x: Any) -> Any:  # noqa: ANN401 - whatever the host's children hand on
+        """Return the input: a host that is an `nn.Sequential` calls each of its children in turn, this one too."""
+        return x
+
+    def of_kind(self, kind: type[Adapter]) -> list[Adapter]:
+        """Return the adapters of one kind, in the order of attaching."""
+        return [adapter for adapter in self._modules.values() if isinstance(adapter, kind)]
+
+
+class _Adapted:
+    """Mixed into a host's class, whose forward then goes to the host's adapter (see `_entrance`)."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # noqa: ANN401 - object's own signature
+        """Pickle and copy through the host's class, since an adapted class has no importable name."""
+        return _new_adapted, (self._modules[RESERVED].host_class,), self.__dict__  # type: ignore[attr-defined]  # mixed in
+
+
+def _adapted_class(host_class: type[nn.Module]) -> type[nn.Module]:
+    """Return the one class of adapted hosts of `host_class`, under the names by which transformers looks classes up."""
+    if host_class not in _ADAPTED_CLASSES:
+        alike = {"__module__": host_class.__module__, "__qualname__": host_class.__qualname__}
+        members = {**alike, "forward": _entrance(host_class)}
+        _ADAPTED_CLASSES[host_class] = type(f"Adapted{host_class.__name__}", (_Adapted, host_class), members)
+    return _ADAPTED_CLASSES[host_class]
+
+
+def _entrance(host_class: type[nn.Module]) -> Callable[..., Any]:
+    """Return a forward that hands over to the host's adapter, with the signature of the host's: callers inspect it."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
+        """Compute the host's forward with its adapter, or without it inside `disabled`."""
+        stack: AdapterStack = self._modules[RESERVED]
+        adapter = stack.of_kind(ForwardAdapter)[0]
+        compute = adapter if adapter.enabled else stack.host_class.forward
+        return compute(self, *args, **kwargs)
+
+    forward.__signature__ = inspect.signature(host_class.forward)  # type: ignore[attr-defined]  # what inspect asks for
+    return forward
+
+
+def _new_adapted(host_class: type[Any]) -> nn.Module:
+    cls = _adapted_class(host_class)
+    return cls.__new__(cls)
+
+
+def _input_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    for adapter in host._modules[RESERVED].of_kind(InputAdapter):  # type: ignore[union-attr, operator]  # AdapterStack
+        if adapter.enabled:
+            args, kwargs = adapter(host, args, kwargs)
+    return args, kwargs
+
+
+def _output_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401 - what the host returns
+    for adapter in host._modules[RESERVED].of_kind(OutputAdapter):  # type: ignore[union-attr, operator]  # AdapterStack
+        if adapter.enabled:
+            output = adapter(host, args, kwargs, output)
+    return output
+
+
+def no_op_hook(host: nn.Module, args: tuple[Any, ...]) -> None:
+    """Do nothing: its presence turns off the fast path of `nn.TransformerEncoderLayer`, which skips its layers."""
+
+
+_HOOKS = (_input_hook, _output_hook, no_op_hook)
+
+
+def hang(host: nn.Module, name: str, adapter: Adapter) -> None:
+    """Make an adapter a child of its host and have it called, under the name of its method."""
+    stack = host._modules.get(RESERVED)
+    if stack is None:
+        stack = AdapterStack(type(host))
+        host.add_module(RESERVED, stack)
+    assert isinstance(stack, AdapterStack)
+    adapter.host_class = stack.host_class
+    adapter.train(host.training)
+    stack[name] = adapter
+    if isinstance(adapter, ForwardAdapter):
+        host.__class__ = _adapted_class(stack.host_class)
+    elif isinstance(adapter, InputAdapter) and _input_hook not in host._forward_pre_hooks.values():
+        host.register_forward_pre_hook(_input_hook, with_kwargs=True)
+    elif isinstance(adapter, OutputAdapter) and _output_hook not in host._forward_hooks.values():
+        host.register_forward_hook(_output_hook, with_kwargs=True)
+
+
+def unhang(host: nn.Module) -> None:
+    """Take a host's adapters off; it is then as it was."""
+    stack = host._modules.pop(RESERVED)
+    assert isinstance(stack, AdapterStack)
+    if isinstance(host, _Adapted):
+        host.__class__ = stack.host_class  # type: ignore[assignment]  # the class it had before
+    # By identity, not by handle: handles do not survive deepcopy and pickle, these module-level functions do.
+    for hooks, flags in (
+        (host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs),
+        (host._forward_hooks, host._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+            del hooks[key]
+            flags.pop(key, None)
