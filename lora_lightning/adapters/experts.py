@@ -1,4 +1,4 @@
-"""The weights of a module that holds many experts: one 3-D parameter for each projection, as transformers lays them out.
+"""The weights of a module that holds many experts: a 3-D parameter for each projection, as transformers lays them out.
 
 transformers' mixtures of experts (Mixtral, Qwen-MoE, DeepSeek, GPT-OSS, …) share one layout, its experts interface: a
 module with `gate_up_proj` (or `up_proj` where `has_gate` is false) and `down_proj`, with biases where `has_bias` says

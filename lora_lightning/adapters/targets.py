@@ -188,8 +188,8 @@ def _matching(places: Mapping[str, nn.Module], targets: Sequence[str] | str, set
     if missing:
         hints = " ".join(_parameter_hint(name, places) or _nearest(name, candidates[name]) for name in missing)
         raise TargetError(f"{setting}: no module is called {', '.join(map(repr, missing))}. {hints}")
-    chosen = {path for target in targets for path in candidates[target] if has_suffix(path, target)}
-    return [path for path in places if path in chosen]
+    found = {path for target in targets for path in candidates[target] if has_suffix(path, target)}
+    return [path for path in places if path in found]
 
 
 def _is_parameter(path: str, place: nn.Module) -> bool:

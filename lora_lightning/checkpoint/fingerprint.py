@@ -22,9 +22,9 @@ def fingerprint(model: nn.Module) -> str:
     The digest covers, for every host in the order of its path: the path, the shape of its dense weight, and 1,024
     evenly strided values of it (all of them in a smaller weight) as float32; of a module of experts, each 3-D
     parameter. It does not depend on the device, nor on whether adapters are enabled, nor on the dtype as long as the
-    values survive the cast to float32. A base that `load_backbone` quantized has the fingerprint of the dense one, since
-    the values are those before quantizing; one that was quantized elsewhere has a fingerprint of its own. A module that
-    is trained as a full copy (a head) does not count: its own starting values are replaced by the copy.
+    values survive the cast to float32. A base that `load_backbone` quantized has the fingerprint of the dense one,
+    since the values are those before quantizing; one that was quantized elsewhere has a fingerprint of its own. A
+    module that is trained as a full copy (a head) does not count: its own starting values are replaced by the copy.
 
     Args:
         model: A model with adapters attached.

@@ -152,10 +152,12 @@ def merge_and_measure(model: nn.Module, dtypes: dict[str, torch.dtype]) -> tuple
     """
     check_mergeable(model)
     layers = [
-        measure(path if name == "weight" else join(path, name), *weights, dtypes.get(join(path, name), torch.float32))
+        measure(
+            path if name == "weight" else join(path, name), weight, merged, dtypes.get(join(path, name), torch.float32)
+        )
         for path, host, adapter in iter_adapters(model)
         if not is_copy(adapter) and adapter.changes_weights
-        for name, *weights in adapter.merged_weights(host)
+        for name, weight, merged in adapter.merged_weights(host)
     ]
     merge(model)
     return tuple(layers)

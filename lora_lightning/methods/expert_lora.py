@@ -99,7 +99,7 @@ class ExpertLoRAAdapter(ForwardAdapter):
         check_experts(host)
         order, counts = by_expert(top_k_index, host.num_experts)
         num_tokens, num_chosen = top_k_index.shape
-        inputs = hidden_states[order // num_chosen].split(counts)
+        inputs = torch.split(hidden_states[order // num_chosen], counts)
         up_name = "gate_up_proj" if host.has_gate else "up_proj"
         up, down = self._projection(host, up_name), self._projection(host, "down_proj")
         activate = host._apply_gate if host.has_gate else host.act_fn

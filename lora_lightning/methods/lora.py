@@ -114,7 +114,7 @@ class LoRA(TargetedMethod):
     def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
         """Build one adapter per host; see `Method.adapters`."""
         hosts = select_hosts(view, self)
-        experts = {path: [] for path, host in hosts if expert_weights(host)}
+        experts: dict[str, list[str]] = {path: [] for path, host in hosts if expert_weights(host)}
         paths = [path for path, _ in hosts]
         for path, _ in select_weights(view, self) if experts else ():
             holder, _, name = path.rpartition(".")
