@@ -108,7 +108,7 @@ class ExpertLoRAAdapter(ForwardAdapter):
         if getattr(host, "has_post_expert_norm", False):
             output = host.post_expert_norm(output)
         weighted = output * top_k_weights.flatten()[order, None]
-        by_token = weighted[order.argsort()].view(num_tokens, num_chosen, -1)
+        by_token = weighted[order.argsort()].view(num_tokens, num_chosen, output.shape[1])
         return by_token.sum(1).to(hidden_states.dtype)
 
     def _projection(self, host: Host, name: str) -> _Projection:
