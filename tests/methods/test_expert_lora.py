@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+from bitsandbytes.nn import Params4bit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import MixtralForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from lora_lightning import DoRA, LoRA, adapter_state_dict, disabled, load_adapter_state_dict
@@ -15,6 +18,8 @@ from lora_lightning.adapters import detach, iter_adapters, iter_roles, require_c
 from lora_lightning.adapters.experts import expert_weights
 from lora_lightning.adapters.targets import select_weights
 from lora_lightning.backbones.attach import attach, merge
+from lora_lightning.backbones.load import load_backbone
+from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.backbones.view import view_of
 from lora_lightning.checkpoint.fingerprint import fingerprint
 from lora_lightning.checkpoint.merging import merge_and_measure
@@ -259,6 +264,19 @@ def test_experts_of_another_layout_are_refused_by_name() -> None:
         TargetError, match="which cannot be adapted; its 3-D parameters are not laid out, stored or run"
     ):
         attach(packed, EXPERTS)
+
+
+def test_experts_of_a_4bit_base_stay_dense_and_adapt(tmp_path: Path) -> None:
+    wide = models.build("mixtral").config
+    wide.update({"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1})
+    MixtralForCausalLM(wide).save_pretrained(tmp_path)
+    four_bits = Quantization(compute_dtype="float32")
+    model = load_backbone(str(tmp_path), "AutoModelForCausalLM", quantization=four_bits).model
+    attach(model, LoRA(r=4, target_modules=["q_proj", "experts"]))
+    assert isinstance(model.model.layers[0].self_attn.q_proj.weight, Params4bit)
+    assert model.model.layers[0].mlp.experts.down_proj.dtype is torch.float32
+    models.logits(models.perturb(model)).square().mean().backward()
+    assert all(parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_state_copies_and_pickles() -> None:
