@@ -95,10 +95,6 @@ class PeftConfig:
             return True
         return self._layer(path) in self.layers_to_transform
 
-    def takes_parameter(self, path: str) -> bool:
-        """Tell whether a parameter is a target by PEFT's rules, which for parameters know no layers and exclusions."""
-        return any(path == target or path.endswith(f".{target}") for target in self.target_parameters)
-
     def _layer(self, path: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){name}\." for name in self.layers_pattern] or [r".*?\.[^.]*\."]
         found = (re.match(rf"{pattern}(\d+)\.", path) for pattern in patterns)

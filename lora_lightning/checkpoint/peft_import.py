@@ -19,7 +19,7 @@ from lora_lightning.adapters import (
     is_attached,
     load_adapter_state_dict,
 )
-from lora_lightning.adapters.targets import select_weights
+from lora_lightning.adapters.targets import has_suffix, select_weights
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec
 from lora_lightning.backbones.attach import attach
@@ -111,7 +111,7 @@ def read_peft_folder(model: nn.Module, folder: Path) -> PeftFolder:
         raise CheckpointError(f"{folder / PEFT_WEIGHTS_NAME} holds no LoRA tensor; the file is no adapter of PEFT.")
     _check_base_parameters(model, found, folder)
     view = view_of(model)
-    parameters = [path for path in parameter_paths(modules) if config.takes_parameter(path)]
+    parameters = _parameters(modules, config, folder)
     ranks = {path: config.rank_and_alpha(path)[0] for path in parameters}
     found = replace(found, low_rank=own_names(found.low_rank, ranks))
     hosts = _hosts(modules, config, found, view, parameters)
@@ -170,6 +170,23 @@ def _warn_of_other_base(model: nn.Module, config: PeftConfig, folder: Path) -> N
             "the base's weights are not.",
             stacklevel=4,
         )
+
+
+def _parameters(modules: Mapping[str, nn.Module], config: PeftConfig, folder: Path) -> list[str]:
+    """Return the parameters of experts that the config names.
+
+    Raises:
+        CheckpointError: It names other parameters.
+    """
+    known = parameter_paths(modules)
+    other = [one for one in config.target_parameters if not any(has_suffix(path, one) for path in known)]
+    if other:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: target_parameters names {', '.join(map(repr, other[:3]))}, and this model has no "
+            "such parameter of experts in the layout of transformers' experts interface; load the base that it was "
+            "trained on, or merge the adapter with PEFT."
+        )
+    return [path for path in known if any(has_suffix(path, one) for one in config.target_parameters)]
 
 
 def _hosts(
