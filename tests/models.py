@@ -130,6 +130,62 @@ def _gemma3() -> nn.Module:
     return transformers.Gemma3ForCausalLM(config)
 
 
+_MIXTURE = {**_DECODER, "num_experts_per_tok": 2}
+
+
+def _mixtral() -> nn.Module:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**_MIXTURE, num_local_experts=4))
+
+
+def _qwen2_moe() -> nn.Module:
+    config = transformers.Qwen2MoeConfig(
+        **_MIXTURE, num_experts=4, moe_intermediate_size=24, shared_expert_intermediate_size=40, decoder_sparse_step=1
+    )
+    return transformers.Qwen2MoeForCausalLM(config)
+
+
+def _qwen3_moe() -> nn.Module:
+    config = transformers.Qwen3MoeConfig(**_MIXTURE, num_experts=4, moe_intermediate_size=24, head_dim=8)
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+def _gpt_oss() -> nn.Module:
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = transformers.GptOssConfig(
+        **_MIXTURE, num_local_experts=4, head_dim=8, sliding_window=8, rope_parameters=rope
+    )
+    return transformers.GptOssForCausalLM(config)
+
+
+def _deepseek_v3() -> nn.Module:
+    config = transformers.DeepseekV3Config(
+        **_MIXTURE | {"num_key_value_heads": 4},
+        n_routed_experts=4,
+        moe_intermediate_size=24,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=0,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    )
+    return transformers.DeepseekV3ForCausalLM(config)
+
+
+def _nemotron_h() -> nn.Module:
+    config = transformers.NemotronHConfig(
+        **{key: value for key, value in _MIXTURE.items() if key != "num_hidden_layers"},
+        layers_block_type=["attention", "moe"],
+        n_routed_experts=4,
+        moe_intermediate_size=24,
+        moe_shared_expert_intermediate_size=24,
+        head_dim=8,
+    )
+    return transformers.NemotronHForCausalLM(config)
+
+
 def _t5() -> nn.Module:
     config = transformers.T5Config(
         vocab_size=VOCABULARY,
@@ -200,6 +256,16 @@ _BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "t5": _t5,
 }
 ARCHITECTURES = tuple(_BUILDERS)
+_MIXTURES: dict[str, Callable[[], nn.Module]] = {
+    "mixtral": _mixtral,
+    "qwen2_moe": _qwen2_moe,
+    "qwen3_moe": _qwen3_moe,
+    "gpt_oss": _gpt_oss,
+    "deepseek_v3": _deepseek_v3,
+    "nemotron_h": _nemotron_h,
+}
+MIXTURES = tuple(_MIXTURES)
+"""Mixtures of experts, which share the layout of their experts' 3-D parameters."""
 
 _RELATIVES: dict[str, Callable[[], nn.Module]] = {
     "camembert": _like_bert("Camembert", max_position_embeddings=34, pad_token_id=1),
@@ -219,7 +285,7 @@ RELATIVES = tuple(_RELATIVES)
 def build(name: str, seed: int = 0) -> nn.Module:
     """Build a tiny model with random weights, in eval mode; norms and biases are random too."""
     torch.manual_seed(seed)
-    model = {**_BUILDERS, **_RELATIVES}[name]()
+    model = {**_BUILDERS, **_RELATIVES, **_MIXTURES}[name]()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -84,13 +84,27 @@ class Adapter(nn.Module):
 
     def merge_into(self, host: nn.Module) -> None:
         """Fold this adapter into its host; `check_mergeable` has passed. Called with gradients off."""
+        for _, _, merged in self.merged_weights(host):
+            write_weight(host, merged)
+
+    def merged_weights(self, host: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Iterate over `(parameter of the host, its weight, its merged weight)`, both float32 or wider.
+
+        An adapter that changes several parameters of its host overrides this, and `merge_into`.
+        """
         weight = read_weight(host)
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        write_weight(host, self.merged_weight(host, wide))
+        yield "weight", wide, self.merged_weight(host, wide)
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether merging changes weights of the host, and `merged_weights` gives them."""
+        own = type(self)
+        return (own.merged_weight, own.merged_weights) != (Adapter.merged_weight, Adapter.merged_weights)
 
     def check_mergeable(self, host: nn.Module) -> None:
         """Raise NotMergeable, with the reason, where this adapter cannot be folded into its host."""
-        if type(self).merged_weight is Adapter.merged_weight:
+        if not self.changes_weights:
             name = type(self).__name__
             raise NotMergeable(
                 f"{name} changes more than a weight and cannot be merged; keep it attached, and load its adapter "
@@ -268,7 +282,9 @@ class TargetedMethod(Method):
     Args:
         target_modules: Path suffixes (`["query", "value"]`), a regular expression that must match a whole path, or
             `all-linear` (every supported linear layer outside the output head). None takes the usual ones of the
-            model type, else `all-linear`.
+            model type, else `all-linear`. A module of experts (a mixture's 3-D parameters) is taken only where it is
+            named, such as `experts` or, for single parameters, `experts.down_proj` in a list; `all-linear` leaves it
+            out, as in PEFT.
         exclude_modules: Path suffixes or a regular expression of modules to leave out.
         layers_to_transform: Indices of the layers (blocks) to adapt; None means all.
     """
@@ -276,6 +292,9 @@ class TargetedMethod(Method):
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
+
+    takes_experts: ClassVar[bool] = False
+    """Whether a module of experts, whose weights are 3-D parameters, can be a host."""
 
     training_settings: ClassVar[frozenset[str]] = Method.training_settings | {
         "target_modules",

@@ -5,14 +5,15 @@ from __future__ import annotations
 import difflib
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from torch import nn
 
 from lora_lightning.adapters.base import TargetedMethod
+from lora_lightning.adapters.experts import check_experts, expert_weights, is_expert_weight
 from lora_lightning.adapters.view import ModelView
-from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec
+from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec, original_class
 from lora_lightning.errors import ConfigError, TargetError
 
 ALL_LINEAR = "all-linear"
@@ -65,17 +66,47 @@ def select_hosts(view: ModelView, method: TargetedMethod) -> list[tuple[str, nn.
         TargetError: Nothing matches, an entry of a list matches nothing, or a match cannot be adapted.
         ConfigError: A regular expression is malformed.
     """
+    hosts: dict[str, nn.Module] = {}
+    for path, host in select_weights(view, method):
+        hosts[path.rpartition(".")[0] if _is_parameter(path, host) else path] = host
+    return list(hosts.items())
+
+
+def select_weights(view: ModelView, method: TargetedMethod) -> list[tuple[str, nn.Module]]:
+    """Return what `select_hosts` does, but a module of experts once for each chosen parameter, by that one's path."""
     modules = {path: module for path, module in view.model.named_modules() if RESERVED not in path.split(".")}
+    places = _with_expert_weights(modules)
     saved = [path for path in modules if any(has_suffix(path, name) for name in method.modules_to_save or [])]
     targets = method.target_modules or view.usual_targets() or ALL_LINEAR
     if targets == ALL_LINEAR:
         chosen = _all_linear(modules, [*view.head_paths(), *saved])
     else:
-        chosen = _matching(modules, targets, "target_modules")
-    chosen = _exclude(modules, chosen, method)
+        chosen = _matching(places, targets, "target_modules")
+    chosen = _exclude(places, _by_parameter(places, set(chosen)), method)
     chosen = _keep_layers(chosen, method.layers_to_transform)
-    _refuse_unsupported(modules, chosen, saved)
-    return [(path, modules[path]) for path in chosen]
+    _refuse_unsupported(places, chosen, saved, method)
+    return [(path, places[path]) for path in chosen]
+
+
+def _with_expert_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the modules by path, and after each module of experts that module once more by each parameter's path."""
+    places: dict[str, nn.Module] = {}
+    for path, module in modules.items():
+        places[path] = module
+        places |= {f"{path}.{name}" if path else name: module for name in expert_weights(module)}
+    return places
+
+
+def _by_parameter(places: Mapping[str, nn.Module], chosen: Collection[str]) -> list[str]:
+    """Put all parameters of a chosen module of experts in its place."""
+    kept = []
+    for path, place in places.items():
+        if _is_parameter(path, place):
+            is_taken = path in chosen or path.rpartition(".")[0] in chosen
+        else:
+            is_taken = path in chosen and not expert_weights(place)
+        kept += [path] if is_taken else []
+    return kept
 
 
 def find_modules(model: nn.Module, names: Sequence[str], setting: str) -> list[str]:
@@ -137,7 +168,12 @@ def _all_linear(modules: Mapping[str, nn.Module], left_out: Sequence[str]) -> li
     return chosen
 
 
-def _matching(modules: Mapping[str, nn.Module], targets: Sequence[str] | str, setting: str) -> list[str]:
+def _matching(places: Mapping[str, nn.Module], targets: Sequence[str] | str, setting: str) -> list[str]:
+    """Return the paths that `targets` matches; a parameter of experts only by a suffix that names its module too.
+
+    Without that, `down_proj` would take the experts' beside the linear layers of that name.
+    """
+    modules = [path for path, place in places.items() if not _is_parameter(path, place)]
     if isinstance(targets, str):
         pattern = _compile(targets, setting)
         chosen = [path for path in modules if pattern.fullmatch(path)]
@@ -147,25 +183,62 @@ def _matching(modules: Mapping[str, nn.Module], targets: Sequence[str] | str, se
                 f"{_nearest(targets, modules)}"
             )
         return chosen
-    missing = [target for target in targets if not any(has_suffix(path, target) for path in modules)]
+    candidates = {target: list(places) if "." in target else modules for target in targets}
+    missing = [target for target in targets if not any(has_suffix(path, target) for path in candidates[target])]
     if missing:
-        hints = " ".join(_nearest(name, modules) for name in missing)
+        hints = " ".join(_parameter_hint(name, places) or _nearest(name, candidates[name]) for name in missing)
         raise TargetError(f"{setting}: no module is called {', '.join(map(repr, missing))}. {hints}")
-    return [path for path in modules if any(has_suffix(path, target) for target in targets)]
+    found = {path for target in targets for path in candidates[target] if has_suffix(path, target)}
+    return [path for path in places if path in found]
 
 
-def _refuse_unsupported(modules: Mapping[str, nn.Module], chosen: Sequence[str], saved: Sequence[str]) -> None:
+def _is_parameter(path: str, place: nn.Module) -> bool:
+    """Tell whether a place is a parameter of experts, and not a module."""
+    return is_expert_weight(place, path.rpartition(".")[2])
+
+
+def _parameter_hint(name: str, places: Mapping[str, nn.Module]) -> str | None:
+    """Return how to name a parameter of experts that was named without its module."""
+    found = next(
+        (path for path, place in places.items() if _is_parameter(path, place) and has_suffix(path, name)), None
+    )
+    if found is None:
+        return None
+    return f"It is a parameter of a module of experts; write {'.'.join(found.split('.')[-2:])!r}."
+
+
+def _refuse_unsupported(
+    modules: Mapping[str, nn.Module], chosen: Sequence[str], saved: Sequence[str], method: TargetedMethod
+) -> None:
     for path in chosen:
         if is_within(path, saved):
             raise TargetError(f"{path!r} is both a target and in modules_to_save; take it out of one of them.")
         _refuse_attention_output(modules, path, "target_modules")
         module = modules[path]
-        if find_codec(module) is None:
+        if expert_weights(module):
+            _refuse_experts(path, module, method)
+        elif find_codec(module) is None:
             inner = [
                 p.removeprefix(path + ".") for p, m in modules.items() if p.startswith(path + ".") and find_codec(m)
             ]
-            hint = f"it holds {', '.join(inner[:6])}" if inner else "adapters hang on linear, embedding and conv layers"
+            hint = f"it holds {', '.join(inner[:6])}" if inner else _supported(module)
             raise TargetError(f"{path!r} is a {type(module).__name__}, which cannot be adapted; {hint}.")
+
+
+def _refuse_experts(path: str, host: nn.Module, method: TargetedMethod) -> None:
+    if not method.takes_experts:
+        raise TargetError(
+            f"{type(method).__name__} does not adapt experts, and {path!r} is a 3-D parameter of "
+            f"{original_class(host).__name__}; leave the experts out of the targets, or use LoRA."
+        )
+    check_experts(host)
+
+
+def _supported(module: nn.Module) -> str:
+    """Return what can be adapted, as the end of a sentence about a module that cannot."""
+    if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
+        return "its 3-D parameters are not laid out, stored or run as transformers' experts interface has them"
+    return "adapters hang on linear, embedding and conv layers, and on modules of experts"
 
 
 def _exclude(modules: Mapping[str, nn.Module], chosen: list[str], method: TargetedMethod) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.weights import codec_of, read_weight
+from lora_lightning.adapters.experts import expert_weights
+from lora_lightning.adapters.weights import Host, codec_of, read_weight
 
 SAMPLES = 1024
 _KEPT = "_dense_sample"
@@ -46,3 +47,15 @@ def host_sample(host: nn.Module) -> tuple[Tensor, bool]:
     if kept is not None:
         return kept, True
     return sample(read_weight(host)), codec_of(host).write is not None
+
+
+def host_samples(host: Host) -> dict[str, tuple[tuple[int, ...], Tensor, bool]]:
+    """Return shape, sample and `are_original` (see `host_sample`) of every weight of a host.
+
+    By the names of the parameters of an experts module, `[experts, ...]` as they are stored; any other host has one
+    weight, `[out, in]`, under an empty name.
+    """
+    stacked = {name: host._parameters[name] for name in expert_weights(host)}
+    if stacked:
+        return {name: (tuple(weight.shape), sample(weight.flatten(0, 1)), True) for name, weight in stacked.items()}
+    return {"": (tuple(codec_of(host).shape(host)), *host_sample(host))}

@@ -9,9 +9,10 @@ from torch import nn
 from lora_lightning.adapters import iter_adapters
 from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.base import Role
+from lora_lightning.adapters.experts import expert_weights
 from lora_lightning.adapters.targets import is_within
-from lora_lightning.adapters.weights import RESERVED, codec_of, find_codec
-from lora_lightning.backbones.samples import host_sample
+from lora_lightning.adapters.weights import RESERVED, find_codec
+from lora_lightning.backbones.samples import host_samples
 from lora_lightning.errors import CheckpointError
 
 
@@ -19,11 +20,11 @@ def fingerprint(model: nn.Module) -> str:
     """Digest the frozen weights that the adapters of a model stand on.
 
     The digest covers, for every host in the order of its path: the path, the shape of its dense weight, and 1,024
-    evenly strided values of it (all of them in a smaller weight) as float32. It does not depend on the device, nor on
-    whether adapters are enabled, nor on the dtype as long as the values survive the cast to float32. A base that
-    `load_backbone` quantized has the fingerprint of the dense one, since the values are those before quantizing; one
-    that was quantized elsewhere has a fingerprint of its own. A module that is trained as a full copy (a head) does
-    not count: its own starting values are replaced by the copy.
+    evenly strided values of it (all of them in a smaller weight) as float32; of a module of experts, each 3-D
+    parameter. It does not depend on the device, nor on whether adapters are enabled, nor on the dtype as long as the
+    values survive the cast to float32. A base that `load_backbone` quantized has the fingerprint of the dense one,
+    since the values are those before quantizing; one that was quantized elsewhere has a fingerprint of its own. A
+    module that is trained as a full copy (a head) does not count: its own starting values are replaced by the copy.
 
     Args:
         model: A model with adapters attached.
@@ -33,10 +34,10 @@ def fingerprint(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for path, host in sorted(_hosts(model).items()):
-        values, are_original = host_sample(host)
-        digest.update(f"{path}\0{tuple(codec_of(host).shape(host))}\0".encode())
-        digest.update(b"" if are_original else b"quantized\0")
-        digest.update(values.numpy().astype("<f4", copy=False).tobytes())
+        for name, (shape, values, are_original) in host_samples(host).items():
+            digest.update(f"{join(path, name)}\0{shape}\0".encode())
+            digest.update(b"" if are_original else b"quantized\0")
+            digest.update(values.numpy().astype("<f4", copy=False).tobytes())
     return digest.hexdigest()
 
 
@@ -69,7 +70,7 @@ def _hosts(model: nn.Module) -> dict[str, nn.Module]:
     for path, host, roles in found:
         if roles == {Role.HEAD}:
             continue
-        inside = {path: host} if find_codec(host) is not None else _layers(path, host)
+        inside = {path: host} if _has_weight(host) else _layers(path, host)
         hosts |= {name: layer for name, layer in inside.items() if name == path or not is_within(name, copied)}
     return hosts
 
@@ -79,5 +80,9 @@ def _layers(path: str, host: nn.Module) -> dict[str, nn.Module]:
     return {
         join(path, name): module
         for name, module in host.named_modules()
-        if RESERVED not in name.split(".") and find_codec(module) is not None
+        if RESERVED not in name.split(".") and _has_weight(module)
     }
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return find_codec(module) is not None or bool(expert_weights(module))

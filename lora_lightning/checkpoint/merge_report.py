@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from lora_lightning.adapters import Adapter
-from lora_lightning.adapters.weights import read_weight
 from lora_lightning.errors import NotMergeable
 
 THRESHOLD = 0.5
@@ -168,20 +166,17 @@ class UpdateLost(NotMergeable):
 
 
 @torch.no_grad()
-def measure(path: str, host: nn.Module, adapter: Adapter, dtype: torch.dtype) -> LayerMerge:
-    """Compare a layer's update in float32 with what a cast to `dtype` leaves of it; nothing is changed.
+def measure(path: str, weight: Tensor, merged: Tensor, dtype: torch.dtype) -> LayerMerge:
+    """Compare a weight's update in float32 with what a cast to `dtype` leaves of it; nothing is changed.
 
     Args:
-        path: The host's path.
-        host: The host; its weight is float32 or wider.
-        adapter: Its adapter.
+        path: The layer's path.
+        weight: Its weight, float32 or wider.
+        merged: Its merged weight, likewise; see `Adapter.merged_weights`.
         dtype: What the merged weight is going to be cast to.
     """
-    weight = read_weight(host)
-    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    merged = adapter.merged_weight(host, wide)
-    left = merged.to(dtype).to(wide.dtype) - wide.to(dtype).to(wide.dtype)
-    update = merged - wide
+    left = merged.to(dtype).to(weight.dtype) - weight.to(dtype).to(weight.dtype)
+    update = merged - weight
     changed = update != 0
     return LayerMerge(
         path=path,

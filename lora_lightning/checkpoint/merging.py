@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_lightning.adapters import Adapter, attached_methods, is_attached, iter_adapters
+from lora_lightning.adapters import attached_methods, is_attached, iter_adapters
+from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.merge import check_mergeable, refuse_unmergeable_kinds
 from lora_lightning.backbones.attach import merge
 from lora_lightning.backbones.load import load_tokenizer
@@ -151,9 +152,12 @@ def merge_and_measure(model: nn.Module, dtypes: dict[str, torch.dtype]) -> tuple
     """
     check_mergeable(model)
     layers = [
-        measure(path, host, adapter, dtypes.get(f"{path}.weight", torch.float32))
+        measure(
+            path if name == "weight" else join(path, name), weight, merged, dtypes.get(join(path, name), torch.float32)
+        )
         for path, host, adapter in iter_adapters(model)
-        if not is_copy(adapter) and type(adapter).merged_weight is not Adapter.merged_weight
+        if not is_copy(adapter) and adapter.changes_weights
+        for name, weight, merged in adapter.merged_weights(host)
     ]
     merge(model)
     return tuple(layers)

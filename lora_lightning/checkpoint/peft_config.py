@@ -48,7 +48,8 @@ class PeftConfig:
         use_dora: Whether the adapter is DoRA.
         target_modules: Path suffixes, a regular expression for whole paths, `all-linear`, or None where the file does
             not say.
-        exclude_modules: The same, for modules left out.
+        target_parameters: Path suffixes of the 3-D parameters of experts.
+        exclude_modules: The same as `target_modules`, for modules left out.
         layers_to_transform: Layer indices, or None for all.
         layers_pattern: Names of the lists of layers, or empty for any.
         modules_to_save: Endings of the paths of modules trained as copies.
@@ -64,6 +65,7 @@ class PeftConfig:
     use_rslora: bool
     use_dora: bool
     target_modules: list[str] | str | None
+    target_parameters: list[str]
     exclude_modules: list[str] | str | None
     layers_to_transform: list[int] | None
     layers_pattern: list[str]
@@ -234,6 +236,7 @@ _FIELDS: dict[str, tuple[str, str, Callable[[object], bool], Any]] = {
     "use_rslora": ("use_rslora", "true or false", _is_flag, False),
     "use_dora": ("use_dora", "true or false", _is_flag, False),
     "target_modules": ("target_modules", "a list of names, a text or null", _is_names_or_text, None),
+    "target_parameters": ("target_parameters", _NAMES, _is_names, []),
     "exclude_modules": ("exclude_modules", "a list of names, a text or null", _is_names_or_text, None),
     "layers_to_transform": ("layers_to_transform", "whole numbers from 0, or null", _is_layers, None),
     "layers_pattern": ("layers_pattern", "a list of names, a text or null", _is_names_or_text, ""),

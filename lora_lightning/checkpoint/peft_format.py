@@ -17,10 +17,18 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters import Adapter, Role, attached_methods, folded_state_dict, iter_adapters
 from lora_lightning.adapters.weights import RESERVED, HostKind, original_class
+from lora_lightning.checkpoint.peft_experts import flatten, own_names, wrapper_paths
 from lora_lightning.checkpoint.peft_keys import PREFIX
-from lora_lightning.checkpoint.peft_updates import Update, computed_update, stored_update, why_no_update
+from lora_lightning.checkpoint.peft_updates import (
+    Update,
+    computed_update,
+    expert_updates,
+    stored_update,
+    why_no_update,
+)
 from lora_lightning.methods import DoRA, LoRA
 from lora_lightning.methods.dora import DoRAAdapter
+from lora_lightning.methods.expert_lora import ExpertLoRAAdapter
 
 # PEFT picks its wrapper by `task_type`; for classifiers that wrapper adds names of its own to `modules_to_save`.
 _TASK_TYPES: Mapping[str, str] = {
@@ -56,6 +64,11 @@ class _Parts:
     low_rank: dict[str, Update]
     heads: list[str]
 
+    @property
+    def parameters(self) -> list[str]:
+        """Paths of the adapted parameters of experts."""
+        return [path for path, update in self.low_rank.items() if update.kind is None]
+
 
 def to_peft(
     model: nn.Module, state: Mapping[str, Tensor] | None = None, *, as_lora: bool = False
@@ -77,7 +90,7 @@ def to_peft(
     parts = _sort_adapters(model, state, as_lora=as_lora)
     if parts is None:
         return None
-    paths = [path for path, _ in model.named_modules() if path and RESERVED not in path.split(".")]
+    paths = _module_paths(model)
     task_type = _task_type(model)
     extra = _extra_copies(paths, parts, task_type)
     if extra is None:  # without a task type PEFT adds no names of its own
@@ -135,12 +148,14 @@ def from_peft(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[st
             own[f"{match[1]}.magnitude"] = tensor.flatten()
         else:
             own[f"{match[1]}.{match[2] or f'lora_{match[3]}'}"] = tensor.flatten(1)
-    return own
+    parameters, special = config.get("target_parameters") or (), config.get("rank_pattern") or {}
+    return own_names(own, {path: special.get(_exactly(path), config["r"]) for path in parameters})
 
 
 def method_of(config: Mapping[str, Any]) -> LoRA:
     """Return the method that a config of `to_peft` describes."""
     cls = DoRA if config["use_dora"] else LoRA
+    targets, parameters = config["target_modules"], config.get("target_parameters")
     return cls(
         r=config["r"],
         alpha=config["lora_alpha"],
@@ -148,7 +163,7 @@ def method_of(config: Mapping[str, Any]) -> LoRA:
         scaling="rslora" if config["use_rslora"] else "standard",
         rank_pattern=config["rank_pattern"] or None,
         alpha_pattern=config["alpha_pattern"] or None,
-        target_modules=config["target_modules"],
+        target_modules=[*targets, *parameters] if parameters else targets,
         modules_to_save=config["modules_to_save"],
     )
 
@@ -161,12 +176,39 @@ def _sort_adapters(model: nn.Module, state: Mapping[str, Tensor], *, as_lora: bo
         if is_copy(adapter) and path:
             heads.append(path)
             continue
-        update = computed_update(host, adapter) if as_lora else stored_update(path, host, adapter, state)
-        if update is None or not path or path in low_rank:
+        if isinstance(adapter, ExpertLoRAAdapter):
+            updates = _expert_updates(path, host, adapter, as_lora=as_lora)
+        else:
+            one = computed_update(host, adapter) if as_lora else stored_update(path, host, adapter, state)
+            updates = {} if one is None else {path: one}
+        if not updates or not path or updates.keys() & low_rank.keys():
             return None
-        low_rank[path] = update
+        low_rank |= updates
     kinds = {update.magnitude is None for update in low_rank.values()}
-    return _Parts(low_rank, heads) if len(kinds) == 1 else None
+    parts = _Parts(low_rank, heads)
+    return parts if len(kinds) == 1 and _names_parameters_alone(model, parts) else None
+
+
+def _names_parameters_alone(model: nn.Module, parts: _Parts) -> bool:
+    """Tell whether PEFT, which matches ends of paths, takes for `target_parameters` what we mean and nothing else.
+
+    Beside them the targets must be a list, since our own list holds both.
+    """
+    if not parts.parameters:
+        return True
+    ends = tuple(f".{path}" for path in parts.parameters)
+    others = [name for name, _ in model.named_parameters() if name.endswith(ends)]
+    modules = [path for path in parts.low_rank if path not in parts.parameters]
+    return not others and isinstance(target_modules(_module_paths(model), modules), list)
+
+
+def _module_paths(model: nn.Module) -> list[str]:
+    return [path for path, _ in model.named_modules() if path and RESERVED not in path.split(".")]
+
+
+def _expert_updates(path: str, host: nn.Module, adapter: ExpertLoRAAdapter, *, as_lora: bool) -> dict[str, Update]:
+    """Return the updates of experts; nothing where PEFT could not go on training: it has no dropout there."""
+    return expert_updates(path, host, adapter) if as_lora or not adapter.dropout else {}
 
 
 def is_copy(adapter: Adapter) -> bool:
@@ -196,9 +238,13 @@ def _extra_copies(paths: Sequence[str], parts: _Parts, task_type: str | None) ->
 def _rename(parts: _Parts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give tensors PEFT's names and shapes."""
     renamed: dict[str, Tensor] = {}
+    wrappers = wrapper_paths(parts.parameters)
     for path, update in parts.low_rank.items():
-        a, b, kind = update.a, update.b, update.adapter.kind
-        if kind is HostKind.EMBEDDING:
+        a, b, kind = update.a, update.b, update.kind
+        if kind is None:
+            a, b = flatten(a, b)
+            renamed |= {f"{PREFIX}{wrappers[path]}.lora_A.weight": a, f"{PREFIX}{wrappers[path]}.lora_B.weight": b}
+        elif kind is HostKind.EMBEDDING:
             renamed |= {f"{PREFIX}{path}.lora_embedding_A": a, f"{PREFIX}{path}.lora_embedding_B": b}
         else:
             trailing = _kernel_size(update.host) if kind is HostKind.CONV else ()
@@ -231,7 +277,8 @@ def _build_config(model: nn.Module, parts: _Parts, paths: Sequence[str], task_ty
     alphas = {path: _alpha(update, use_rslora=use_rslora) for path, update in updates.items()}
     r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     classes = {original_class(update.host).__name__ for update in updates.values()}
-    return {
+    modules = [path for path in updates if path not in parts.parameters]
+    config = {
         "alpha_pattern": _pattern(alphas, alpha),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "bias": "none",
@@ -242,23 +289,24 @@ def _build_config(model: nn.Module, parts: _Parts, paths: Sequence[str], task_ty
         "layers_pattern": None,
         "layers_to_transform": None,
         "lora_alpha": alpha,
-        "lora_dropout": max(update.adapter.dropout for update in updates.values()),
+        "lora_dropout": 0.0 if parts.parameters else max(update.dropout for update in updates.values()),
         "modules_to_save": list(parts.heads) or None,
         "peft_type": "LORA",
         "r": r,
         "rank_pattern": _pattern(ranks, r),
         "revision": None,
-        "target_modules": target_modules(paths, list(updates)),
+        "target_modules": target_modules(paths, modules) if modules else [],  # for null PEFT takes its own usual ones
         "task_type": task_type,
         "use_dora": any(update.magnitude is not None for update in updates.values()),
         "use_rslora": use_rslora,
     }
+    return {**config, "target_parameters": parts.parameters} if parts.parameters else config
 
 
 def _alpha(update: Update, *, use_rslora: bool) -> int | float:
     """Return the `lora_alpha` from which PEFT computes this update's scaling."""
     divisor = math.sqrt(update.rank) if use_rslora else update.rank
-    alpha = update.adapter.scaling * divisor
+    alpha = update.scaling * divisor
     rounded = round(alpha, 9)  # undoes the rounding of alpha / r * r
     if math.isclose(rounded, alpha, rel_tol=1e-14):
         alpha = rounded
@@ -271,7 +319,11 @@ def _most_common(values: Iterable[Any]) -> Any:  # noqa: ANN401 - ints or floats
 
 def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:  # noqa: ANN401 - ints or floats
     """Return PEFT's pattern for the hosts that differ from the usual value; `^` keeps it from matching suffixes."""
-    return {f"^{re.escape(path)}": value for path, value in values.items() if value != usual}
+    return {_exactly(path): value for path, value in values.items() if value != usual}
+
+
+def _exactly(path: str) -> str:
+    return f"^{re.escape(path)}"
 
 
 def target_modules(paths: Sequence[str], hosts: list[str]) -> list[str] | str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,7 +19,7 @@ from lora_lightning.adapters import (
     is_attached,
     load_adapter_state_dict,
 )
-from lora_lightning.adapters.targets import select_hosts
+from lora_lightning.adapters.targets import has_suffix, select_weights
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec
 from lora_lightning.backbones.attach import attach
@@ -34,6 +34,7 @@ from lora_lightning.checkpoint.folder import (
 )
 from lora_lightning.checkpoint.manifest import check_files, read_manifest
 from lora_lightning.checkpoint.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
+from lora_lightning.checkpoint.peft_experts import own_names, parameter_paths
 from lora_lightning.checkpoint.peft_format import target_modules
 from lora_lightning.checkpoint.peft_keys import SortedTensors, saved_paths, sort_tensors
 from lora_lightning.errors import CheckpointError, ConfigError, TargetError
@@ -110,7 +111,10 @@ def read_peft_folder(model: nn.Module, folder: Path) -> PeftFolder:
         raise CheckpointError(f"{folder / PEFT_WEIGHTS_NAME} holds no LoRA tensor; the file is no adapter of PEFT.")
     _check_base_parameters(model, found, folder)
     view = view_of(model)
-    hosts = _hosts(modules, config, found, view)
+    parameters = _parameters(modules, config, folder)
+    ranks = {path: config.rank_and_alpha(path)[0] for path in parameters}
+    found = replace(found, low_rank=own_names(found.low_rank, ranks))
+    hosts = _hosts(modules, config, found, view, parameters)
     _refuse_grouped(modules, hosts, folder)
     return PeftFolder(
         method=_method(config, view, list(modules), hosts, saved, folder),
@@ -168,19 +172,45 @@ def _warn_of_other_base(model: nn.Module, config: PeftConfig, folder: Path) -> N
         )
 
 
-def _hosts(modules: Mapping[str, nn.Module], config: PeftConfig, found: SortedTensors, view: ModelView) -> list[str]:
-    """Return the hosts by the config, in the model's order; by the tensors where the config does not say.
+def _parameters(modules: Mapping[str, nn.Module], config: PeftConfig, folder: Path) -> list[str]:
+    """Return the parameters of experts that the config names.
+
+    Raises:
+        CheckpointError: It names other parameters.
+    """
+    known = parameter_paths(modules)
+    other = [one for one in config.target_parameters if not any(has_suffix(path, one) for path in known)]
+    if other:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME}: target_parameters names {', '.join(map(repr, other[:3]))}, and this model has no "
+            "such parameter of experts in the layout of transformers' experts interface; load the base that it was "
+            "trained on, or merge the adapter with PEFT."
+        )
+    return [path for path in known if any(has_suffix(path, one) for one in config.target_parameters)]
+
+
+def _hosts(
+    modules: Mapping[str, nn.Module],
+    config: PeftConfig,
+    found: SortedTensors,
+    view: ModelView,
+    parameters: Sequence[str],
+) -> list[str]:
+    """Return the hosts by the config; by the tensors where the config does not say. Then the parameters of experts.
 
     Raises:
         CheckpointError: The tensors are for other modules than the config names.
     """
     targets = config.target_modules
-    if targets is None:
+    if targets is None and config.target_parameters:
+        expected = []
+    elif targets is None:
         expected = [path for path in modules if path in found.hosts]
     elif isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
         expected = _all_linear(modules, config, view)
     else:
         expected = [path for path in modules if config.takes(path)]
+    expected += parameters
     missing = [path for path in expected if path not in found.hosts]
     unknown = [path for path in found.hosts if path not in expected]
     if missing or unknown:
@@ -226,24 +256,39 @@ def _method(
         "modules_to_save": saved or None,
     }
     targets = config.target_modules  # PEFT keeps a set, whose order means nothing
+    if isinstance(targets, list) or config.target_parameters:
+        targets = sorted({*(targets if isinstance(targets, list) else ()), *config.target_parameters})
     own_words: dict[str, Any] = {
-        "target_modules": sorted(targets) if isinstance(targets, list) else targets,
+        "target_modules": targets,
         "exclude_modules": config.exclude_modules or None,
         "layers_to_transform": config.layers_to_transform,
     }
     try:
         method = cls(**settings, **own_words)
-        if _selected(view, method) == hosts:
+        if sorted(_selected(view, method) or ()) == sorted(hosts):
             return method
-        return cls(**settings, target_modules=target_modules(paths, hosts))
+        return cls(**settings, target_modules=_named(paths, hosts, folder))
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
 
 
+def _named(paths: Sequence[str], hosts: Sequence[str], folder: Path) -> list[str] | str:
+    """Return our own target_modules for hosts and parameters of experts, by their paths."""
+    modules = [path for path in hosts if path in paths]
+    parameters = [path for path in hosts if path not in paths]
+    targets = target_modules(paths, modules)
+    if parameters and isinstance(targets, str):
+        raise CheckpointError(
+            f"{folder} adapts experts, and beside them modules whose paths other modules' paths end in, for which this "
+            "library has no target_modules; merge it with PEFT."
+        )
+    return [*targets, *parameters] if parameters else targets
+
+
 def _selected(view: ModelView, method: TargetedMethod) -> list[str] | None:
-    """Return the hosts that a method would take, or None where it would refuse."""
+    """Return the hosts and parameters of experts that a method would take, or None where it would refuse."""
     try:
-        return [path for path, _ in select_hosts(view, method)]
+        return [path for path, _ in select_weights(view, method)]
     except (TargetError, ConfigError):
         return None
 
@@ -272,7 +317,7 @@ def _is_same(left: Tensor, right: Tensor) -> bool:
 
 
 def _refuse_grouped(modules: Mapping[str, nn.Module], hosts: Sequence[str], folder: Path) -> None:
-    grouped = [path for path in hosts if getattr(modules[path], "groups", 1) != 1]
+    grouped = [path for path in hosts if getattr(modules.get(path), "groups", 1) != 1]
     if grouped:
         raise CheckpointError(
             f"{folder} adapts {grouped[0]!r}, a convolution with groups, for which PEFT and this library build "

@@ -105,6 +105,8 @@ def _common(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[st
     problems = []
     if config.get("use_dora"):
         problems.append("DoRA: it knows no magnitudes")
+    if config.get("target_parameters"):
+        problems.append("experts (target_parameters): not tried with it, and it ignores what it does not know")
     if any(tensor.dim() > 2 for name, tensor in tensors.items() if ".lora_" in name):
         problems.append("convolutions: it adapts linear layers")
     return problems

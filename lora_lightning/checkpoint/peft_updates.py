@@ -9,7 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import Adapter
+from lora_lightning.adapters.attach import join
+from lora_lightning.adapters.weights import HostKind
 from lora_lightning.methods.dora import DoRAAdapter
+from lora_lightning.methods.expert_lora import ExpertLoRAAdapter
 from lora_lightning.methods.low_rank import LowRankAdapter
 
 # Merged as s B A of `factors()`, or as DoRA of it: what is merged so can be written so.
@@ -18,26 +21,41 @@ _MERGES = (LowRankAdapter.merged_weight, DoRAAdapter.merged_weight)
 
 @dataclass(frozen=True)
 class Update:
-    """The update s B A of one host, and under DoRA its magnitude.
+    """The update s B A of one host, or of one parameter of experts, and under DoRA its magnitude.
 
     Args:
         host: The host.
-        adapter: Its adapter, which tells scaling, dropout and the kind of host.
-        a: A, `[rank, in]`.
-        b: B, `[out, rank]`.
+        kind: What kind of host it is; None for experts.
+        scaling: The factor s.
+        dropout: Probability of dropping an element of A's input.
+        a: A, `[rank, in]`, and `[experts, rank, in]` for experts.
+        b: B, `[out, rank]`, and `[experts, out, rank]` for experts.
         magnitude: m, `[out]`, or None for LoRA.
     """
 
     host: nn.Module
-    adapter: LowRankAdapter
+    kind: HostKind | None
+    scaling: float
+    dropout: float
     a: Tensor
     b: Tensor
-    magnitude: Tensor | None
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """Rows of A."""
-        return len(self.a)
+        return self.a.shape[-2]
+
+
+def expert_updates(path: str, host: nn.Module, adapter: ExpertLoRAAdapter) -> dict[str, Update]:
+    """Return the updates of experts, by the paths of their parameters in the order in which the host lists them."""
+    return {
+        join(path, name): Update(
+            host, None, adapter.scalings[name], adapter.dropout, *(one.detach() for one in adapter.factors(name))
+        )
+        for name in host._parameters
+        if name in adapter.ranks
+    }
 
 
 def stored_update(path: str, host: nn.Module, adapter: Adapter, state: Mapping[str, Tensor]) -> Update | None:
@@ -60,7 +78,10 @@ def stored_update(path: str, host: nn.Module, adapter: Adapter, state: Mapping[s
     is_plain = all(one is own for one, own in zip(adapter.factors(), (adapter.lora_A, adapter.lora_B), strict=True))
     if is_shared or not is_plain or adapter.folded_state().keys() != set(names):
         return None
-    return Update(host, adapter, state[f"{path}.lora_A"], state[f"{path}.lora_B"], state.get(f"{path}.magnitude"))
+    a, b, magnitude = (state.get(f"{path}.{name}") for name in ("lora_A", "lora_B", "magnitude"))
+    assert a is not None
+    assert b is not None
+    return Update(host, adapter.kind, adapter.scaling, adapter.dropout, a, b, magnitude)
 
 
 @torch.no_grad()
@@ -81,11 +102,14 @@ def computed_update(host: nn.Module, adapter: Adapter) -> Update | None:
     if len(a) > min(num_out, num_in):
         product, unit = b @ a, torch.eye(min(num_out, num_in), dtype=a.dtype, device=a.device)
         a, b = (unit, product) if num_in <= num_out else (product, unit)
-    return Update(host, adapter, a, b, adapter.magnitude.detach() if isinstance(adapter, DoRAAdapter) else None)
+    magnitude = adapter.magnitude.detach() if isinstance(adapter, DoRAAdapter) else None
+    return Update(host, adapter.kind, adapter.scaling, adapter.dropout, a, b, magnitude)
 
 
 def why_no_update(host: nn.Module, adapter: Adapter) -> str | None:
     """Return why an adapter's update is none that PEFT's LoRA or DoRA computes, as the end of a sentence, or None."""
+    if isinstance(adapter, ExpertLoRAAdapter):
+        return None
     if not isinstance(adapter, LowRankAdapter) or type(adapter).merged_weight not in _MERGES:
         return f"PEFT's format for LoRA and DoRA has no words for {type(adapter).__name__}"
     if getattr(adapter, "axis", "output") != "output":

@@ -87,6 +87,7 @@ class DeltaLoRA(LoRA):
     """
 
     name: ClassVar[str] = "delta_lora"
+    takes_experts: ClassVar[bool] = False
     training_settings: ClassVar[frozenset[str]] = LoRA.training_settings | {"start_step"}
 
     delta_ratio: float = 2.0

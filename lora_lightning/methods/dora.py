@@ -136,6 +136,7 @@ class DoRA(LoRA):
     """
 
     name: ClassVar[str] = "dora"
+    takes_experts: ClassVar[bool] = False
 
     magnitude_axis: MagnitudeAxis = "output"
 

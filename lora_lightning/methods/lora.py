@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -18,14 +18,17 @@ from lora_lightning.adapters.base import (
     check_positive,
     check_positive_int,
 )
-from lora_lightning.adapters.targets import by_pattern, check_patterns, select_hosts
+from lora_lightning.adapters.experts import expert_weights, read_experts
+from lora_lightning.adapters.targets import by_pattern, check_patterns, select_hosts, select_weights
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import HostKind, codec_of
 from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.methods.eva import start_from_data
+from lora_lightning.methods.expert_lora import EXPERT_INITS, ExpertLoRAAdapter
 from lora_lightning.methods.low_rank import LowRankAdapter
 
 Scaling = Literal["standard", "rslora", "alpha"]
+_REMEDY = "Lower r, or give this layer its own with rank_pattern."
 Init = Literal["kaiming", "gaussian", "gaussian_sqrt", "pissa", "olora", "loftq", "eva"]
 
 
@@ -34,7 +37,10 @@ class LoRA(TargetedMethod):
     """W' = W + s B A with A: [r, in], B: [out, r] (Hu et al. 2021, arXiv 2106.09685, equation 3).
 
     B starts at zero, so the first forward equals the base model's exactly. Hosts: linear layers (4-bit and 8-bit
-    ones too), GPT-2's Conv1D, embeddings, 1-d and 2-d convolutions.
+    ones too), GPT-2's Conv1D, embeddings, 1-d and 2-d convolutions, and the experts of transformers' mixtures, whose
+    3-D parameters get an A `[experts, r, in]` and a B `[experts, out, r]` each. They are taken where they are named:
+    `experts` takes all parameters of these modules, `experts.down_proj` in a list this one alone; `all-linear` leaves
+    them out. The router stays as it is.
 
     Args:
         r: Rank, from 1 to the smaller side of each adapted weight.
@@ -51,8 +57,9 @@ class LoRA(TargetedMethod):
             `eva` starts A at the main directions (right singular vectors) of what the host is fed in the first batches
             (arXiv 2410.07170; every host keeps its rank r): a task looks at the data before it builds the optimizer;
             without a task, call `method.calibrate(model, batches, loss)` after `attach`, and until then A is as for
-            `kaiming`. Linear hosts only.
-        rank_pattern: Other ranks for some hosts, by path suffix or regular expression.
+            `kaiming`. Linear hosts only. Experts take `kaiming`, `gaussian` and `gaussian_sqrt`.
+        rank_pattern: Other ranks for some hosts, by path suffix or regular expression; a parameter of experts goes by
+            its own path first, then by its module's.
         alpha_pattern: Other alphas for some hosts, likewise.
         target_modules: See `TargetedMethod`.
         exclude_modules: See `TargetedMethod`.
@@ -66,6 +73,7 @@ class LoRA(TargetedMethod):
     name: ClassVar[str] = "lora"
     size_setting: ClassVar[str | None] = "r"
     training_settings: ClassVar[frozenset[str]] = TargetedMethod.training_settings | {"dropout", "init"}
+    takes_experts: ClassVar[bool] = True
 
     r: int = 8
     alpha: float = 16.0
@@ -89,27 +97,40 @@ class LoRA(TargetedMethod):
         for pattern, alpha in (self.alpha_pattern or {}).items():
             check_positive(owner, f"alpha_pattern[{pattern!r}]", alpha)
 
-    def rank_and_scaling(self, path: str) -> tuple[int, float]:
-        """Return the rank and the factor s of the host at `path`.
+    def rank_and_scaling(self, path: str, parameter: str = "") -> tuple[int, float]:
+        """Return the rank and the factor s of the host at `path`, or of one parameter of the experts there.
 
         Example:
             >>> LoRA(r=4, alpha=8, rank_pattern={"value": 2}).rank_and_scaling("layer.0.value")
             (2, 4.0)
         """
         r, alpha = by_pattern(path, self.rank_pattern, self.r), by_pattern(path, self.alpha_pattern, self.alpha)
+        if parameter:
+            inside = f"{path}.{parameter}"
+            r, alpha = by_pattern(inside, self.rank_pattern, r), by_pattern(inside, self.alpha_pattern, alpha)
         divisor = {"standard": r, "rslora": math.sqrt(r), "alpha": 1}[self.scaling]
         return r, alpha / divisor
 
     def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
         """Build one adapter per host; see `Method.adapters`."""
         hosts = select_hosts(view, self)
+        experts: dict[str, list[str]] = {path: [] for path, host in hosts if expert_weights(host)}
         paths = [path for path, _ in hosts]
+        for path, _ in select_weights(view, self) if experts else ():
+            holder, _, name = path.rpartition(".")
+            if holder in experts:
+                experts[holder].append(name)
+                paths.append(path)
         check_patterns("rank_pattern", self.rank_pattern, paths)
         check_patterns("alpha_pattern", self.alpha_pattern, paths)
         for path, host in hosts:
-            self._check_host(path, host)
+            if path in experts:
+                self._check_experts(path, host, experts[path])
+            else:
+                self._check_host(path, host)
         for path, host in hosts:
-            yield path, self.build(path, host)
+            is_experts = path in experts
+            yield path, self._build_experts(path, host, experts[path]) if is_experts else self.build(path, host)
 
     @property
     def calibrates(self) -> bool:
@@ -127,10 +148,26 @@ class LoRA(TargetedMethod):
         r, scaling = self.rank_and_scaling(path)
         return LowRankAdapter(host, r=r, scaling=scaling, dropout=self.dropout, init=self.init)
 
+    def _build_experts(self, path: str, host: nn.Module, names: Sequence[str]) -> Adapter:
+        found = {name: self.rank_and_scaling(path, name) for name in names}
+        ranks, scalings = {name: r for name, (r, _) in found.items()}, {name: s for name, (_, s) in found.items()}
+        return ExpertLoRAAdapter(host, ranks=ranks, scalings=scalings, dropout=self.dropout, init=self.init)
+
+    def _check_experts(self, path: str, host: nn.Module, names: Sequence[str]) -> None:
+        owner = type(self).__name__
+        if self.init not in EXPERT_INITS:
+            raise ConfigError(
+                f"{owner}: init={self.init!r} is not defined for experts, and {path!r} holds some; use one of "
+                f"{', '.join(EXPERT_INITS)}, or leave the experts out of the targets."
+            )
+        for name in names:
+            r, _ = self.rank_and_scaling(path, name)
+            _, num_out, num_in = read_experts(host, name).shape
+            check_rank(owner, f"{path}.{name}", (num_out, num_in), r, remedy=_REMEDY)
+
     def _check_host(self, path: str, host: nn.Module) -> None:
         r, _ = self.rank_and_scaling(path)
-        remedy = "Lower r, or give this layer its own with rank_pattern."
-        check_host(type(self).__name__, path, host, r, remedy=remedy)
+        check_host(type(self).__name__, path, host, r, remedy=_REMEDY)
         # A model without weights is quantized when it is filled.
         is_hollow = next(host.parameters(recurse=False)).is_meta
         if self.init == "loftq" and codec_of(host).write is not None and not is_hollow:
@@ -148,13 +185,18 @@ class LoRA(TargetedMethod):
 
 def check_host(owner: str, path: str, host: nn.Module, r: int, *, setting: str = "r", remedy: str) -> None:
     """Raise where a host is too small for a rank, or an embedding that rewrites its weight in each forward."""
-    num_out, num_in = codec_of(host).shape(host)
+    check_rank(owner, path, codec_of(host).shape(host), r, setting=setting, remedy=remedy)
+    if getattr(host, "max_norm", None) is not None:
+        raise TargetError(
+            f"{path!r} is an embedding with max_norm, which rewrites its weight in each forward; leave it out."
+        )
+
+
+def check_rank(owner: str, path: str, shape: tuple[int, int], r: int, *, setting: str = "r", remedy: str) -> None:
+    """Raise ConfigError where a rank is larger than the smaller side of a weight, `(out, in)`."""
+    num_out, num_in = shape
     if r > min(num_out, num_in):
         raise ConfigError(
             f"{owner}: {setting}={r} is larger than {path!r} allows: its weight is {num_out} x {num_in}, so "
             f"{setting} is at most {min(num_out, num_in)}. {remedy}"
-        )
-    if getattr(host, "max_norm", None) is not None:
-        raise TargetError(
-            f"{path!r} is an embedding with max_norm, which rewrites its weight in each forward; leave it out."
         )

@@ -129,6 +129,7 @@ class LoRADrop(LoRA):
     """
 
     name: ClassVar[str] = "lora_drop"
+    takes_experts: ClassVar[bool] = False
     training_settings: ClassVar[frozenset[str]] = LoRA.training_settings | {
         *("threshold", "calibration_steps", "calibration_lr", "sample_batches")
     }

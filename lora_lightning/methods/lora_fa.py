@@ -41,6 +41,7 @@ class LoRAFA(LoRA):
     """
 
     name: ClassVar[str] = "lora_fa"
+    takes_experts: ClassVar[bool] = False
     usual_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)
 
     def build(self, path: str, host: nn.Module) -> Adapter:

@@ -33,6 +33,8 @@ def activations(model: nn.Module, task: AdapterTask, batch_size: int, length: in
     counted = _count_saved(model, batch_size, length, precision)
     if counted is None:
         inner = _number(config, "intermediate_size", "hidden_dim", "n_inner", "d_ff") or 4 * width
+        if chosen := _number(config, "num_experts_per_tok"):  # each token goes through this many experts
+            inner = chosen * (_number(config, "moe_intermediate_size") or inner)
         kept, largest = num_layers * tokens * (8 * width + 3 * inner) * itemsize, tokens * inner * itemsize
         how = f"roughly: 8 x {width} + 3 x {inner} numbers for each token and layer"
     else:

@@ -127,7 +127,8 @@ def test_share_of_unchanged_weights_in_a_layer_of_usual_size(std: float, unchang
     model = nn.Sequential(host.bfloat16())
     attach(model, LoRA(r=8, alpha=16, target_modules=["0"]))
     nn.init.normal_(next(iter_adapters(model))[2].lora_B, std=std)
-    layer = measure("0", host, next(iter_adapters(model))[2], torch.bfloat16)
+    _, weight, merged = next(next(iter_adapters(model))[2].merged_weights(host))
+    layer = measure("0", weight, merged, torch.bfloat16)
     assert 1 - layer.survived == pytest.approx(unchanged, abs=0.06)
     assert (layer.kept < THRESHOLD) is (std < 1e-3)
 

