@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import nn
 
+from benchmarks import scaling
 from benchmarks.contenders import CONTENDERS, COUNTERPARTS, PAIRS, Contender, build
 from benchmarks.equality import check_equal
 from benchmarks.measure import Counts, Stepper, count, time_all
@@ -42,6 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     chosen = QUICK_CONTENDERS if options.quick and options.contenders is None else options.contenders or [*CONTENDERS]
     make = functools.partial(prepare, device=device, dtype=dtype, four_bit=options.nf4)
+    if options.scaling:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+        scaling.draw(options.output_dir / "scaling.png", scaling.measure_all(options.rounds))
+        return 0
     lines: list[Line] = []
     for name in options.workloads:
         workload = WORKLOADS[name]
@@ -69,6 +74,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=2, help="rounds before them")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmark"))
     parser.add_argument("--quick", action="store_true", help="only what depends on no clock, against the baseline")
+    parser.add_argument(
+        "--scaling", action="store_true", help="instead: draw cost against rank, depth, length, processes"
+    )
     parser.add_argument(
         "--write-baseline", action="store_true", help="with --quick: keep these figures as the baseline"
     )

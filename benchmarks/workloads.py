@@ -91,6 +91,18 @@ def _llama(**shape: int) -> Callable[[], nn.Module]:
     return build
 
 
+def llama_of_depth(num_layers: int) -> Callable[[], nn.Module]:
+    """Return what builds a small Llama of so many layers, width 512."""
+    return _llama(
+        vocab_size=1000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=num_layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+
+
 def _gemma() -> nn.Module:
     """Build Gemma 3 270M with random weights: what a step costs does not depend on their values."""
     torch.manual_seed(0)
@@ -142,14 +154,7 @@ WORKLOADS = {
         Workload(
             name="llama",
             title="Llama of 4 layers and width 512, 2 x 256 tokens",
-            build=_llama(
-                vocab_size=1000,
-                hidden_size=512,
-                intermediate_size=1408,
-                num_hidden_layers=4,
-                num_attention_heads=8,
-                num_key_value_heads=8,
-            ),
+            build=llama_of_depth(4),
             rows=2,
             length=256,
             vocabulary=1000,
