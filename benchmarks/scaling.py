@@ -20,7 +20,8 @@ from benchmarks.contenders import build
 from benchmarks.measure import Stepper, saved_bytes
 from benchmarks.workloads import WORKLOADS, Workload, llama_of_depth
 
-NAMES = ("bound", "peft lora", "lora")
+COLOURS = {"bound": "#999999", "peft lora": "#dd8452", "lora": "#4c72b0"}
+NAMES = tuple(COLOURS)
 SIZES: dict[str, tuple[int, ...]] = {
     "rank": (2, 8, 32, 128),
     "layers": (1, 2, 4, 8),
@@ -137,7 +138,7 @@ def draw(path: Path, points: Sequence[Point]) -> None:
                 own = [point for point in points if point.axis == axis_name and point.contender == name]
                 values = [(point.seconds if row == 0 else point.saved_bytes) / unit for point in own]
                 if own:
-                    axis.plot([point.value for point in own], values, marker="o", label=name)
+                    axis.plot([point.value for point in own], values, marker="o", label=name, color=COLOURS[name])
             axis.set_xscale("log", base=2)
             axis.set_xticks(SIZES[axis_name], [str(value) for value in SIZES[axis_name]])
             axis.set_ylim(bottom=0)
