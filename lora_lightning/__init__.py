@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         PTuningV2,
         VeRA,
     )
+    from lora_lightning.methods.low_rank import recompute_activations
     from lora_lightning.optim import Optim, param_groups
     from lora_lightning.tasks import (
         AdapterTask,
@@ -108,6 +109,7 @@ _HOME = {
     "merge_checkpoint": "checkpoint",
     "param_groups": "optim",
     "preflight": "checkpoint",
+    "recompute_activations": "methods.low_rank",
 }
 
 __all__ = [
@@ -160,6 +162,7 @@ __all__ = [
     "merge_checkpoint",
     "param_groups",
     "preflight",
+    "recompute_activations",
 ]
 
 

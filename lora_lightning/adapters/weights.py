@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from lora_lightning.errors import PackedHost, TargetError
@@ -41,6 +42,8 @@ class Codec:
         write: Takes the host and a new weight `[out, in]`, cast once to the host's own dtype; None where the storage
             is quantized, so that rounding would swallow an update.
         is_view: Whether `read` costs nothing, because the host stores a dense weight.
+        product_dtype: Host and dtype of its input -> dtype in which its forward multiplies by what `read` returns; None
+            where it does something else.
     """
 
     kind: HostKind
@@ -48,6 +51,7 @@ class Codec:
     read: Callable[[Host], Tensor]
     write: Callable[[Host, Tensor], None] | None
     is_view: bool = True
+    product_dtype: Callable[[Host, torch.dtype], torch.dtype | None] = lambda host, _: host.weight.dtype
 
 
 _CODECS: dict[str, Codec] = {}

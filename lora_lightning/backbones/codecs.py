@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_lightning.adapters.weights import Codec, Host, HostKind, register_codec
@@ -72,7 +73,19 @@ register_codec(
         write=_write_transposed,
     ),
 )
-for _name, _read in (("Linear4bit", _read_4bit), ("Linear8bitLt", _read_8bit)):
+
+
+def _product_dtype_4bit(host: Host, dtype: torch.dtype) -> torch.dtype | None:
+    """Return the dtype that a `Linear4bit` multiplies in, once it is quantized."""
+    is_quantized = getattr(host.weight, "quant_state", None) is not None
+    return (host.compute_dtype or dtype) if is_quantized else None
+
+
+# An 8-bit layer rounds its input too, so its product is not that of the weight that it stores.
+for _name, _read, _dtype in (
+    ("Linear4bit", _read_4bit, _product_dtype_4bit),
+    ("Linear8bitLt", _read_8bit, lambda _, __: None),
+):
     register_codec(
         f"bitsandbytes.nn.modules.{_name}",
         Codec(
@@ -81,5 +94,6 @@ for _name, _read in (("Linear4bit", _read_4bit), ("Linear8bitLt", _read_8bit)):
             read=_read,
             write=None,
             is_view=False,
+            product_dtype=_dtype,
         ),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, Role, check_choice
-from lora_lightning.adapters.functional import dora_linear, dora_norm, lora_linear
+from lora_lightning.adapters.functional import dora_linear, dora_norm, lora_linear, rebuilt_dora_linear
 from lora_lightning.adapters.weights import Host, HostKind, codec_of, read_weight
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.lora import LoRA
@@ -48,15 +48,18 @@ class DoRAAdapter(LowRankAdapter):
 
     def forward(self, host: Host, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - the host's own signature
         """Compute m V / ‖V‖ applied to x, plus the host's bias; see `LowRankAdapter.forward`."""
+        factors, scaling, source = self.factors(), self.scaling, self.source_of(x)
+        if self.axis == "output" and self.rebuilds(host, x):
+            weight = self.product_weight(host, x)
+            return rebuilt_dora_linear(x, weight, host.bias, *factors, self.magnitude, scaling, source)
         codec, norm = codec_of(host), self.norm(host)
         if self.kind is HostKind.LINEAR and codec.is_view:
             p, seed = self.draw_dropout()
-            weight = codec.read(host)
-            factors = self.factors()
+            dense = codec.read(host)
             if self.axis == "output":
-                return dora_linear(x, weight, host.bias, *factors, self.magnitude, norm, self.scaling, p, seed)
+                return dora_linear(x, dense, host.bias, *factors, self.magnitude, norm, scaling, p, seed, source)
             scaled = x * (self.magnitude / norm).to(x.dtype)
-            return lora_linear(scaled, weight, host.bias, *factors, self.scaling, p, seed)
+            return lora_linear(scaled, dense, host.bias, *factors, scaling, p, seed)
         return self._scale_output(host, x, norm, args, kwargs)
 
     def _scale_output(

@@ -40,7 +40,7 @@ def activations(model: nn.Module, task: AdapterTask, batch_size: int, length: in
     else:
         kept, largest = counted
         how = "kept for backward, counted on a forward pass without data"
-    if task.gradient_checkpointing:
+    if task.gradient_checkpointing is True:
         kept = kept // num_layers + num_layers * tokens * width * itemsize
         how = "with checkpointing: each layer's input, and all of one layer"
     in_flight = _BUFFERS_IN_FLIGHT * largest

@@ -16,6 +16,7 @@ from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.generation import examples_of, generate, max_positions
 from lora_lightning.tasks.per_token import PerTokenTask
+from lora_lightning.tasks.settings import Recomputing
 from lora_lightning.tasks.token_loss import CHUNK, IGNORED, TokenSums, chunked_token_loss, supervised
 
 
@@ -49,7 +50,7 @@ class CausalLM(PerTokenTask):
         method: Method | list[Method] | None = None,
         optim: Optim | None = None,
         dtype: str = "auto",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Recomputing = False,
         quantization: Quantization | None = None,
         adapter: str | None = None,
         loss_chunk_size: int = CHUNK,

@@ -13,6 +13,7 @@ from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.base import AdapterTask, StepOutput
+from lora_lightning.tasks.settings import Recomputing
 
 
 class LabelledTask(AdapterTask, abc.ABC):
@@ -43,7 +44,7 @@ class LabelledTask(AdapterTask, abc.ABC):
         label_names: list[str] | None = None,
         class_weights: dict[str, float] | None = None,
         dtype: str = "auto",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Recomputing = False,
         quantization: Quantization | None = None,
         adapter: str | None = None,
     ) -> None:

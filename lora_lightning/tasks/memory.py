@@ -22,6 +22,7 @@ from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.backbones.quantized import dense_modules
 from lora_lightning.backbones.skeleton import without_weights
 from lora_lightning.errors import ConfigError, UserError
+from lora_lightning.methods.low_rank import recompute_activations
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.activations import activations
 from lora_lightning.tasks.base import AdapterTask
@@ -126,6 +127,8 @@ def _build(task: AdapterTask, precision: str, device: str) -> nn.Module:
         task._starting_adapter(model)  # an adapter to start from brings its own methods
         with torch.device("meta"):
             attach(model, task.methods, modules_to_save=task.trained_modules(model))
+            if task.gradient_checkpointing == "activations":
+                recompute_activations(model)
     except UserError:
         raise
     except (RuntimeError, NotImplementedError) as error:

@@ -18,6 +18,7 @@ from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.generation import answer
 from lora_lightning.tasks.per_token import PerTokenTask
+from lora_lightning.tasks.settings import Recomputing
 from lora_lightning.tasks.text_overlap import Overlap, overlap
 from lora_lightning.tasks.token_loss import CHUNK, IGNORED, TokenSums, chunked_token_loss
 
@@ -58,7 +59,7 @@ class Seq2SeqLM(PerTokenTask):
         method: Method | list[Method] | None = None,
         optim: Optim | None = None,
         dtype: str = "auto",
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Recomputing = False,
         quantization: Quantization | None = None,
         adapter: str | None = None,
         loss_chunk_size: int = CHUNK,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from inspect import isabstract
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from lora_lightning.adapters import Method
 from lora_lightning.errors import ConfigError
 from lora_lightning.paths import nearest
 
 MethodSpec = Method | Mapping[str, Any]
+
+Recomputing: TypeAlias = bool | Literal["activations"]
+"""What backward computes again instead of keeping it: every layer, nothing, or the activations before adapters."""
 
 
 def methods_from(spec: MethodSpec | Sequence[MethodSpec]) -> tuple[Method, ...]:

@@ -154,6 +154,10 @@ def test_checkpointing_ddp_and_sharding_change_what_they_should(tmp_path):
     plain = counted(CausalLM(str(folder), LoRA(r=4)), 2, 16)
     checkpointed = counted(CausalLM(str(folder), LoRA(r=4), gradient_checkpointing=True), 2, 16)
     assert checkpointed["activations"] < plain["activations"]
+    everywhere = LoRA(r=4, target_modules="all-linear")
+    kept = counted(CausalLM(str(folder), everywhere), 2, 16)
+    again = counted(CausalLM(str(folder), everywhere, gradient_checkpointing="activations"), 2, 16)
+    assert again["activations"] < kept["activations"]
     assert {**checkpointed, "activations": 0} == {**plain, "activations": 0}
     replicated = counted(CausalLM(str(folder), LoRA(r=4)), 2, 16, num_replicas=2)
     assert replicated == {**plain, "DDP buckets": plain["gradients"]}

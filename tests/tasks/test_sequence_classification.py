@@ -4,7 +4,7 @@ import transformers
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lora_lightning import DoRA, LoRA, Optim, SequenceClassification
+from lora_lightning import BitFit, DoRA, LoRA, Optim, SequenceClassification
 from lora_lightning.errors import BackboneError, ConfigError
 from tests.tasks.toys import trainer
 
@@ -154,16 +154,24 @@ def test_adapters_stay_float32_over_any_base(backbone, dtype):
 
 def test_gradient_checkpointing_gives_the_same_gradients(backbone):
     gradients = []
-    for checkpointing in (False, True):
+    for checkpointing in (False, True, "activations"):
         torch.manual_seed(4)
         task = build(backbone, gradient_checkpointing=checkpointing, method=LoRA(r=4, dropout=0.3))
         task.configure_model()
         flags = {getattr(m, "gradient_checkpointing", False) for m in task.adapted.modules()}
-        assert (True in flags) is checkpointing
+        assert (True in flags) is (checkpointing is True)
+        recomputing = [m.recomputes_input for m in task.adapted.modules() if hasattr(m, "recomputes_input")]
+        assert set(recomputing) == {checkpointing == "activations"}
         torch.manual_seed(6)
         task.compute_loss(next(batches())).loss.backward()
         gradients.append([p.grad for p in task.adapted.parameters() if p.grad is not None])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
+    for others in gradients[1:]:
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients[0], others, strict=True))
+
+
+def test_only_low_rank_methods_recompute_activations(backbone):
+    with pytest.raises(ConfigError, match="set gradient_checkpointing to true instead"):
+        build(backbone, gradient_checkpointing="activations", method=BitFit()).configure_model()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""What a training step of each method costs, against the least that it can cost and against PEFT."""

@@ -1,0 +1,76 @@
+"""What the forms of a low-rank layer share: in which dtype to compute, which form pays, the gradients of A and B."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lora_lightning.adapters.functional.dropout import seeded_mask
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that a linear layer would compute in: autocast's where it is on, else the input's."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype is not torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def rebuilding_pays(x: Tensor, num_out: int, stored: torch.dtype | None) -> bool:
+    """Tell whether to rebuild W + s B A for this input instead of adding the update to the output.
+
+    Rebuilding costs a pass over the weight; it saves one over the output, and one over the input's gradient. So it
+    pays where tokens · (I + O) > I · O. In half precision it would round small updates away, so there it never does.
+
+    Args:
+        x: Input, `[..., I]`.
+        num_out: O.
+        stored: Dtype in which the host multiplies by its weight; None where it does something else.
+
+    Example:
+        >>> rebuilding_pays(torch.ones(32, 128, 384), 384, torch.float32)
+        True
+        >>> rebuilding_pays(torch.ones(1, 1, 384), 384, torch.float32)
+        False
+    """
+    dtype, num_in = compute_dtype(x), x.shape[-1]
+    if dtype is not stored or dtype not in (torch.float32, torch.float64):
+        return False
+    return x.numel() * (num_in + num_out) > num_in * num_in * num_out
+
+
+def project(x_ni: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """Return h = mask(x) A^T, [N, R], where the mask of dropout is not scaled up: see `update_scale`."""
+    masked_ni = x_ni if seed is None else seeded_mask(x_ni, p, seed).mul_(x_ni)
+    return masked_ni @ lora_a.to(x_ni.dtype).t()
+
+
+def update_scale(scaling: float, p: float, seed: Tensor | None) -> float:
+    """Return the factor on mask(x) A^T B^T: s, over 1 - p under dropout, so that no pass over a tensor scales it up."""
+    return scaling if seed is None else scaling / (1 - p)
+
+
+def low_rank_gradients(
+    x_ni: Tensor | None,
+    g_nr: Tensor,
+    dx_ni: Tensor | None,
+    lora_a: Tensor,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor | None:
+    """Add mask(scale · g A) to dx in place where it is wanted, and return dA = scale · g^T mask(x); g = dy B, [N, R].
+
+    Without x there is no dA. One mask serves both.
+    """
+    a_ri = lora_a.to(g_nr.dtype)
+    if seed is None:
+        if dx_ni is not None:
+            dx_ni.addmm_(g_nr, a_ri, alpha=scale)
+        return None if x_ni is None else (g_nr.t() @ x_ni).mul_(scale)
+    scaled_nr = g_nr * scale
+    update_ni = scaled_nr @ a_ri
+    mask_ni = seeded_mask(update_ni, p, seed)
+    if dx_ni is not None:
+        dx_ni.addcmul_(update_ni, mask_ni)
+    return None if x_ni is None else scaled_nr.t() @ mask_ni.mul_(x_ni)
