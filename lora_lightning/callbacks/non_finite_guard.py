@@ -80,8 +80,8 @@ class NonFiniteGuard(L.Callback):
         what = " and ".join(f"{name} is {value}" for name, value in broken.items())
         raise TrainingError(
             f"Training stopped after optimizer step {trainer.global_step}: "
-            f"{what or 'a loss of another rank is not finite'}. {checkpoint_kept(trainer)} Look for empty or broken rows "
-            "in the validation data, lower model.init_args.optim.lr, or train in another precision."
+            f"{what or 'a loss of another rank is not finite'}. {checkpoint_kept(trainer)} Look for empty or broken "
+            "rows in the validation data, lower model.init_args.optim.lr, or train in another precision."
         )
 
     def _judge(

@@ -95,18 +95,13 @@ class SignalGuard(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop listening."""
-        del trainer, pl_module
-        self._give_back()
+        del pl_module
+        self._stop_listening(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Stop listening."""
-        del trainer, pl_module, exception
-        self._give_back()
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give back what Lightning, which restores the handlers that it met, has just put in place again."""
-        del trainer, pl_module, stage
-        self._give_back()
+        del pl_module, exception
+        self._stop_listening(trainer)
 
     # Handling signals.
 
@@ -116,6 +111,12 @@ class SignalGuard(L.Callback):
         for number in numbers:
             if signal.getsignal(number) != self._handle:
                 self._previous[number] = signal.signal(number, self._handle)
+
+    def _stop_listening(self, trainer: L.Trainer) -> None:
+        self._give_back()
+        # Lightning, too, puts back what it met when the run began, which was this guard for some.
+        met = trainer._signal_connector._original_handlers
+        met.update({number: self._previous[number] for number, handler in met.items() if handler == self._handle})
 
     def _give_back(self) -> None:
         self._is_training = False
