@@ -44,6 +44,7 @@ class SignalGuard(L.Callback):
         self._pid = 0
         self._is_training = False
         self._received = 0
+        self._was_interrupted = False
         self._agreed: torch.Tensor | None = None
         self._last_step = 0
         self._requeue_signal: int | None = None
@@ -51,7 +52,8 @@ class SignalGuard(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals whose handlers a data loader's workers inherit, which are forked before training starts."""
         del pl_module
-        self._received, self._pid, self._agreed = 0, os.getpid(), None
+        self._received, self._was_interrupted, self._agreed = 0, False, None
+        self._pid = os.getpid()
         self._requeue_signal = _requeue_signal(trainer)
         self._take({signal.SIGINT, signal.SIGUSR1, self._requeue_signal or signal.SIGUSR1})
 
@@ -133,8 +135,9 @@ class SignalGuard(L.Callback):
             self._give_back()
             signal.raise_signal(number)
             return
-        if number == self._received == signal.SIGINT:
+        if number == signal.SIGINT and self._was_interrupted:
             raise KeyboardInterrupt
+        self._was_interrupted |= number == signal.SIGINT
         self._received = max(self._received, number)
         again = " Press Ctrl-C again to end at once." if number == signal.SIGINT else ""
         text = f"\n{signal.Signals(number).name} received: the run saves after this step and ends.{again}\n"

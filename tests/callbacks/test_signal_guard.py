@@ -98,9 +98,10 @@ def test_accumulated_gradients_are_not_cut_off(tmp_path: Path) -> None:
     assert progress["current"]["ready"] == 3
 
 
-def test_a_second_sigint_ends_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [(), (signal.SIGTERM,)], ids=["alone", "after SIGTERM"])
+def test_a_second_sigint_ends_at_once(tmp_path: Path, first: tuple[int, ...]) -> None:
     with pytest.raises(SystemExit) as stop:
-        fit(tmp_path, Send(signal.SIGINT, signal.SIGINT), SignalGuard(), AdapterCheckpoint())
+        fit(tmp_path, Send(*first, signal.SIGINT, signal.SIGINT), SignalGuard(), AdapterCheckpoint())
     assert isinstance(stop.value.__context__, KeyboardInterrupt)
     assert not last(tmp_path).exists()
 
