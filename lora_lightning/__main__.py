@@ -10,7 +10,7 @@ from lora_lightning.commands import LIGHTNING_COMMANDS, all_commands, load_comma
 from lora_lightning.errors import ConfigError, UserError
 
 PROG = "lora-lightning"
-OK, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+OK, BUG, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; None takes those of this process.
 
     Returns:
-        0, 2 after a mistake, 130 after Ctrl-C, or what the command returned.
+        0, 2 after a mistake, 128 plus the number of a signal (130 after Ctrl-C), or what the command returned.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debugging = "--debug" in arguments
@@ -105,6 +105,8 @@ def _status(stop: SystemExit) -> int:
     """Return the exit status of a SystemExit; Lightning answers Ctrl-C with one whose status is 1."""
     if isinstance(stop.__context__, KeyboardInterrupt):
         return INTERRUPTED
+    if type(stop).__name__ == "SIGTERMException":  # Lightning's, which carries no status
+        return TERMINATED
     if stop.code is None:
         return OK
     return stop.code if isinstance(stop.code, int) else MISTAKE

@@ -17,7 +17,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lora_lightning import __version__
 from lora_lightning import data as _data  # noqa: F401 - its classes are known by their short names
-from lora_lightning.callbacks import AdapterCheckpoint, AdapterSummary, MetricCurve, Throughput
+from lora_lightning.callbacks import (
+    AdapterCheckpoint,
+    AdapterSummary,
+    Guards,
+    MetricCurve,
+    OutOfMemoryGuard,
+    Throughput,
+)
 from lora_lightning.callbacks.run_config import RunConfig
 from lora_lightning.callbacks.run_logger import RunLogger
 from lora_lightning.config.config_option import StrictConfigFile
@@ -70,12 +77,15 @@ def run_lightning(subcommand: str, arguments: Sequence[str]) -> AdapterCLI:
         return AdapterCLI(subcommand, arguments)
 
 
-def default_callbacks(configured: list[L.Callback], trainer: dict[str, Any]) -> list[L.Callback]:
+def default_callbacks(
+    configured: list[L.Callback], trainer: dict[str, Any], guards: Guards | None = None
+) -> list[L.Callback]:
     """Return the callbacks that every run gets, less those that the user configured himself or switched off.
 
     Args:
         configured: The callbacks that the user named.
         trainer: The trainer's settings.
+        guards: Which guards are on; None means all.
     """
 
     def wanted(kind: type, switch: str | None = None) -> bool:
@@ -95,7 +105,7 @@ def default_callbacks(configured: list[L.Callback], trainer: dict[str, Any]) -> 
         callbacks.append(MetricCurve())
     if wanted(Throughput):
         callbacks.append(Throughput())
-    return callbacks
+    return callbacks + [guard for guard in (guards or Guards()).callbacks() if wanted(type(guard))]
 
 
 class AdapterCLI(LightningCLI):
@@ -143,6 +153,7 @@ class AdapterCLI(LightningCLI):
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
         parser.add_lightning_class_args(self._model_class, "model", subclass_mode=True, required=False)
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True, required=False)
+        parser.add_class_arguments(Guards, "guards")
 
     # Reading the settings.
 
@@ -207,6 +218,7 @@ class AdapterCLI(LightningCLI):
                 "model": AdapterTask,
                 "data": L.LightningDataModule,
                 "trainer": parameters_of(L.Trainer),
+                "guards": parameters_of(Guards),
                 "seed_everything": Union[bool, int],  # noqa: UP007 - as Lightning declares it
                 **{name: hint for name, hint in method.items() if name not in skipped},
             }
@@ -246,10 +258,27 @@ class AdapterCLI(LightningCLI):
         """Build the trainer, with the default callbacks and logger where the user named none."""
         configured = config.get("callbacks") or []
         configured = list(configured) if isinstance(configured, list | tuple) else [configured]
-        config["callbacks"] = configured + default_callbacks(configured, config)
+        guards = self._get(self.config_init, "guards")
+        config["callbacks"] = configured + default_callbacks(configured, config, guards)
         if config.get("logger") in (None, True) and not config.get("barebones"):
             config["logger"] = RunLogger(config["default_root_dir"] or DEFAULT_ROOT)
         return super()._instantiate_trainer(config, callbacks)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it.
+
+        Raises:
+            TrainingError: Memory ran out.
+        """
+        try:
+            super()._run_subcommand(subcommand)
+        except Exception as error:
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
+            guards = [one for one in callbacks if isinstance(one, OutOfMemoryGuard)]
+            told = next((guard.error for guard in guards if guard.error is not None), None)
+            if told is None:
+                raise
+            raise told from error
 
 
 @contextmanager

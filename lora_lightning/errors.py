@@ -25,6 +25,10 @@ class CheckpointError(UserError):
     """A checkpoint or adapter folder is missing, damaged, or belongs to another model."""
 
 
+class TrainingError(UserError):
+    """A run cannot go on: its loss or its gradients are not finite, or its memory is full."""
+
+
 class NotMergeable(UserError):  # noqa: N818 - reads as the fact it states; the name is public API
     """An adapter cannot be folded into the weights of its host."""
 

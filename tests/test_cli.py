@@ -10,11 +10,20 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lora_lightning import __main__
 from lora_lightning.__main__ import main
-from lora_lightning.callbacks import AdapterCheckpoint, AdapterSummary, MetricCurve, Throughput
+from lora_lightning.callbacks import (
+    AdapterCheckpoint,
+    AdapterSummary,
+    IdleParameterGuard,
+    MetricCurve,
+    NonFiniteGuard,
+    OutOfMemoryGuard,
+    SignalGuard,
+    Throughput,
+)
 from lora_lightning.cli import default_callbacks, run_lightning
 from lora_lightning.errors import DataError
 from lora_lightning.methods import LoRA
@@ -300,6 +309,14 @@ def test_bugs_keep_their_traceback():
         main(["fit", "--config", "good.yaml", "--model", "BuggyTask"])
 
 
+def test_sigterm_without_the_guard_is_143(monkeypatch):
+    def ended(*arguments):
+        raise SIGTERMException
+
+    monkeypatch.setattr(__main__, "run", ended)
+    assert main(["fit"]) == 143
+
+
 def test_ctrl_c_is_130(monkeypatch):
     assert main(["fit", "--config", "good.yaml", "--model", "InterruptedTask"]) == 130
 
@@ -364,16 +381,18 @@ def test_print_config(capsys):
 
 
 def test_default_callbacks_give_way_to_the_users():
-    kinds = [AdapterCheckpoint, AdapterSummary, RichProgressBar, MetricCurve, Throughput]
+    guards = [NonFiniteGuard, IdleParameterGuard, OutOfMemoryGuard, SignalGuard]
+    kinds = [AdapterCheckpoint, AdapterSummary, RichProgressBar, MetricCurve, Throughput, *guards]
     assert [type(callback) for callback in default_callbacks([], {})] == kinds
     mine = [ModelCheckpoint(), Throughput()]
     assert [type(callback) for callback in default_callbacks(mine, {})] == [
         AdapterSummary,
         RichProgressBar,
         MetricCurve,
+        *guards,
     ]
     off = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    assert [type(callback) for callback in default_callbacks([], off)] == [MetricCurve, Throughput]
+    assert [type(callback) for callback in default_callbacks([], off)] == [MetricCurve, Throughput, *guards]
     assert default_callbacks([], {"barebones": True}) == []
 
 

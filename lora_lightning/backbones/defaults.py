@@ -48,6 +48,9 @@ USUAL_TARGETS: Mapping[str, tuple[str, ...]] = {
 }
 """Modules that low-rank methods take where the user names none: queries and values, as in the LoRA paper."""
 
+ATTENTION_KEYS: frozenset[str] = frozenset({"k", "k_lin", "k_proj", "key", "key_proj"})
+"""Modules that compute attention's keys alone, by the last part of their path."""
+
 DENSE_MODULES: tuple[str, ...] = (
     "classification_head",
     "classifier",

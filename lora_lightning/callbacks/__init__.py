@@ -2,9 +2,26 @@
 
 from lora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lora_lightning.callbacks.adapter_summary import AdapterSummary
+from lora_lightning.callbacks.guards import Guards
+from lora_lightning.callbacks.idle_parameter_guard import IdleParameterGuard
 from lora_lightning.callbacks.merge_at_end import MergeAtEnd
 from lora_lightning.callbacks.metric_curve import MetricCurve
+from lora_lightning.callbacks.non_finite_guard import NonFiniteGuard
+from lora_lightning.callbacks.out_of_memory_guard import OutOfMemoryGuard
 from lora_lightning.callbacks.sample_generations import SampleGenerations
+from lora_lightning.callbacks.signal_guard import SignalGuard
 from lora_lightning.callbacks.throughput import Throughput
 
-__all__ = ["AdapterCheckpoint", "AdapterSummary", "MergeAtEnd", "MetricCurve", "SampleGenerations", "Throughput"]
+__all__ = [
+    "AdapterCheckpoint",
+    "AdapterSummary",
+    "Guards",
+    "IdleParameterGuard",
+    "MergeAtEnd",
+    "MetricCurve",
+    "NonFiniteGuard",
+    "OutOfMemoryGuard",
+    "SampleGenerations",
+    "SignalGuard",
+    "Throughput",
+]

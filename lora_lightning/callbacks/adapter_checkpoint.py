@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     The `.ckpt` is what training resumes from. The folder is in PEFT's format where PEFT can express the adapter, and
     holds a manifest; it comes and goes with its `.ckpt`. A state with NaN or infinite weights is never saved, so that
-    the checkpoint before it stays the last one.
+    the checkpoint before it stays the last one; and a NaN or infinite value of `monitor` is never one of the best.
 
     Args:
         dirpath: Where to save; None means `checkpoints` in the run's folder.
@@ -99,6 +100,29 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Make sure that there is a last checkpoint, except in a `fast_dev_run`, where Lightning forgets to ask."""
         if not is_trial(trainer):
             super().on_train_end(trainer, pl_module)
+
+    def save_now(self, trainer: L.Trainer) -> str:
+        """Save the current step as `last.ckpt`, whatever `save_last` says; all ranks must call it.
+
+        Returns:
+            The path of the checkpoint.
+        """
+        kept, self.save_last = self.save_last, True
+        try:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        finally:
+            self.save_last = kept
+        return self.last_model_path
+
+    def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
+        """Tell whether a value of `monitor` is among the best; one that is NaN or infinite never is."""
+        is_finite = current is None or bool(torch.isfinite(current))
+        if not trainer.strategy.reduce_boolean_decision(is_finite, all=True):
+            rank_zero_warn(
+                f"{self.monitor} is {current} at step {trainer.global_step}, so this step is not among the best ones."
+            )
+            return False
+        return super().check_monitor_top_k(trainer, current)
 
     def _save_topk_checkpoint(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         super()._save_topk_checkpoint(trainer, monitor_candidates)

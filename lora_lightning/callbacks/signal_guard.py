@@ -1,0 +1,201 @@
+"""Saves and ends a run, on all ranks, when somebody asks it to stop."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from lora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lora_lightning.callbacks.gradients import over_ranks
+from lora_lightning.callbacks.places import is_trial
+
+_SECONDS_TO_WAIT = 60
+
+
+class SignalGuard(L.Callback):
+    """On SIGTERM, SIGINT or SIGUSR1 to any rank, save `last.ckpt` after the current step and end every rank.
+
+    The exit status is 128 plus the signal's number, as shells count it: 143 for SIGTERM, 130 for SIGINT (Ctrl-C), 138
+    for SIGUSR1 on Linux. `--ckpt_path <run>/checkpoints/last.ckpt` goes on from there. A second SIGINT ends at once and
+    saves nothing. A signal during validation waits for its end; one before the first step, or after the last, does what
+    it did without this guard.
+
+    Ranks agree in each optimizer step by one all-reduce of one number, so that all of them save after the same step.
+
+    Lightning's own handler of SIGTERM, which broadcasts inside the handler and saves nothing, is set aside while the
+    run trains. In a SLURM job with Lightning's automatic requeue, the requeue signal (SIGUSR1) still requeues the job
+    and writes the `hpc_ckpt` that the job continues from, but after a step instead of in the middle of one.
+    """
+
+    def __init__(self) -> None:
+        self._previous: dict[int, Any] = {}
+        self._pid = 0
+        self._is_training = False
+        self._received = 0
+        self._was_interrupted = False
+        self._agreed: torch.Tensor | None = None
+        self._last_step = 0
+        self._requeue_signal: int | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take the signals whose handlers a data loader's workers inherit, which are forked before training starts."""
+        del pl_module
+        self._received, self._was_interrupted, self._agreed = 0, False, None
+        self._pid = os.getpid()
+        self._requeue_signal = _requeue_signal(trainer)
+        self._take({signal.SIGINT, signal.SIGUSR1, self._requeue_signal or signal.SIGUSR1})
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take SIGTERM from Lightning, and start to listen."""
+        if trainer.received_sigterm:
+            self._received = signal.SIGTERM
+        self._last_step = trainer.global_step
+        if trainer.world_size > 1:
+            self._agreed = torch.zeros((), dtype=torch.int32, device=pl_module.device)
+        self._take({signal.SIGTERM})
+        self._is_training = True
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Let the ranks agree on the signal.
+
+        Here the host waits for the gradients anyway, where `NonFiniteGuard` is on.
+        """
+        del pl_module, optimizer
+        if self._agreed is not None:
+            over_ranks(trainer, self._agreed.fill_(self._received))
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's own signature
+        batch: Any,  # noqa: ANN401 - Lightning's own signature
+        batch_idx: int,
+    ) -> None:
+        """Save and end, if there was a signal; only after an optimizer step, since no checkpoint holds gradients."""
+        del pl_module, outputs, batch, batch_idx
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        number = self._received if self._agreed is None else int(self._agreed)
+        if number:
+            self._stop(trainer, number)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop listening."""
+        del pl_module
+        self._stop_listening(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Stop listening."""
+        del pl_module, exception
+        self._stop_listening(trainer)
+
+    # Handling signals.
+
+    def _take(self, numbers: set[int]) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets no other thread do it
+        for number in numbers:
+            if signal.getsignal(number) != self._handle:
+                self._previous[number] = signal.signal(number, self._handle)
+
+    def _stop_listening(self, trainer: L.Trainer) -> None:
+        self._give_back()
+        # Lightning, too, puts back what it met when the run began, which was this guard for some.
+        met = trainer._signal_connector._original_handlers
+        met.update({number: self._previous[number] for number, handler in met.items() if handler == self._handle})
+
+    def _give_back(self) -> None:
+        self._is_training = False
+        for number, handler in self._previous.items():
+            if signal.getsignal(number) == self._handle:
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Remember a signal; the next step acts on it."""
+        del frame
+        if os.getpid() != self._pid:
+            return  # a worker of a data loader, which must go on until its loader ends it
+        if not self._is_training:
+            self._give_back()
+            signal.raise_signal(number)
+            return
+        if number == signal.SIGINT and self._was_interrupted:
+            raise KeyboardInterrupt
+        self._was_interrupted |= number == signal.SIGINT
+        self._received = max(self._received, number)
+        again = " Press Ctrl-C again to end at once." if number == signal.SIGINT else ""
+        text = f"\n{signal.Signals(number).name} received: the run saves after this step and ends.{again}\n"
+        os.write(2, text.encode())  # print and logging may be in the middle of something here
+
+    # Ending.
+
+    def _stop(self, trainer: L.Trainer, number: int) -> None:
+        name = signal.Signals(number).name
+        path = save_last(trainer)
+        if number == self._requeue_signal:
+            # Lightning's own, and the only place that knows how it requeues.
+            trainer._signal_connector._slurm_sigusr_handler_fn(number, None)  # type: ignore[arg-type]
+        if path is None:
+            rank_zero_info(f"{name}: ended after step {trainer.global_step}; no callback saves checkpoints here.")
+        else:
+            rank_zero_info(f"{name}: saved step {trainer.global_step}; go on with --ckpt_path {path}")
+        _let_children_end(trainer)
+        trainer.strategy.barrier("SignalGuard")
+        raise SystemExit(128 + number)
+
+
+def save_last(trainer: L.Trainer) -> str | None:
+    """Save the current step as `last.ckpt`, on all ranks; return its path, or None where nothing saves checkpoints."""
+    if is_trial(trainer):
+        return None
+    savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
+    for saver in savers:
+        if isinstance(saver, AdapterCheckpoint):
+            return saver.save_now(trainer)
+    if not savers:
+        return None
+    path = Path(savers[0].dirpath or ".") / f"{savers[0].CHECKPOINT_NAME_LAST}{savers[0].FILE_EXTENSION}"
+    trainer.save_checkpoint(path)
+    return str(path)
+
+
+def _requeue_signal(trainer: L.Trainer) -> int | None:
+    """Return the signal on which Lightning requeues a SLURM job, or None where it does not."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return int(environment.requeue_signal or signal.SIGUSR1)
+    return None
+
+
+def _let_children_end(trainer: L.Trainer) -> None:
+    """Wait for the processes that Lightning started when this one ends, instead of having it killed for their status.
+
+    Lightning watches them, and kills all ranks when one of them ends with a status other than 0.
+    """
+    children: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+    for child in children:
+        atexit.register(_wait, child)
+    children.clear()
+
+
+def _wait(child: subprocess.Popen[bytes]) -> None:
+    try:
+        child.wait(_SECONDS_TO_WAIT)
+    except subprocess.TimeoutExpired:
+        child.kill()
