@@ -11,8 +11,8 @@ import torch
 
 from lora_lightning.adapters import adapter_state_dict
 from lora_lightning.callbacks import AdapterCheckpoint
-from lora_lightning.callbacks.adapter_checkpoint import link_folder
 from lora_lightning.checkpoint import load_adapter, read_adapter_folder
+from lora_lightning.checkpoint.pair import replace_link
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import LoRA
 from tests.callbacks.runs import LIGHTNING_WARNINGS, LineData, LineTask, fit, make_trainer
@@ -119,7 +119,7 @@ def test_last_as_a_link(tmp_path: Path) -> None:
 
 def test_a_link_replaces_a_folder_and_a_folder_a_link(tmp_path: Path) -> None:
     fit(tmp_path, AdapterCheckpoint(dirpath=tmp_path / "c", save_last=True), max_epochs=1)
-    link_folder(tmp_path / "c" / "epoch=0-step=6", tmp_path / "c" / "last")
+    replace_link(tmp_path / "c" / "epoch=0-step=6", tmp_path / "c" / "last")
     assert (tmp_path / "c" / "last").is_symlink()
     assert assert_twins(tmp_path / "c") == ["epoch=0-step=6", "last"]
     callback = AdapterCheckpoint(dirpath=tmp_path / "c", enable_version_counter=False)
