@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lora_lightning import __version__
 from lora_lightning.commands import LIGHTNING_COMMANDS, all_commands, load_command
-from lora_lightning.errors import ConfigError, UserError
+from lora_lightning.errors import ConfigError, UserError, trouble_of_disk
 
 PROG = "lora-lightning"
 OK, BUG, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -35,13 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return _status(stop)
     except Exception as error:
-        if not _is_mistake(error):
+        mistake = _mistake(error)
+        if mistake is None:
             raise
         if is_debugging:
             import traceback
 
             traceback.print_exc()
-        print(f"{PROG}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{PROG}: error: {' '.join(mistake.split())}", file=sys.stderr)
         return MISTAKE
 
 
@@ -94,11 +95,21 @@ def help_text() -> str:
     )
 
 
-def _is_mistake(error: Exception) -> bool:
-    """Tell a mistake of the user from a bug; Lightning's class is looked up only where Lightning is imported."""
+def _mistake(error: BaseException) -> str | None:
+    """Return what to tell the user, or None for a bug.
+
+    A full or read-only disk may show first where a checkpoint was to be saved, and again while the run is wound up:
+    then the first says more. Lightning's class is looked up only where Lightning is imported.
+    """
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
     misconfiguration = getattr(exceptions, "MisconfigurationException", UserError)
-    return isinstance(error, (UserError, misconfiguration))
+    if isinstance(error, (UserError, misconfiguration)):
+        return str(error)
+    trouble = trouble_of_disk(error)
+    if trouble is None:
+        return None
+    first = error.__context__ and _mistake(error.__context__)
+    return first or f"{getattr(error, 'filename', None) or 'a file'} could not be read or written: {trouble}."
 
 
 def _status(stop: SystemExit) -> int:

@@ -1,5 +1,17 @@
 """The named exceptions: each is a mistake that its reader can mend, told in one sentence."""
 
+import errno
+
+_OF_THE_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file would be larger than this process may write (ulimit -f)",
+    errno.EROFS: "the disk is read-only",
+    errno.EACCES: "permission is denied",
+    errno.EPERM: "permission is denied",
+    errno.EIO: "the disk reports an input/output error",
+}
+
 
 class UserError(ValueError):
     """A mistake outside this library's code; the message says what came, what was expected, and what to do."""
@@ -39,3 +51,13 @@ class PackedHost(NotMergeable):
 
 class AdapterNotCalled(UserError):  # noqa: N818 - reads as the fact it states; the name is public API
     """A forward pass went by without calling an adapter, which would therefore never learn."""
+
+
+def trouble_of_disk(error: BaseException) -> str | None:
+    """Say in words what the system refuses about its disk, or None where an error is none of these.
+
+    Example:
+        >>> trouble_of_disk(OSError(errno.ENOSPC, "No space left on device"))
+        'the disk is full'
+    """
+    return _OF_THE_DISK.get(error.errno or 0) if isinstance(error, OSError) else None

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from weakref import proxy
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.adapters import adapter_state_dict
+from lora_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
 from lora_lightning.callbacks.places import adapted_model, is_trial
 from lora_lightning.checkpoint import RunFacts, fingerprint, write_adapter_folder
-from lora_lightning.checkpoint.files import remove_folder, sync
-from lora_lightning.checkpoint.folder import check_finite, is_adapter_folder
+from lora_lightning.checkpoint.complete import newest_complete, recover
+from lora_lightning.checkpoint.files import remove_folder
+from lora_lightning.checkpoint.folder import check_finite, fill_adapter_folder, is_adapter_folder
+from lora_lightning.checkpoint.manifest import FileRecord
+from lora_lightning.checkpoint.pair import Fill, folder_of, replace_link
+from lora_lightning.errors import CheckpointError
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -84,6 +89,13 @@ class AdapterCheckpoint(ModelCheckpoint):
         )
         self._base_fingerprint: str | None = None
         self._step_of_last: int | None = None
+        self._written: list[str] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Have checkpoints written whole or not at all, and checked when they are read."""
+        super().setup(trainer, pl_module, stage)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AdapterCheckpointIO()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say once when there will be no adapter folders, and measure the base while its weights are in place."""
@@ -95,6 +107,28 @@ class AdapterCheckpoint(ModelCheckpoint):
             rank_zero_warn("The model is sharded over processes, so AdapterCheckpoint saves no adapter folders.")
         elif trainer.is_global_zero:
             self._base_fingerprint = getattr(pl_module, "base_fingerprint", None) or fingerprint(model)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tidy up after a run that was killed: in the folder to save in, and in that of the checkpoint gone on from."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.is_global_zero and not is_trial(trainer):
+            folders = {
+                Path(path) for path in (self.dirpath, trainer.ckpt_path and Path(trainer.ckpt_path).parent) if path
+            }
+            for folder in folders:
+                recover(folder)
+        for path in self._superseded(trainer):
+            self._remove_checkpoint(trainer, path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Add the checkpoints that this run has written and not removed yet."""
+        return {**super().state_dict(), "written": list(self._written)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what a checkpoint says, as long as the folder is the same."""
+        super().load_state_dict(state_dict)
+        if state_dict.get("dirpath") == self.dirpath:
+            self._written = list(state_dict.get("written", []))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Make sure that there is a last checkpoint, except in a `fast_dev_run`, where Lightning forgets to ask."""
@@ -135,13 +169,54 @@ class AdapterCheckpoint(ModelCheckpoint):
         super()._save_last_checkpoint(trainer, monitor_candidates)
         self._step_of_last = trainer.global_step
 
+    def _superseded(self, trainer: L.Trainer) -> list[str]:
+        """Return the checkpoints that a killed run had replaced by better or newer ones, but not removed any more."""
+        if self.save_top_k == -1:
+            return []
+        kept = {self.best_model_path, self.last_model_path, self.kth_best_model_path, *self.best_k_models}
+        return [
+            path
+            for path in self._written
+            if path not in kept and Path(path).is_file() and self._should_remove_checkpoint(trainer, path, "")
+        ]
+
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         model = adapted_model(trainer.lightning_module)
-        if model is None or is_sharded(model):
+        fill: Fill | None = None
+        if model is not None and not is_sharded(model):
+            check_finite(adapter_state_dict(model), f"The adapter at step {trainer.global_step}, which was not saved,")
+            fill = self._filler(trainer, model)
+        if filepath not in self._written:
+            self._written.append(filepath)  # before saving, because it will be part of the state
+        io = trainer.strategy.checkpoint_io
+        if not isinstance(io, AdapterCheckpointIO):
             super()._save_checkpoint(trainer, filepath)
+            self._write_folder(trainer, filepath, model, fill)
             return
-        check_finite(adapter_state_dict(model), f"The adapter at step {trainer.global_step}, which was not saved,")
-        super()._save_checkpoint(trainer, filepath)
+        with io.saving(fill):
+            trainer.save_checkpoint(filepath, self.save_weights_only)
+        failure = trainer.strategy.broadcast(io.failure)
+        if failure is not None:
+            raise CheckpointError(failure)
+        self._last_global_step_saved = trainer.global_step
+        self._last_checkpoint_saved = filepath
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.after_save_checkpoint(proxy(self))
+
+    def _filler(self, trainer: L.Trainer, model: nn.Module) -> Fill:
+        """Return what writes the adapter folder of the present state."""
+
+        def fill(folder: Path, record: FileRecord) -> None:
+            facts, base = run_facts(trainer), self._base_fingerprint
+            fill_adapter_folder(folder, model, facts, checkpoint=record, base_fingerprint=base)
+
+        return fill
+
+    def _write_folder(self, trainer: L.Trainer, filepath: str, model: nn.Module | None, fill: Fill | None) -> None:
+        """Write the adapter folder beside a checkpoint that a plugin of the user's own has written."""
+        if model is None or fill is None:
+            return
         if trainer.is_global_zero:
             folder = folder_of(filepath)
             if folder.is_symlink():
@@ -150,6 +225,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         trainer.strategy.barrier("AdapterCheckpoint.save")
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        if filepath in self._written:
+            self._written.remove(filepath)
+        link = Path(self.last_model_path)
+        if trainer.is_global_zero and link.is_symlink() and link.resolve() == Path(filepath).resolve():
+            self._link_checkpoint(trainer, self._last_checkpoint_saved, self.last_model_path)
         super()._remove_checkpoint(trainer, filepath)
         folder = folder_of(filepath)
         if trainer.is_global_zero and (folder.is_symlink() or is_adapter_folder(folder)):
@@ -157,31 +237,31 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     @staticmethod
     def _link_checkpoint(trainer: L.Trainer, filepath: str, linkpath: str) -> None:
-        if trainer.is_global_zero and Path(filepath).absolute() != Path(linkpath).absolute():
-            source, link = folder_of(filepath), folder_of(linkpath)
-            if is_adapter_folder(source):
-                link_folder(source, link)
-        ModelCheckpoint._link_checkpoint(trainer, filepath, linkpath)
+        source, link = Path(filepath).absolute(), Path(linkpath).absolute()
+        if trainer.is_global_zero and source != link:
+            replace_link(source, link)
+            if is_adapter_folder(folder_of(source)):
+                replace_link(folder_of(source), folder_of(link))
+        trainer.strategy.barrier()
+
+    def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
+        """Return what `ckpt_path="last"` means: the newest complete checkpoint, whatever its name."""
+        # Lightning gives no other name to the folder before `setup`.
+        folder = Path(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
+        newest = newest_complete(folder)
+        found: set[str] = super()._find_last_checkpoints(trainer)
+        if newest is None:
+            return found
+        damaged = [path for path in map(Path, found) if _written_at(path) > _written_at(newest)]
+        if damaged:
+            rank_zero_warn(
+                f"{damaged[0]} is damaged, so the run goes on from {newest}, the newest complete checkpoint."
+            )
+        return {str(newest)}
 
 
-def folder_of(filepath: str | Path) -> Path:
-    """Return the adapter folder that belongs to a checkpoint file.
-
-    Example:
-        >>> folder_of("run/checkpoints/last.ckpt").as_posix()
-        'run/checkpoints/last'
-    """
-    return Path(filepath).with_name(Path(filepath).name.removesuffix(ModelCheckpoint.FILE_EXTENSION))
-
-
-def link_folder(source: Path, link: Path) -> None:
-    """Point a symbolic link at an adapter folder, replacing in one step the link that was there."""
-    if not link.is_symlink() and is_adapter_folder(link):
-        remove_folder(link)
-    new = link.with_name(f".{link.name}.{secrets.token_hex(4)}.tmp")
-    new.symlink_to(os.path.relpath(source, link.parent), target_is_directory=True)
-    new.replace(link)
-    sync(link.parent)
+def _written_at(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def run_facts(trainer: L.Trainer) -> RunFacts:

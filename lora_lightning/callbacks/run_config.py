@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import lightning as L
@@ -9,6 +10,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from lora_lightning.callbacks.places import run_folder
 from lora_lightning.callbacks.run_logger import RunLogger
+from lora_lightning.errors import UserError, trouble_of_disk
 
 
 class RunConfig(SaveConfigCallback):
@@ -23,15 +25,26 @@ class RunConfig(SaveConfigCallback):
         """Do nothing yet."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make the run's folder and write the settings, on rank 0."""
+        """Make the run's folder and write the settings, on rank 0.
+
+        Raises:
+            UserError: The disk refuses.
+        """
         del pl_module
         folder = run_folder(trainer)  # on all ranks
         if not trainer.is_global_zero:
             return
         if isinstance(trainer.logger, RunLogger):
             trainer.logger.claim()
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(free_name(folder / self.config_filename)), skip_unset=False, multifile=False)
+        path = free_name(folder / self.config_filename)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(path), skip_unset=False, multifile=False)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+            trouble = trouble_of_disk(error) or error.strerror
+            raise UserError(f"{path} could not be written: {trouble}; nothing was trained.") from error
 
 
 def free_name(path: Path) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,6 +20,7 @@ from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.manifest import (
     MANIFEST_NAME,
+    MAX_BYTES,
     FileRecord,
     Manifest,
     check_files,
@@ -71,29 +74,64 @@ def write_adapter_folder(
     Raises:
         CheckpointError: A weight is NaN or infinite, or `folder` holds something else than an adapter folder.
     """
-    if folder.exists() and not is_adapter_folder(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is there and holds no adapter; move it away or save elsewhere.")
+    refuse_foreign(folder)
+    with atomic_folder(folder) as temporary:
+        return fill_adapter_folder(temporary, model, facts, base_fingerprint=base_fingerprint, as_lora=as_lora)
+
+
+def fill_adapter_folder(
+    folder: Path,
+    model: nn.Module,
+    facts: RunFacts | None = None,
+    *,
+    checkpoint: FileRecord | None = None,
+    base_fingerprint: str | None = None,
+    as_lora: bool = False,
+) -> Manifest:
+    """Write the adapters of a model into an empty folder, the manifest last; see `write_adapter_folder`.
+
+    Args:
+        folder: Where to.
+        model: A model with adapters.
+        facts: What the manifest shall tell about the run.
+        checkpoint: The `.ckpt` that the folder is going to stand beside.
+        base_fingerprint: The base's fingerprint, where the caller has it already.
+        as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same.
+
+    Raises:
+        CheckpointError: A weight is NaN or infinite.
+    """
     state = folded_state_dict(model)
     check_finite(state, "The adapter")
     peft, methods = to_peft(model, state), attached_methods(model)
     if peft is None and as_lora and (peft := to_peft(model, state, as_lora=True)) is not None:
         methods = (method_of(peft.config),)
-    with atomic_folder(folder) as temporary:
-        if peft is None:
-            _save_tensors(temporary / OWN_WEIGHTS_NAME, state)
-        else:
-            text = json.dumps(peft.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-            (temporary / CONFIG_NAME).write_text(text, encoding="utf-8")
-            _save_tensors(temporary / PEFT_WEIGHTS_NAME, peft.state)
-        manifest = Manifest(
-            **asdict(facts or RunFacts()),
-            adapter_format="lora_lightning" if peft is None else "peft",
-            methods=[class_config(method) for method in methods],
-            base_fingerprint=base_fingerprint or fingerprint(model),
-            files={path.name: FileRecord.of(path) for path in sorted(temporary.iterdir())},
-        )
-        write_manifest(temporary, manifest)
+    if peft is None:
+        _save_tensors(folder / OWN_WEIGHTS_NAME, state)
+    else:
+        text = json.dumps(peft.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+        _save_tensors(folder / PEFT_WEIGHTS_NAME, peft.state)
+    manifest = Manifest(
+        **asdict(facts or RunFacts()),
+        adapter_format="lora_lightning" if peft is None else "peft",
+        methods=[class_config(method) for method in methods],
+        base_fingerprint=base_fingerprint or fingerprint(model),
+        files={path.name: FileRecord.of(path) for path in sorted(folder.iterdir())},
+        checkpoint=checkpoint,
+    )
+    write_manifest(folder, manifest)
     return manifest
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse to replace what is neither an adapter folder nor empty.
+
+    Raises:
+        CheckpointError: `folder` is there and holds something else.
+    """
+    if folder.exists() and not is_adapter_folder(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is there and holds no adapter; move it away or save elsewhere.")
 
 
 def read_adapter_folder(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:
@@ -169,25 +207,37 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
 def _save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors; each gets storage of its own, since the format refuses shared ones."""
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-    save_file(own, path, metadata={"format": "pt"})
+    try:
+        save_file(own, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        CheckpointError: It is cut short, damaged, or of another kind.
+        CheckpointError: It is cut short, damaged, of another kind, or its header is larger than any adapter's.
     """
     try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+        if size > MAX_BYTES:
+            raise SafetensorError(f"its header claims {size} bytes, and this library reads up to {MAX_BYTES}")
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no readable safetensors file ({error}); use another checkpoint.") from error
 
 
 def _load_config(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_BYTES:
+        raise CheckpointError(f"{path} is larger than {MAX_BYTES} bytes, which no adapter's config is.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); use another checkpoint.") from error
     saved = config.get("modules_to_save") if isinstance(config, dict) else 0
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):

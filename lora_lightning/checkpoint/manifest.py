@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import hashlib
 import json
 import math
 import re
@@ -19,6 +20,7 @@ from lora_lightning.errors import CheckpointError
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 MAX_BYTES = 16 * 1024 * 1024
+DIGEST_KEY = "manifest_sha256"
 LIBRARIES = ("lora-lightning", "torch", "lightning", "transformers")
 
 FORMATS = ("peft", "lora_lightning", "merged")
@@ -62,6 +64,7 @@ class Manifest:
         epoch: Epochs finished, counted from 0 as Lightning does.
         step: Optimizer steps taken.
         files: Every other file of the folder by its name.
+        checkpoint: The `.ckpt` that the folder stands beside, or None where it stands alone.
         versions: Versions of the libraries that wrote it.
         format_version: Version of this format.
     """
@@ -77,12 +80,14 @@ class Manifest:
     epoch: int = 0
     step: int = 0
     files: dict[str, FileRecord] = field(default_factory=dict)
+    checkpoint: FileRecord | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """Return the manifest as JSON text, keys sorted."""
-        return json.dumps(plain(self), indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+        """Return the manifest as JSON text, keys sorted, with the digest of all the rest of it."""
+        data = plain(self)
+        return _text({**data, DIGEST_KEY: _digest(data)})
 
     @classmethod
     def from_json(cls, text: str, source: str = MANIFEST_NAME) -> Manifest:
@@ -93,11 +98,12 @@ class Manifest:
             source: Where it came from, for messages.
 
         Raises:
-            CheckpointError: It is no JSON, or not a manifest of a version that this library reads.
+            CheckpointError: It is no JSON, not a manifest of a version that this library reads, or was damaged since it
+                was written.
         """
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{source} is not valid JSON ({error}); it is damaged, use another folder."
             ) from error
@@ -109,9 +115,24 @@ class Manifest:
                 f"{source} has format version {version!r}, and this library reads {FORMAT_VERSION}; "
                 "load it with the version of lora_lightning that wrote it."
             )
+        digest = data.pop(DIGEST_KEY, None)  # not there in manifests of older versions
         _check_fields(data, source)
+        if digest is not None and digest != _digest(data):
+            raise CheckpointError(
+                f"{source} differs from what was written ({DIGEST_KEY} does not fit the rest): it was damaged or "
+                "changed; use another folder."
+            )
         files = {name: FileRecord(**record) for name, record in data["files"].items()}
-        return cls(**{**data, "files": files})
+        checkpoint = data.get("checkpoint")
+        return cls(**{**data, "files": files, "checkpoint": checkpoint and FileRecord(**checkpoint)})
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_text(data).encode(errors="surrogatepass")).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -152,17 +173,19 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{folder} lacks {name}, which its manifest names; use another checkpoint.")
-        size = path.stat().st_size
-        if size != record.num_bytes:
-            raise CheckpointError(
-                f"{path} has {size} bytes, its manifest says {record.num_bytes}: it was cut short or changed; "
-                "use another checkpoint."
-            )
-        if sha256_file(path) != record.sha256:
-            raise CheckpointError(
-                f"{path} differs from what was written (SHA-256 mismatch): it was damaged or changed; "
-                "use another checkpoint."
-            )
+        difference = difference_from(record, path)
+        if difference is not None:
+            raise CheckpointError(f"{path} {difference}; use another checkpoint.")
+
+
+def difference_from(record: FileRecord, path: Path) -> str | None:
+    """Say in words that continue a file's name how it differs from its record, or None where it does not."""
+    size = path.stat().st_size
+    if size != record.num_bytes:
+        return f"has {size} bytes, its manifest says {record.num_bytes}: it was cut short or changed"
+    if sha256_file(path) != record.sha256:
+        return "differs from what was written (SHA-256 mismatch): it was damaged or changed"
+    return None
 
 
 def library_versions() -> dict[str, str]:
@@ -252,12 +275,17 @@ def _is_methods(value: object) -> bool:
 
 def _is_files(value: object) -> bool:
     return isinstance(value, dict) and all(
-        bool(_FILE_NAME.fullmatch(name))  # a plain name: no path can leave the folder
-        and isinstance(record, dict)
-        and set(record) == {"sha256", "num_bytes"}
-        and _is_digest(record["sha256"])
-        and _is_count(record["num_bytes"])
+        bool(_FILE_NAME.fullmatch(name)) and _is_record(record)  # a plain name: no path can leave the folder
         for name, record in value.items()
+    )
+
+
+def _is_record(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"sha256", "num_bytes"}
+        and _is_digest(value["sha256"])
+        and _is_count(value["num_bytes"])
     )
 
 
@@ -278,18 +306,19 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "epoch": ("a whole number from 0", _is_count),
     "step": ("a whole number from 0", _is_count),
     "files": ("an object of plain file names with sha256 and num_bytes", _is_files),
+    "checkpoint": ("sha256 and num_bytes, or null", lambda value: value is None or _is_record(value)),
     "versions": ("an object of texts", _is_versions),
     "format_version": ("a whole number from 0", _is_count),
 }
 
 
 def _check_fields(data: dict[str, Any], source: str) -> None:
-    missing, unknown = sorted(_FIELDS.keys() - data.keys()), sorted(data.keys() - _FIELDS.keys())
+    missing, unknown = sorted(_FIELDS.keys() - {"checkpoint"} - data.keys()), sorted(data.keys() - _FIELDS.keys())
     if missing or unknown:
         raise CheckpointError(
             f"{source} is no manifest that this library wrote: missing {missing or 'nothing'}, "
             f"unknown {unknown or 'nothing'}; use another folder."
         )
     for name, (expected, is_valid) in _FIELDS.items():
-        if not is_valid(data[name]):
+        if not is_valid(data.get(name)):
             raise CheckpointError(f"{source}: {name} must be {expected}, got {data[name]!r:.80}; use another folder.")

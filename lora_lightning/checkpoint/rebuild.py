@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lora_lightning.checkpoint.complete import check_checkpoint, instead_of
 from lora_lightning.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -33,13 +35,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is a folder; name the .ckpt file that stands beside it.")
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint {path}{_nearest(path)}.")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a dozen types, by where the file is damaged
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{path} is no checkpoint that can be read safely ({reason:.120}); it is damaged, or another kind of file."
-        ) from error
+    check_checkpoint(path)
+    checkpoint = load_safely(path, map_location="cpu")
     wanted = ("state_dict", "hyper_parameters")
     missing = [key for key in wanted if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(key), dict)]
     if missing:
@@ -48,6 +45,26 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             "name a .ckpt file from a run's checkpoints folder."
         )
     return dict(checkpoint)
+
+
+def load_safely(path: Path, map_location: Any = None) -> Any:  # noqa: ANN401 - as torch.load has them
+    """Read what `torch.save` wrote, without running any code that the file might carry.
+
+    Raises:
+        CheckpointError: It is damaged, holds something else than plain data, or would unpack to more than its size.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is packed, which torch never does")
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch raises a dozen types, by where the file is damaged
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path} is no checkpoint that can be read safely ({reason:.120}); it is damaged, or another kind of file. "
+            f"{instead_of(path)}"
+        ) from error
 
 
 def rebuild_task(

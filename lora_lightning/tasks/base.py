@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -31,12 +30,14 @@ from lora_lightning.backbones.quantized import is_quantized
 from lora_lightning.backbones.skeleton import is_without_weights
 from lora_lightning.backbones.view import view_of
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.folder import check_finite
 from lora_lightning.checkpoint.manifest import class_config
 from lora_lightning.checkpoint.starting import StartingAdapter, read_starting_adapter
 from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.methods.low_rank import recompute_activations
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
+from lora_lightning.tasks.loading import CheckedLoading
 from lora_lightning.tasks.quantized import refuse_unfit_trainer
 from lora_lightning.tasks.settings import Recomputing, labels, methods_from, plain, refuse_packing
 
@@ -62,7 +63,7 @@ class StepOutput(NamedTuple):
     targets: Tensor | None = None
 
 
-class AdapterTask(L.LightningModule):
+class AdapterTask(CheckedLoading):
     """Fine-tunes adapters on a frozen backbone; subclass it for a task.
 
     A subclass defines `compute_loss`, and where it wants them `configure_metrics` and `predict`. To train on a model of
@@ -338,6 +339,7 @@ class AdapterTask(L.LightningModule):
                 f"{sorted(expected) or 'none'}."
             )
         adapters = {name.removeprefix(_MODEL): t for name, t in state_dict.items() if name.startswith(_MODEL)}
+        check_finite(adapters, "The checkpoint")
         load_adapter_state_dict(self.adapted, adapters)
         self._takes_state_of_checkpoint = False
         if own:

@@ -8,11 +8,12 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from lora_lightning.adapters import adapter_state_dict
 from lora_lightning.callbacks import AdapterCheckpoint
-from lora_lightning.callbacks.adapter_checkpoint import link_folder
 from lora_lightning.checkpoint import load_adapter, read_adapter_folder
+from lora_lightning.checkpoint.pair import replace_link
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import LoRA
 from tests.callbacks.runs import LIGHTNING_WARNINGS, LineData, LineTask, fit, make_trainer
@@ -119,7 +120,7 @@ def test_last_as_a_link(tmp_path: Path) -> None:
 
 def test_a_link_replaces_a_folder_and_a_folder_a_link(tmp_path: Path) -> None:
     fit(tmp_path, AdapterCheckpoint(dirpath=tmp_path / "c", save_last=True), max_epochs=1)
-    link_folder(tmp_path / "c" / "epoch=0-step=6", tmp_path / "c" / "last")
+    replace_link(tmp_path / "c" / "epoch=0-step=6", tmp_path / "c" / "last")
     assert (tmp_path / "c" / "last").is_symlink()
     assert assert_twins(tmp_path / "c") == ["epoch=0-step=6", "last"]
     callback = AdapterCheckpoint(dirpath=tmp_path / "c", enable_version_counter=False)
@@ -223,3 +224,91 @@ def test_sharded_models_get_plain_checkpoints(tmp_path: Path, monkeypatch: pytes
 def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:
     fit(tmp_path, AdapterCheckpoint(), fast_dev_run=True)
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def resume(folder: Path, callback: AdapterCheckpoint, ckpt_path: str | Path, **settings: Any) -> L.Trainer:
+    trainer = make_trainer(folder, callback, **{"max_epochs": 2, **settings})
+    trainer.fit(LineTask(), LineData(), ckpt_path=ckpt_path, weights_only=True)
+    return trainer
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_a_damaged_checkpoint_is_refused_by_name_and_left_out_as_last(tmp_path: Path) -> None:
+    fit(tmp_path, AdapterCheckpoint(every_n_train_steps=4, save_top_k=-1), max_epochs=1, max_steps=4)
+    folder = checkpoints(tmp_path)
+    flip(folder / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt differs .* beside it is .*epoch=0-step=4\.ckpt \(step 4\)"):
+        resume(tmp_path, AdapterCheckpoint(), folder / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt differs"):
+        LineTask.load_from_checkpoint(folder / "last.ckpt")
+    assert LineTask.load_from_checkpoint(folder / "epoch=0-step=4.ckpt").model is not None
+    with pytest.warns(UserWarning, match=r"last\.ckpt is damaged, so the run goes on from .*epoch=0-step=4\.ckpt"):
+        trainer = resume(tmp_path, AdapterCheckpoint(every_n_train_steps=4, save_top_k=-1), "last", max_epochs=1)
+    assert trainer.global_step == 6
+
+
+def test_a_nan_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    fit(tmp_path, AdapterCheckpoint(), max_epochs=1)
+    path = checkpoints(tmp_path) / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    next(iter(checkpoint["state_dict"].values()))[0, 0] = float("nan")
+    torch.save(checkpoint, tmp_path / "x.ckpt")
+    with pytest.raises(CheckpointError, match="The checkpoint holds NaN or infinite values in 1 of 2 tensors"):
+        LineTask.load_from_checkpoint(tmp_path / "x.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:.*exists and is not empty")
+def test_what_a_killed_run_had_replaced_goes_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*args: Any) -> None:
+        raise RuntimeError("killed")
+
+    settings: dict[str, Any] = {"every_n_train_steps": 2, "save_last": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterCheckpoint, "_remove_checkpoint", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(tmp_path, AdapterCheckpoint(**settings), max_epochs=1)
+    folder = checkpoints(tmp_path)
+    assert assert_twins(folder) == ["epoch=0-step=2", "epoch=0-step=4"]
+    (folder / ".last.ckpt.01234567.tmp").write_text("half")
+    resume(tmp_path, AdapterCheckpoint(**settings), "last", max_epochs=1)
+    # The one that was named to go on from stays, as with Lightning's own callback.
+    assert assert_twins(folder) == ["epoch=0-step=4", "epoch=0-step=6"]
+
+
+def assert_twins_of(folder: Path) -> list[str]:
+    return assert_twins(folder)
+
+
+def test_a_link_never_dangles(tmp_path: Path) -> None:
+    seen = []
+
+    class Watching(AdapterCheckpoint):
+        def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+            super()._remove_checkpoint(trainer, filepath)
+            last = Path(str(self.dirpath)) / "last.ckpt"
+            seen.append(torch.load(last, weights_only=True)["global_step"])
+
+    fit(tmp_path, Watching(save_last="link", every_n_train_steps=4))
+    assert seen == [8, 12]
+
+
+def test_a_plugin_of_the_users_own_stays(tmp_path: Path) -> None:
+    class Own(TorchCheckpointIO):
+        """Counts what is saved."""
+
+        num_saves = 0
+
+        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            self.num_saves += 1
+            super().save_checkpoint(*args, **kwargs)
+
+    own = Own()
+    fit(tmp_path, AdapterCheckpoint(), plugins=[own], max_epochs=1)
+    assert own.num_saves == 2
+    assert assert_twins(checkpoints(tmp_path)) == ["epoch=0-step=6", "last"]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from lora_lightning.adapters import Method, adapter_state_dict, attach
 from lora_lightning.checkpoint import RunFacts, load_adapter, read_adapter_folder, write_adapter_folder
 from lora_lightning.checkpoint.files import sha256_file
 from lora_lightning.checkpoint.folder import CONFIG_NAME, OWN_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
-from lora_lightning.checkpoint.manifest import MANIFEST_NAME
+from lora_lightning.checkpoint.manifest import DIGEST_KEY, MANIFEST_NAME
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import DoRA, LoRA
 from tests.models import perturb
@@ -48,10 +48,17 @@ def folder(tmp_path: Path, trained: nn.Module) -> Path:
     return tmp_path / "adapter"
 
 
+def unsealed(path: Path) -> dict[str, Any]:
+    """Return the content of a manifest without its own digest, which one that was edited by hand does not have."""
+    data = json.loads(path.read_text())
+    del data[DIGEST_KEY]
+    return data
+
+
 def refresh_digest(folder: Path, name: str) -> None:
     """Make the manifest agree with a file that was changed, as somebody who tampers with care would."""
     path = folder / MANIFEST_NAME
-    data = json.loads(path.read_text())
+    data = unsealed(path)
     file = folder / name
     data["files"][name] = {"sha256": sha256_file(file), "num_bytes": file.stat().st_size}
     path.write_text(json.dumps(data))
@@ -142,7 +149,7 @@ def test_missing_file(folder: Path, fresh: nn.Module) -> None:
 
 def test_unlisted_file(folder: Path, fresh: nn.Module) -> None:
     path = folder / MANIFEST_NAME
-    data = json.loads(path.read_text())
+    data = unsealed(path)
     del data["files"][PEFT_WEIGHTS_NAME]
     path.write_text(json.dumps(data))
     assert_refused(fresh, folder, f"does not name {PEFT_WEIGHTS_NAME}")
@@ -244,7 +251,7 @@ def test_a_method_names_the_settings_that_only_training_reads(tmp_path: Path) ->
 
 def test_a_setting_newer_than_the_folder_counts_as_its_default(folder: Path, fresh: nn.Module) -> None:
     path = folder / "manifest.json"
-    data = json.loads(path.read_text())
+    data = unsealed(path)
     del data["methods"][0]["init_args"]["scaling"]  # its default is `standard`
     path.write_text(json.dumps(data))
     load_adapter(fresh, folder)

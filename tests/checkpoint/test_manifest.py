@@ -89,6 +89,7 @@ def test_plain() -> None:
         ("files", {"a": {"sha256": "f" * 63, "num_bytes": 1}}),
         ("files", {"a": {"sha256": "f" * 64}}),
         ("versions", {"torch": 2}),
+        ("checkpoint", {"sha256": "f" * 64}),
     ],
 )
 def test_bad_values_are_named(manifest: Manifest, field: str, value: Any) -> None:
@@ -110,6 +111,21 @@ def test_bad_values_are_named(manifest: Manifest, field: str, value: Any) -> Non
 def test_bad_text(text: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         Manifest.from_json(text)
+
+
+def test_a_manifest_notices_any_change_of_itself(manifest: Manifest) -> None:
+    data = json.loads(manifest.to_json())
+    assert Manifest.from_json(json.dumps(data)) == manifest
+    with pytest.raises(CheckpointError, match=r"x\.json differs from what was written"):
+        Manifest.from_json(json.dumps({**data, "step": data["step"] + 1}), "x.json")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        Manifest.from_json("[" * 100_000)
+
+
+def test_a_manifest_of_an_older_version_has_neither_digest_nor_checkpoint(manifest: Manifest) -> None:
+    data = json.loads(manifest.to_json())
+    del data["manifest_sha256"], data["checkpoint"]
+    assert Manifest.from_json(json.dumps(data)) == manifest
 
 
 def test_read_manifest_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,158 @@
+"""Tell complete checkpoints from damaged ones, find the newest, and tidy up after a process that was killed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_lightning.checkpoint.files import alone_in, hidden_entries, hidden_siblings, remove, sync
+from lora_lightning.checkpoint.folder import is_adapter_folder
+from lora_lightning.checkpoint.manifest import Manifest, check_files, difference_from, read_manifest
+from lora_lightning.checkpoint.pair import SUFFIX, folder_of, replace_link
+from lora_lightning.errors import CheckpointError
+
+
+def check_checkpoint(path: Path) -> Manifest | None:
+    """Compare a `.ckpt` with the manifest that was written with it.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The manifest; None where none stands beside it, or one of a version that did not know the `.ckpt`.
+
+    Raises:
+        CheckpointError: They differ, or the manifest is damaged; the message names the newest complete one beside it.
+    """
+    try:
+        return vouching_manifest(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {instead_of(path)}".strip()) from error
+
+
+def vouching_manifest(path: Path) -> Manifest | None:
+    """Return the manifest that names a `.ckpt`; see `check_checkpoint`.
+
+    It is in the folder beside the file, or, where a process was killed between two renames, in a hidden one.
+    """
+    path = path.resolve()  # `last.ckpt` may be a link: what it points to has its own folder
+    folder, seen = folder_of(path), None
+    while is_adapter_folder(folder) and (manifest := read_manifest(folder)) != seen:  # a run may be saving right now
+        if manifest.checkpoint is None:
+            return None
+        difference = difference_from(manifest.checkpoint, path)
+        if difference is None:
+            return manifest
+        hidden, seen = _hidden_manifest(path), manifest
+        if hidden is not None:
+            return hidden
+    if seen is None:
+        return _hidden_manifest(path)
+    raise CheckpointError(f"{path} {difference}.")
+
+
+def _hidden_manifest(path: Path) -> Manifest | None:
+    for entry in hidden_siblings(folder_of(path)):
+        try:
+            manifest = read_manifest(entry)
+        except CheckpointError:  # half written, or half removed
+            continue
+        if manifest.checkpoint is not None and difference_from(manifest.checkpoint, path) is None:
+            return manifest
+    return None
+
+
+def newest_complete(folder: Path, *, without: Path | None = None) -> Path | None:
+    """Return the newest `.ckpt` of a folder that agrees with its manifest and whose adapter folder is whole.
+
+    Args:
+        folder: A run's `checkpoints` folder; it may be missing.
+        without: A file to leave out.
+    """
+    return next((path for path in _newest_first(folder) if path != without and is_complete(path)), None)
+
+
+def is_complete(path: Path) -> bool:
+    """Tell whether a `.ckpt` agrees with its manifest, and every file of its adapter folder too."""
+    try:
+        manifest = vouching_manifest(path)
+        if manifest is None:
+            return False
+        check_files(_folder_at(path, manifest), manifest)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def instead_of(path: Path) -> str:
+    """Return the sentence that names the newest complete checkpoint beside one that cannot be used."""
+    other = newest_complete(path.parent, without=path)
+    if other is None:
+        return "There is no complete one beside it."
+    manifest = vouching_manifest(other)
+    assert manifest is not None
+    return f"The newest complete one beside it is {other} (step {manifest.step})."
+
+
+def recover(folder: Path) -> None:
+    """Finish in a folder of checkpoints what a killed process had begun, and remove what else it left.
+
+    Nothing is done while another process is saving there.
+
+    Args:
+        folder: A run's `checkpoints` folder; it may be missing.
+    """
+    if not folder.is_dir():
+        return
+    with alone_in(folder) as is_alone:
+        if not is_alone:
+            return
+        for path in [*folder.glob(f"*{SUFFIX}")]:
+            if path.is_symlink():
+                _recover_link(path)
+            else:
+                _recover_folder(path)
+        remove(*hidden_entries(folder))
+        sync(folder)
+
+
+def _recover_folder(path: Path) -> None:
+    """Give a `.ckpt` the folder that was written with it, where a rename is missing."""
+    folder = folder_of(path)
+    hidden = [entry for entry in hidden_siblings(folder) if is_adapter_folder(entry)]
+    if not hidden:
+        return
+    try:
+        manifest = vouching_manifest(path)
+    except CheckpointError:  # damaged, which loading it will say
+        return
+    if manifest is None or (is_adapter_folder(folder) and _is_of(folder, manifest)):
+        return
+    source = next(entry for entry in hidden if _is_of(entry, manifest))
+    if folder.exists() or folder.is_symlink():
+        remove(folder)
+    source.rename(folder)
+
+
+def _recover_link(link: Path) -> None:
+    """Have the folder's link point where that of the `.ckpt` points."""
+    target, folder = folder_of(link.resolve()), folder_of(link)
+    if is_adapter_folder(target) and folder.resolve() != target:
+        replace_link(target, folder)
+
+
+def _folder_at(path: Path, manifest: Manifest) -> Path:
+    folder = folder_of(path.resolve())
+    return next(entry for entry in (folder, *hidden_siblings(folder)) if _is_of(entry, manifest))
+
+
+def _is_of(folder: Path, manifest: Manifest) -> bool:
+    try:
+        return read_manifest(folder) == manifest
+    except CheckpointError:
+        return False
+
+
+def _newest_first(folder: Path) -> Iterable[Path]:
+    files = [path for path in folder.glob(f"*{SUFFIX}") if path.is_file()]
+    return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
