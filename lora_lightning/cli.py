@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lora_lightning import __version__
 from lora_lightning import data as _data  # noqa: F401 - its classes are known by their short names
-from lora_lightning.callbacks import AdapterCheckpoint, AdapterSummary, MetricCurve, Throughput
+from lora_lightning.callbacks import AdapterCheckpoint, AdapterSummary, MetricCurve, RankWatch, Throughput
 from lora_lightning.callbacks.run_config import RunConfig
 from lora_lightning.callbacks.run_logger import RunLogger
 from lora_lightning.config.config_option import StrictConfigFile
@@ -95,6 +95,8 @@ def default_callbacks(configured: list[L.Callback], trainer: dict[str, Any]) -> 
         callbacks.append(MetricCurve())
     if wanted(Throughput):
         callbacks.append(Throughput())
+    if wanted(RankWatch):
+        callbacks.append(RankWatch())
     return callbacks
 
 

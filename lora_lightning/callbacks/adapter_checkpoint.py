@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lora_lightning.adapters import adapter_state_dict
+from lora_lightning.adapters import adapter_state_dict, folded_state_dict, gathered
 from lora_lightning.callbacks.places import adapted_model, is_trial
 from lora_lightning.checkpoint import RunFacts, fingerprint, write_adapter_folder
 from lora_lightning.checkpoint.files import remove_folder, sync
@@ -90,8 +90,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         model = adapted_model(pl_module)
         if model is None:
             rank_zero_warn("The module has no adapters attached, so AdapterCheckpoint saves plain .ckpt files only.")
-        elif is_sharded(model):
-            rank_zero_warn("The model is sharded over processes, so AdapterCheckpoint saves no adapter folders.")
+        elif not writes_folders(pl_module, model):
+            rank_zero_warn(
+                "The model is sharded over processes, and nobody took its base's fingerprint before (an AdapterTask "
+                "does under FSDP2), so AdapterCheckpoint saves no adapter folders."
+            )
         elif trainer.is_global_zero:
             self._base_fingerprint = getattr(pl_module, "base_fingerprint", None) or fingerprint(model)
 
@@ -113,16 +116,20 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         model = adapted_model(trainer.lightning_module)
-        if model is None or is_sharded(model):
+        if model is None or not writes_folders(trainer.lightning_module, model):
             super()._save_checkpoint(trainer, filepath)
             return
-        check_finite(adapter_state_dict(model), f"The adapter at step {trainer.global_step}, which was not saved,")
+        check_finite(
+            gathered(adapter_state_dict(model)), f"The adapter at step {trainer.global_step}, which was not saved,"
+        )
+        state = gathered(folded_state_dict(model))  # by all ranks, where one is about to write
         super()._save_checkpoint(trainer, filepath)
         if trainer.is_global_zero:
             folder = folder_of(filepath)
             if folder.is_symlink():
                 folder.unlink()
-            write_adapter_folder(folder, model, run_facts(trainer), base_fingerprint=self._base_fingerprint)
+            facts = run_facts(trainer)
+            write_adapter_folder(folder, model, facts, base_fingerprint=self._base_fingerprint, state=state)
         trainer.strategy.barrier("AdapterCheckpoint.save")
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
@@ -176,6 +183,13 @@ def run_facts(trainer: L.Trainer) -> RunFacts:
     )
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Tell whether a model's parameters are spread over processes (FSDP2), none of which holds all of them."""
-    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+def writes_folders(module: L.LightningModule, model: nn.Module) -> bool:
+    """Tell whether adapter folders can be written: of a sharded base, the fingerprint must have been taken before.
+
+    What DeepSpeed's third stage partitions (it marks each parameter with an id) is never whole.
+    """
+    parameters = list(model.parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return False
+    is_sharded = any(hasattr(parameter, "device_mesh") for parameter in parameters)
+    return not is_sharded or getattr(module, "base_fingerprint", None) is not None

@@ -53,6 +53,7 @@ def write_adapter_folder(
     facts: RunFacts | None = None,
     *,
     base_fingerprint: str | None = None,
+    state: Mapping[str, Tensor] | None = None,
     as_lora: bool = False,
 ) -> Manifest:
     """Write the adapters of a model into a folder, all of it or nothing; the manifest goes in last.
@@ -61,7 +62,8 @@ def write_adapter_folder(
         folder: Where to; an adapter folder already there is replaced.
         model: A model with adapters.
         facts: What the manifest shall tell about the run.
-        base_fingerprint: The base's fingerprint, where the caller has it already.
+        base_fingerprint: The base's fingerprint, where the caller has it already; a sharded base has none to measure.
+        state: The model's `folded_state_dict`, where the caller has it already: gathered from all processes.
         as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same; the manifest then
             names that LoRA.
 
@@ -73,7 +75,7 @@ def write_adapter_folder(
     """
     if folder.exists() and not is_adapter_folder(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder} is there and holds no adapter; move it away or save elsewhere.")
-    state = folded_state_dict(model)
+    state = folded_state_dict(model) if state is None else dict(state)
     check_finite(state, "The adapter")
     peft, methods = to_peft(model, state), attached_methods(model)
     if peft is None and as_lora and (peft := to_peft(model, state, as_lora=True)) is not None:
