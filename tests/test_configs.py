@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import yaml
 
 import lora_lightning.methods
 from lora_lightning.__main__ import main
@@ -13,7 +14,8 @@ from tests.tasks.test_token_classification import sentences
 from tests.tasks.texts import save_t5
 
 EVERYTHING = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-CONFIGS = [path for path in EVERYTHING if not path.stem.startswith("compare_")]  # those are not for `fit`
+STRATEGIES = [path for path in EVERYTHING if path.stem.startswith("strategy_")]  # parts, to be combined with others
+CONFIGS = [path for path in EVERYTHING if not path.stem.startswith(("compare_", "strategy_"))]  # what `fit` takes alone
 STAND_INS = {
     "qlora_dora": "Qwen2",
     "qlora_gemma": "Gemma2",
@@ -103,6 +105,28 @@ def test_config_runs(path, tmp_path, monkeypatch):
     assert (checkpoint.parent.parent / "samples.jsonl").is_file() == bool(shape)
     assert (checkpoint.with_suffix("") / "manifest.json").is_file()
     assert len(path.read_text().splitlines()) <= 35
+
+
+@pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.stem)
+def test_strategy_combines_with_a_method(path, capsys):
+    quickstart = path.with_name("quickstart.yaml")
+    assert main(["fit", "--config", str(quickstart), "--config", str(path), "--print_config"]) == 0
+    parsed = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(path.read_text())["trainer"]
+    assert parsed["trainer"]["max_epochs"] == 2  # the method's file still counts
+    assert parsed["trainer"]["devices"] == given["devices"]
+    strategy = parsed["trainer"]["strategy"]
+    assert strategy["class_path"].endswith(f".{given['strategy']['class_path']}")
+    assert strategy["init_args"].items() >= given["strategy"].get("init_args", {}).items()
+
+
+def test_there_is_a_strategy_of_each_kind():
+    assert [path.stem.removeprefix("strategy_") for path in STRATEGIES] == [
+        "ddp",
+        "deepspeed_zero2",
+        "deepspeed_zero3",
+        "fsdp2",
+    ]
 
 
 def test_there_is_a_config_for_each_method():

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 
+from lora_lightning import LoRA
 from lora_lightning.callbacks import AdapterCheckpoint, RankWatch
 from lora_lightning.errors import RankLost
 from tests.tasks.toys import Tagger, loader, trainer
@@ -37,7 +38,8 @@ def fit(folder: Path, ckpt_path: Path | None = None, **settings: Any) -> L.Train
         enable_checkpointing=True,
         callbacks=[RankWatch(), Death(folder), AdapterCheckpoint(folder, every_n_train_steps=LAST_STEP, save_last=True)],
     )
-    run.fit(Tagger(), loader(num=96, batch_size=8), ckpt_path=ckpt_path)
+    task = Tagger(method=LoRA(r=2, target_modules=["linear1"]))
+    run.fit(task, loader(num=96, batch_size=8), ckpt_path=ckpt_path)
     return run
 
 
