@@ -1,6 +1,7 @@
 """Every shipped YAML runs for a few steps: on its real data, and where it comes as a package, on its real model."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,20 @@ def test_strategy_combines_with_a_method(path, capsys):
     strategy = parsed["trainer"]["strategy"]
     assert strategy["class_path"].endswith(f".{given['strategy']['class_path']}")
     assert strategy["init_args"].items() >= given["strategy"].get("init_args", {}).items()
+
+
+def test_the_example_for_slurm_parses(capsys):
+    root = Path(__file__).parent.parent
+    files = [
+        root / "configs" / "quickstart.yaml",
+        root / "configs" / "strategy_ddp.yaml",
+        root / "docs/examples/slurm.yaml",
+    ]
+    flags = [word for file in files for word in ("--config", str(file))]
+    assert main(["fit", *flags, "--trainer.num_nodes", "2", "--trainer.devices", "8", "--print_config"]) == 0
+    [plugin] = yaml.safe_load(capsys.readouterr().out)["trainer"]["plugins"]
+    assert plugin["init_args"]["auto_requeue"] is False
+    subprocess.run(["bash", "-n", str(root / "docs/examples/slurm.sbatch")], check=True)
 
 
 def test_there_is_a_strategy_of_each_kind():

@@ -1,4 +1,4 @@
-"""A run over two nodes, started by torchrun as docs/distributed.md says: two network namespaces, where the machine has."""
+"""A run over two nodes, started by torchrun as docs/distributed.md says, where possible in two network namespaces."""
 
 from __future__ import annotations
 

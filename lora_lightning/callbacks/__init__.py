@@ -8,4 +8,12 @@ from lora_lightning.callbacks.rank_watch import RankWatch
 from lora_lightning.callbacks.sample_generations import SampleGenerations
 from lora_lightning.callbacks.throughput import Throughput
 
-__all__ = ["AdapterCheckpoint", "AdapterSummary", "MergeAtEnd", "MetricCurve", "RankWatch", "SampleGenerations", "Throughput"]
+__all__ = [
+    "AdapterCheckpoint",
+    "AdapterSummary",
+    "MergeAtEnd",
+    "MetricCurve",
+    "RankWatch",
+    "SampleGenerations",
+    "Throughput",
+]

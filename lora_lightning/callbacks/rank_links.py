@@ -215,8 +215,8 @@ class RankLinks(threading.Thread):
         elif now - peer.heard_at > self._silence:
             self._drop(peer)
             if peer.rank is not None:
-                how = f"nothing was heard from it for {self._silence:g} seconds (its machine or network is down, or it hangs)"
-                self._lose(Loss(peer.rank, peer.host, how))
+                how = "(its machine or network is down, or it hangs)"
+                self._lose(Loss(peer.rank, peer.host, f"nothing was heard from it for {self._silence:g} seconds {how}"))
 
     def _lose(self, loss: Loss) -> None:
         if self._is_over.is_set():

@@ -69,7 +69,13 @@ class RankWatch(L.Callback):
             self._links.start()
             _retire_observer()
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+    def on_train_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Any,  # noqa: ANN401 - Lightning's own signature
+        batch_idx: int,
+    ) -> None:
         """End here where another rank is known to be gone.
 
         Raises:

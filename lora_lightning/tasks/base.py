@@ -197,7 +197,7 @@ class AdapterTask(L.LightningModule):
         return self.model
 
     def configure_model(self) -> None:
-        """Load the backbone, freeze it and attach the adapters, and shard it under FSDP2; does nothing the second time."""
+        """Load the backbone, freeze it, attach the adapters, shard it under FSDP2; does nothing the second time."""
         if self.model is not None:
             shard_for_trainer(self, self._trainer)  # it may have been built before there was a Trainer
             return

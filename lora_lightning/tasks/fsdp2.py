@@ -66,7 +66,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     # Gradients.
 
     @contextmanager
-    def block_backward_sync(self) -> Iterator[None]:  # type: ignore[override]  # Lightning leaves the type open
+    def block_backward_sync(self) -> Iterator[None]:
         """Leave gradients as they are while they are accumulated."""
         self._is_blocked = True
         try:
@@ -132,8 +132,8 @@ def shard_for_trainer(task: AdapterTask, trainer: L.Trainer | None) -> None:
     mesh = strategy.device_mesh
     if mesh["tensor_parallel"].size() > 1:
         raise ConfigError(
-            f"{mesh['tensor_parallel'].size()}-fold tensor parallelism is asked for (ModelParallelStrategy's default is "
-            "all devices of a node), and adapters train under data parallelism alone; use strategy=fsdp2, or "
+            f"{mesh['tensor_parallel'].size()}-fold tensor parallelism is asked for (the default of "
+            "ModelParallelStrategy, over all devices of a node), and adapters train under data parallelism alone; use strategy=fsdp2, or "
             "data_parallel_size=<all processes> and tensor_parallel_size=1."
         )
     _check_same_base(task.base_fingerprint)

@@ -48,7 +48,7 @@ def shard_base(model: nn.Module, mesh: DeviceMesh) -> None:
         fully_shard(module, mesh=mesh, ignored_params=whole)
     for module in bare.modules():
         if isinstance(module, FSDPModule):
-            module.__deepcopy__ = _refuse_deepcopy  # on the instance, where copy looks first
+            vars(module)["__deepcopy__"] = _refuse_deepcopy  # on the instance, where copy looks first
 
 
 def broadcast_adapters(model: nn.Module) -> None:
@@ -80,7 +80,7 @@ def _average(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None
     message = torch.cat([*(gradient.flatten() for gradient in gradients), presence])
     dist.all_reduce(message, group=group)
     message /= dist.get_world_size(group)
-    *means, presence = message.split([*(gradient.numel() for gradient in gradients), len(parameters)])
+    *means, presence = torch.split(message, [*(gradient.numel() for gradient in gradients), len(parameters)])
     torch._foreach_copy_(gradients, [mean.view_as(g) for mean, g in zip(means, gradients, strict=True)])
     if not all(here):  # only then, since asking makes the host wait for the device
         for parameter, gradient, share in zip(parameters, gradients, presence.tolist(), strict=True):

@@ -36,7 +36,11 @@ def fit(folder: Path, ckpt_path: Path | None = None, **settings: Any) -> L.Train
     run = trainer(
         **settings,
         enable_checkpointing=True,
-        callbacks=[RankWatch(), Death(folder), AdapterCheckpoint(folder, every_n_train_steps=LAST_STEP, save_last=True)],
+        callbacks=[
+            RankWatch(),
+            Death(folder),
+            AdapterCheckpoint(folder, every_n_train_steps=LAST_STEP, save_last=True),
+        ],
     )
     task = Tagger(method=LoRA(r=2, target_modules=["linear1"]))
     run.fit(task, loader(num=96, batch_size=8), ckpt_path=ckpt_path)

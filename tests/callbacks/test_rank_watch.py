@@ -131,13 +131,12 @@ def test_who_left_counts_as_lost_only_when_the_others_do_not_end(crew, monkeypat
 )
 def test_strangers_are_not_heard(crew, said):
     ranks = crew(2)
-    with socket.create_connection(("127.0.0.1", ranks.port)) as stranger:
-        with contextlib.suppress(OSError):
-            stranger.sendall(said)
-            stranger.shutdown(socket.SHUT_WR)
-            stranger.settimeout(10)
-            while stranger.recv(100):
-                pass
+    with socket.create_connection(("127.0.0.1", ranks.port)) as stranger, contextlib.suppress(OSError):
+        stranger.sendall(said)
+        stranger.shutdown(socket.SHUT_WR)
+        stranger.settimeout(10)
+        while stranger.recv(100):
+            pass
     assert ranks.heard == {0: [], 1: []}
     ranks.kill(1)
     ranks.wait_for(lambda: ranks.heard[0])
@@ -185,10 +184,13 @@ def test_a_rank_that_waits_forever_is_ended(monkeypatch, capsys, ends_itself):
         watch._is_ending.set()
     watch._note(Loss(3, "node7", "it left the run"))
     assert statuses == ([] if ends_itself else [75])
-    sentence = "lora-lightning: error: Rank 3 on node7 is gone: it left the run. The run ends; it had saved no checkpoint"
+    sentence = (
+        "lora-lightning: error: Rank 3 on node7 is gone: it left the run. The run ends; it had saved no checkpoint"
+    )
     assert (sentence in capsys.readouterr().err) is not ends_itself
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_killing_one_of_two_ranks_ends_the_other_and_the_run_resumes(tmp_path):
     """As issue 5 shows it: SIGKILL to one rank; the other ends within 60 seconds and names it."""
     variables = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
@@ -197,7 +199,9 @@ def test_killing_one_of_two_ranks_ends_the_other_and_the_run_resumes(tmp_path):
     died_at = float((tmp_path / "died_at").read_text())
     assert time.time() - died_at < 60
     assert done.returncode == RankLost.status, done.stderr[-2000:]
-    found = re.search(r"Rank 1 on \S+ is gone: its process ended without a word.*--ckpt_path (\S+)\.$", done.stderr, re.M)
+    found = re.search(
+        r"Rank 1 on \S+ is gone: its process ended without a word.*--ckpt_path (\S+)\.$", done.stderr, re.M
+    )
     assert found, done.stderr[-2000:]
     kept = Path(found[1])
     assert torch.load(kept, weights_only=True)["global_step"] == lost_rank_script.LAST_STEP
