@@ -133,8 +133,8 @@ def shard_for_trainer(task: AdapterTask, trainer: L.Trainer | None) -> None:
     if mesh["tensor_parallel"].size() > 1:
         raise ConfigError(
             f"{mesh['tensor_parallel'].size()}-fold tensor parallelism is asked for (the default of "
-            "ModelParallelStrategy, over all devices of a node), and adapters train under data parallelism alone; use strategy=fsdp2, or "
-            "data_parallel_size=<all processes> and tensor_parallel_size=1."
+            "ModelParallelStrategy, over all devices of a node), and adapters train under data parallelism alone; use "
+            "strategy=fsdp2, or data_parallel_size=<all processes> and tensor_parallel_size=1."
         )
     _check_same_base(task.base_fingerprint)
     shard_base(task.adapted, mesh["data_parallel"])
