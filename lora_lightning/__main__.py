@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; None takes those of this process.
 
     Returns:
-        0, 2 after a mistake, 128 plus the number of a signal (130 after Ctrl-C), or what the command returned.
+        0, 2 after a mistake, 75 after the loss of another rank, 128 plus the number of a signal (130 after Ctrl-C), or
+        what the command returned.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debugging = "--debug" in arguments
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             traceback.print_exc()
         print(f"{PROG}: error: {' '.join(mistake.split())}", file=sys.stderr)
-        return MISTAKE
+        return getattr(error, "status", MISTAKE)
 
 
 def run(arguments: list[str]) -> int:

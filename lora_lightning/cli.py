@@ -23,6 +23,7 @@ from lora_lightning.callbacks import (
     Guards,
     MetricCurve,
     OutOfMemoryGuard,
+    RankWatch,
     Throughput,
 )
 from lora_lightning.callbacks.run_config import RunConfig
@@ -105,6 +106,8 @@ def default_callbacks(
         callbacks.append(MetricCurve())
     if wanted(Throughput):
         callbacks.append(Throughput())
+    if wanted(RankWatch):
+        callbacks.append(RankWatch())
     return callbacks + [guard for guard in (guards or Guards()).callbacks() if wanted(type(guard))]
 
 

@@ -49,6 +49,13 @@ class PackedHost(NotMergeable):
     """A host stores its weight quantized, and no update can be written into it as it is."""
 
 
+class RankLost(UserError):  # noqa: N818 - reads as the fact it states
+    """Another rank of the run is gone, so that this one ends too; the run can be started again."""
+
+    status = 75
+    """Exit status of the command: what sysexits.h calls a temporary failure."""
+
+
 class AdapterNotCalled(UserError):  # noqa: N818 - reads as the fact it states; the name is public API
     """A forward pass went by without calling an adapter, which would therefore never learn."""
 

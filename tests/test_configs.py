@@ -1,11 +1,13 @@
 """Every shipped YAML runs for a few steps: on its real data, and where it comes as a package, on its real model."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import yaml
 
 import lora_lightning.methods
 from lora_lightning.__main__ import main
@@ -13,7 +15,8 @@ from tests.tasks.test_token_classification import sentences
 from tests.tasks.texts import save_t5
 
 EVERYTHING = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-CONFIGS = [path for path in EVERYTHING if not path.stem.startswith("compare_")]  # those are not for `fit`
+STRATEGIES = [path for path in EVERYTHING if path.stem.startswith("strategy_")]  # parts, to be combined with others
+CONFIGS = [path for path in EVERYTHING if not path.stem.startswith(("compare_", "strategy_"))]  # what `fit` takes alone
 STAND_INS = {
     "qlora_dora": "Qwen2",
     "qlora_gemma": "Gemma2",
@@ -103,6 +106,42 @@ def test_config_runs(path, tmp_path, monkeypatch):
     assert (checkpoint.parent.parent / "samples.jsonl").is_file() == bool(shape)
     assert (checkpoint.with_suffix("") / "manifest.json").is_file()
     assert len(path.read_text().splitlines()) <= 35
+
+
+@pytest.mark.parametrize("path", STRATEGIES, ids=lambda path: path.stem)
+def test_strategy_combines_with_a_method(path, capsys):
+    quickstart = path.with_name("quickstart.yaml")
+    assert main(["fit", "--config", str(quickstart), "--config", str(path), "--print_config"]) == 0
+    parsed = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(path.read_text())["trainer"]
+    assert parsed["trainer"]["max_epochs"] == 2  # the method's file still counts
+    assert parsed["trainer"]["devices"] == given["devices"]
+    strategy = parsed["trainer"]["strategy"]
+    assert strategy["class_path"].endswith(f".{given['strategy']['class_path']}")
+    assert strategy["init_args"].items() >= given["strategy"].get("init_args", {}).items()
+
+
+def test_the_example_for_slurm_parses(capsys):
+    root = Path(__file__).parent.parent
+    files = [
+        root / "configs" / "quickstart.yaml",
+        root / "configs" / "strategy_ddp.yaml",
+        root / "docs/examples/slurm.yaml",
+    ]
+    flags = [word for file in files for word in ("--config", str(file))]
+    assert main(["fit", *flags, "--trainer.num_nodes", "2", "--trainer.devices", "8", "--print_config"]) == 0
+    [plugin] = yaml.safe_load(capsys.readouterr().out)["trainer"]["plugins"]
+    assert plugin["init_args"]["auto_requeue"] is False
+    subprocess.run(["bash", "-n", str(root / "docs/examples/slurm.sbatch")], check=True)
+
+
+def test_there_is_a_strategy_of_each_kind():
+    assert [path.stem.removeprefix("strategy_") for path in STRATEGIES] == [
+        "ddp",
+        "deepspeed_zero2",
+        "deepspeed_zero3",
+        "fsdp2",
+    ]
 
 
 def test_there_is_a_config_for_each_method():

@@ -24,7 +24,13 @@ from lora_lightning.adapters.base import (
     TargetedMethod,
 )
 from lora_lightning.adapters.merge import merge
-from lora_lightning.adapters.state import adapter_state_dict, fold, folded_state_dict, load_adapter_state_dict
+from lora_lightning.adapters.state import (
+    adapter_state_dict,
+    fold,
+    folded_state_dict,
+    gathered,
+    load_adapter_state_dict,
+)
 from lora_lightning.adapters.view import ModelView, PlainView
 
 __all__ = [
@@ -46,6 +52,7 @@ __all__ = [
     "disabled",
     "fold",
     "folded_state_dict",
+    "gathered",
     "is_attached",
     "iter_adapters",
     "iter_hosts",

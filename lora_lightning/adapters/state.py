@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,11 @@ def folded_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return _named(model, lambda adapter: adapter.folded_state())
 
 
+def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state whose tensors are whole; where some are sharded, all processes must call this together."""
+    return {name: tensor.full_tensor() if _is_sharded(tensor) else tensor for name, tensor in state.items()}  # type: ignore[attr-defined]  # a DTensor's
+
+
 def fold(model: nn.Module) -> None:
     """Drop what only training needs, such as the encoders of prompt methods; the model answers as before.
 
@@ -66,7 +72,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
 
     Args:
         model: A model to which the same methods are attached.
-        state: The tensors; cast to the dtype of the model's own.
+        state: The tensors, whole; cast to the dtype of the model's own, and sharded where those are.
 
     Raises:
         CheckpointError: Keys are missing or unknown, or a shape differs; no value is changed, but a prompt that came
@@ -94,7 +100,21 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
             "settings (rank, targets) that it was trained with."
         )
     for name, tensor in own.items():
-        tensor.copy_(state[name])
+        tensor.copy_(_spread_like(tensor, state[name]))
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "device_mesh")
+
+
+def _spread_like(own: Tensor, value: Tensor) -> Tensor:
+    """Return a whole value as this process's shard of it, where its place in the model is sharded."""
+    if not _is_sharded(own) or _is_sharded(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    place: Any = own
+    return distribute_tensor(value.to(own.device), place.device_mesh, place.placements)
 
 
 def _first(names: Sequence[str], count: int = 3) -> str:

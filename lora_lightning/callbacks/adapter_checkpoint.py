@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lora_lightning.adapters import adapter_state_dict
+from lora_lightning.adapters import adapter_state_dict, folded_state_dict, gathered
 from lora_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
 from lora_lightning.callbacks.places import adapted_model, is_trial
 from lora_lightning.checkpoint import RunFacts, fingerprint, write_adapter_folder
@@ -103,8 +103,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         model = adapted_model(pl_module)
         if model is None:
             rank_zero_warn("The module has no adapters attached, so AdapterCheckpoint saves plain .ckpt files only.")
-        elif is_sharded(model):
-            rank_zero_warn("The model is sharded over processes, so AdapterCheckpoint saves no adapter folders.")
+        elif not writes_folders(pl_module, model):
+            rank_zero_warn(
+                "The model is sharded over processes, and nobody took its base's fingerprint before (an AdapterTask "
+                "does under FSDP2), so AdapterCheckpoint saves no adapter folders."
+            )
         elif trainer.is_global_zero:
             self._base_fingerprint = getattr(pl_module, "base_fingerprint", None) or fingerprint(model)
 
@@ -183,15 +186,18 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
         model = adapted_model(trainer.lightning_module)
         fill: Fill | None = None
-        if model is not None and not is_sharded(model):
-            check_finite(adapter_state_dict(model), f"The adapter at step {trainer.global_step}, which was not saved,")
-            fill = self._filler(trainer, model)
+        state: dict[str, Tensor] = {}
+        if model is not None and writes_folders(trainer.lightning_module, model):
+            whole = gathered(adapter_state_dict(model))
+            check_finite(whole, f"The adapter at step {trainer.global_step}, which was not saved,")
+            state = gathered(folded_state_dict(model))  # by all ranks, where one is about to write
+            fill = self._filler(trainer, model, state)
         if filepath not in self._written:
             self._written.append(filepath)  # before saving, because it will be part of the state
         io = trainer.strategy.checkpoint_io
         if not isinstance(io, AdapterCheckpointIO):
             super()._save_checkpoint(trainer, filepath)
-            self._write_folder(trainer, filepath, model, fill)
+            self._write_folder(trainer, filepath, model, state)
             return
         with io.saving(fill):
             trainer.save_checkpoint(filepath, self.save_weights_only)
@@ -204,24 +210,27 @@ class AdapterCheckpoint(ModelCheckpoint):
             for logger in trainer.loggers:
                 logger.after_save_checkpoint(proxy(self))
 
-    def _filler(self, trainer: L.Trainer, model: nn.Module) -> Fill:
+    def _filler(self, trainer: L.Trainer, model: nn.Module, state: dict[str, Tensor]) -> Fill:
         """Return what writes the adapter folder of the present state."""
 
         def fill(folder: Path, record: FileRecord) -> None:
             facts, base = run_facts(trainer), self._base_fingerprint
-            fill_adapter_folder(folder, model, facts, checkpoint=record, base_fingerprint=base)
+            fill_adapter_folder(folder, model, facts, checkpoint=record, base_fingerprint=base, state=state)
 
         return fill
 
-    def _write_folder(self, trainer: L.Trainer, filepath: str, model: nn.Module | None, fill: Fill | None) -> None:
+    def _write_folder(
+        self, trainer: L.Trainer, filepath: str, model: nn.Module | None, state: dict[str, Tensor]
+    ) -> None:
         """Write the adapter folder beside a checkpoint that a plugin of the user's own has written."""
-        if model is None or fill is None:
+        if model is None or not state:
             return
         if trainer.is_global_zero:
             folder = folder_of(filepath)
             if folder.is_symlink():
                 folder.unlink()
-            write_adapter_folder(folder, model, run_facts(trainer), base_fingerprint=self._base_fingerprint)
+            facts = run_facts(trainer)
+            write_adapter_folder(folder, model, facts, base_fingerprint=self._base_fingerprint, state=state)
         trainer.strategy.barrier("AdapterCheckpoint.save")
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
@@ -280,6 +289,13 @@ def run_facts(trainer: L.Trainer) -> RunFacts:
     )
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Tell whether a model's parameters are spread over processes (FSDP2), none of which holds all of them."""
-    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
+def writes_folders(module: L.LightningModule, model: nn.Module) -> bool:
+    """Tell whether adapter folders can be written: of a sharded base, the fingerprint must have been taken before.
+
+    What DeepSpeed's third stage partitions (it marks each parameter with an id) is never whole.
+    """
+    parameters = list(model.parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return False
+    is_sharded = any(hasattr(parameter, "device_mesh") for parameter in parameters)
+    return not is_sharded or getattr(module, "base_fingerprint", None) is not None

@@ -56,6 +56,7 @@ def write_adapter_folder(
     facts: RunFacts | None = None,
     *,
     base_fingerprint: str | None = None,
+    state: Mapping[str, Tensor] | None = None,
     as_lora: bool = False,
 ) -> Manifest:
     """Write the adapters of a model into a folder, all of it or nothing; the manifest goes in last.
@@ -64,7 +65,8 @@ def write_adapter_folder(
         folder: Where to; an adapter folder already there is replaced.
         model: A model with adapters.
         facts: What the manifest shall tell about the run.
-        base_fingerprint: The base's fingerprint, where the caller has it already.
+        base_fingerprint: The base's fingerprint, where the caller has it already; a sharded base has none to measure.
+        state: The model's `folded_state_dict`, where the caller has it already: gathered from all processes.
         as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same; the manifest then
             names that LoRA.
 
@@ -76,7 +78,8 @@ def write_adapter_folder(
     """
     refuse_foreign(folder)
     with atomic_folder(folder) as temporary:
-        return fill_adapter_folder(temporary, model, facts, base_fingerprint=base_fingerprint, as_lora=as_lora)
+        settings: dict[str, Any] = {"base_fingerprint": base_fingerprint, "state": state, "as_lora": as_lora}
+        return fill_adapter_folder(temporary, model, facts, **settings)
 
 
 def fill_adapter_folder(
@@ -86,6 +89,7 @@ def fill_adapter_folder(
     *,
     checkpoint: FileRecord | None = None,
     base_fingerprint: str | None = None,
+    state: Mapping[str, Tensor] | None = None,
     as_lora: bool = False,
 ) -> Manifest:
     """Write the adapters of a model into an empty folder, the manifest last; see `write_adapter_folder`.
@@ -96,12 +100,13 @@ def fill_adapter_folder(
         facts: What the manifest shall tell about the run.
         checkpoint: The `.ckpt` that the folder is going to stand beside.
         base_fingerprint: The base's fingerprint, where the caller has it already.
+        state: The model's `folded_state_dict`, where the caller has it already.
         as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same.
 
     Raises:
         CheckpointError: A weight is NaN or infinite.
     """
-    state = folded_state_dict(model)
+    state = folded_state_dict(model) if state is None else dict(state)
     check_finite(state, "The adapter")
     peft, methods = to_peft(model, state), attached_methods(model)
     if peft is None and as_lora and (peft := to_peft(model, state, as_lora=True)) is not None:

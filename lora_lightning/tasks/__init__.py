@@ -2,6 +2,7 @@
 
 from lora_lightning.tasks.base import AdapterTask, StepOutput
 from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.tasks.fsdp2 import FSDP2Strategy
 from lora_lightning.tasks.multiple_choice import MultipleChoice
 from lora_lightning.tasks.per_token import PerTokenTask
 from lora_lightning.tasks.seq2seq import Seq2SeqLM
@@ -12,6 +13,7 @@ from lora_lightning.tasks.token_loss import TokenSums
 __all__ = [
     "AdapterTask",
     "CausalLM",
+    "FSDP2Strategy",
     "MultipleChoice",
     "PerTokenTask",
     "Seq2SeqLM",

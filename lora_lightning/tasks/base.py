@@ -18,6 +18,7 @@ from lora_lightning.adapters import (
     Method,
     adapter_state_dict,
     fold,
+    gathered,
     is_attached,
     load_adapter_state_dict,
     report_of,
@@ -37,6 +38,7 @@ from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.methods.low_rank import recompute_activations
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
+from lora_lightning.tasks.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.loading import CheckedLoading
 from lora_lightning.tasks.quantized import refuse_unfit_trainer
 from lora_lightning.tasks.settings import Recomputing, labels, methods_from, plain, refuse_packing
@@ -203,8 +205,9 @@ class AdapterTask(CheckedLoading):
         return None if self.model is None else report_of(self.model)
 
     def configure_model(self) -> None:
-        """Load the backbone, freeze it and attach the adapters; does nothing the second time."""
+        """Load the backbone, freeze it, attach the adapters, shard it under FSDP2; does nothing the second time."""
         if self.model is not None:
+            shard_for_trainer(self, self._trainer)  # it may have been built before there was a Trainer
             return
         if self.quantization is not None and self._trainer is not None:
             refuse_unfit_trainer(self._trainer)  # before minutes go into loading
@@ -230,6 +233,7 @@ class AdapterTask(CheckedLoading):
             if metrics is not None:
                 self._metrics_of[stage] = metrics.clone(prefix=f"{stage}/")
                 self.add_module(f"{stage}_metrics", self._metrics_of[stage])
+        shard_for_trainer(self, self._trainer)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - torch's own signature
         """Move the module; in a fit, methods may look at data once it is on its device.
@@ -300,7 +304,7 @@ class AdapterTask(CheckedLoading):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace the full state dict by the adapter state, and add what the methods carry along."""
-        checkpoint["state_dict"] = self.adapter_state()
+        checkpoint["state_dict"] = gathered(self.adapter_state())
         checkpoint["lora_lightning"] = {
             "base_fingerprint": self.base_fingerprint,
             "method_state": [method.extra_state(self.adapted) for method in self.methods],

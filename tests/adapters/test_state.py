@@ -1,11 +1,15 @@
 import pytest
 import torch
+from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lora_lightning.adapters import (
     adapter_state_dict,
     attach,
     folded_state_dict,
+    gathered,
     iter_adapters,
     load_adapter_state_dict,
 )
@@ -139,3 +143,23 @@ def test_what_adapters_share_is_there_once():
     first, second, _ = (adapter for _, _, adapter in iter_adapters(model))
     second.lora_A = first.lora_A
     assert list(folded_state_dict(model)) == ["0.lora_A", "0.lora_B", "1.lora_B", "2.lora_A", "2.lora_B"]
+
+
+def test_a_sharded_adapter_takes_and_gives_whole_tensors(tmp_path):
+    """As a user's own `fully_shard` leaves them; one process is enough for the type of the tensors."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(nn.Linear(8, 4))
+        attach(model, LoRA(r=2))
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        assert all(hasattr(tensor, "device_mesh") for tensor in adapter_state_dict(model).values())
+        whole = {"0.lora_A": torch.randn(2, 8), "0.lora_B": torch.randn(4, 2)}
+        load_adapter_state_dict(model, whole)
+        found = gathered(adapter_state_dict(model))
+        assert not any(hasattr(tensor, "device_mesh") for tensor in found.values())
+        for name, tensor in whole.items():
+            assert torch.equal(found[name], tensor), name
+        with pytest.raises(CheckpointError, match="another shape"):
+            load_adapter_state_dict(model, {**whole, "0.lora_A": torch.zeros(2, 7)})
+    finally:
+        dist.destroy_process_group()

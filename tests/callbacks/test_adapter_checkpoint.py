@@ -215,7 +215,7 @@ def test_any_module_with_adapters_gets_folders(tmp_path: Path) -> None:
 
 
 def test_sharded_models_get_plain_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_lightning.callbacks.adapter_checkpoint.is_sharded", lambda _: True)
+    monkeypatch.setattr("lora_lightning.callbacks.adapter_checkpoint.writes_folders", lambda *_: False)
     with pytest.warns(UserWarning, match="sharded over processes"):
         fit(tmp_path, AdapterCheckpoint())
     assert names(checkpoints(tmp_path)) == ["epoch=1-step=12.ckpt", "last.ckpt"]
