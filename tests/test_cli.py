@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lora_lightning import __main__
 from lora_lightning.__main__ import main
-from lora_lightning.callbacks import AdapterCheckpoint, AdapterSummary, MetricCurve, Throughput
+from lora_lightning.callbacks import AdapterCheckpoint, AdapterSummary, MetricCurve, RankWatch, Throughput
 from lora_lightning.cli import default_callbacks, run_lightning
 from lora_lightning.errors import DataError
 from lora_lightning.methods import LoRA
@@ -364,16 +364,17 @@ def test_print_config(capsys):
 
 
 def test_default_callbacks_give_way_to_the_users():
-    kinds = [AdapterCheckpoint, AdapterSummary, RichProgressBar, MetricCurve, Throughput]
+    kinds = [AdapterCheckpoint, AdapterSummary, RichProgressBar, MetricCurve, Throughput, RankWatch]
     assert [type(callback) for callback in default_callbacks([], {})] == kinds
     mine = [ModelCheckpoint(), Throughput()]
     assert [type(callback) for callback in default_callbacks(mine, {})] == [
         AdapterSummary,
         RichProgressBar,
         MetricCurve,
+        RankWatch,
     ]
     off = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    assert [type(callback) for callback in default_callbacks([], off)] == [MetricCurve, Throughput]
+    assert [type(callback) for callback in default_callbacks([], off)] == [MetricCurve, Throughput, RankWatch]
     assert default_callbacks([], {"barebones": True}) == []
 
 
