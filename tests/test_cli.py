@@ -21,6 +21,7 @@ from lora_lightning.callbacks import (
     MetricCurve,
     NonFiniteGuard,
     OutOfMemoryGuard,
+    RankWatch,
     SignalGuard,
     Throughput,
 )
@@ -382,17 +383,18 @@ def test_print_config(capsys):
 
 def test_default_callbacks_give_way_to_the_users():
     guards = [NonFiniteGuard, IdleParameterGuard, OutOfMemoryGuard, SignalGuard]
-    kinds = [AdapterCheckpoint, AdapterSummary, RichProgressBar, MetricCurve, Throughput, *guards]
+    kinds = [AdapterCheckpoint, AdapterSummary, RichProgressBar, MetricCurve, Throughput, RankWatch, *guards]
     assert [type(callback) for callback in default_callbacks([], {})] == kinds
     mine = [ModelCheckpoint(), Throughput()]
     assert [type(callback) for callback in default_callbacks(mine, {})] == [
         AdapterSummary,
         RichProgressBar,
         MetricCurve,
+        RankWatch,
         *guards,
     ]
     off = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    assert [type(callback) for callback in default_callbacks([], off)] == [MetricCurve, Throughput, *guards]
+    assert [type(callback) for callback in default_callbacks([], off)] == [MetricCurve, Throughput, RankWatch, *guards]
     assert default_callbacks([], {"barebones": True}) == []
 
 
