@@ -25,6 +25,7 @@ from lora_lightning.config.signatures import (
 )
 from lora_lightning.config.strict_yaml import KeyPath
 from lora_lightning.config.wording import one_line, suggestion
+from lora_lightning.trust import is_allowed, refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,10 @@ def _problems_of_spec(spec: dict[str, Any], expected: type, path: KeyPath) -> It
     """Yield what is wrong with `{class_path, init_args}`, or with arguments given without their class."""
     named = spec.get(CLASS_PATH, expected.__name__)
     cls = find_class(str(named), expected)
+    full = f"{cls.__module__}.{cls.__qualname__}" if cls is not None else named
+    if not is_allowed(full):
+        yield Problem((*path, CLASS_PATH), refusal(str(full), f"`{dotted(path)}`"))
+        return
     if cls is None:
         yield _unknown_class(str(named), expected, path)
         return

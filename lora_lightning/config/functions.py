@@ -9,6 +9,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from lora_lightning.config.config_option import StrictConfigFile
 from lora_lightning.config.diagnosis import explain
+from lora_lightning.config.import_policy import set_import_policy
 from lora_lightning.config.parser_errors import reduce_error, unknown_options
 from lora_lightning.config.settings import collect
 from lora_lightning.config.signatures import Parameters, alternatives, flag_names, parameters_of_function
@@ -31,6 +32,7 @@ def call_from_arguments(prog: str, function: Callable[..., Any], arguments: Sequ
         ConfigError: The command line does not fit the signature.
     """
     register()
+    set_import_policy()
     parser = ArgumentParser(prog=prog, exit_on_error=False, parser_mode=PARSER_MODE, allow_abbrev=False)
     parser.add_argument("-c", "--config", action=StrictConfigFile, help="Path to a YAML file with these settings.")
     parser.add_function_arguments(function, as_positional=False)

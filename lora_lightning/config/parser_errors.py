@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from lora_lightning.config.wording import one_line, suggestion
+from lora_lightning.trust import is_allowed, refusal
 
 _NOISE = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Given value|Parser key|Problem with given class_path"
@@ -29,9 +30,19 @@ def reduce_error(text: str) -> str:
             keys.append(match[1])
         useful = match[2] if match else line
         if useful and not _NOISE.match(useful):
-            message = one_line(_CLASS.sub(r"\1", useful))
+            message = _refused_import(useful) or one_line(_CLASS.sub(r"\1", useful))
             return f"{'.'.join(keys)}: {message}" if keys else message
     return one_line(text)
+
+
+def _refused_import(line: str) -> str | None:
+    """Return our own sentence for a callable or module that jsonargparse does not import, or None for another line."""
+    match = re.search(r"Importing '([^']+)' is not allowed", line)
+    if match is None:
+        return None
+    if not is_allowed(match[1]):
+        return refusal(match[1], "a setting")
+    return f"{match[1]} is not imported because a setting names it: it could run any command; name another."
 
 
 def unknown_options(text: str, known: list[str]) -> str | None:
