@@ -23,7 +23,7 @@ from lora_lightning.callbacks.run_logger import RunLogger
 from lora_lightning.config.config_option import StrictConfigFile
 from lora_lightning.config.diagnosis import explain
 from lora_lightning.config.import_policy import set_import_policy
-from lora_lightning.config.parser_errors import reduce_error, unknown_options
+from lora_lightning.config.parser_errors import own_message, reduce_error, unknown_options
 from lora_lightning.config.saved_model import KEYWORDS, read_saved_model, refuse_conflict
 from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect
 from lora_lightning.config.signatures import (
@@ -240,7 +240,7 @@ class AdapterCLI(LightningCLI):
                 self.model.expect_checkpoint()
             self.trainer = self.instantiate_trainer()
         except ValueError as error:
-            raise ConfigError(explain(collect(self.arguments), self._schema()) or str(error)) from error
+            raise ConfigError(explain(collect(self.arguments), self._schema()) or own_message(error)) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         """Build the trainer, with the default callbacks and logger where the user named none."""

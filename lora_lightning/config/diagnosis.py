@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lora_lightning.adapters.base import PEFT_SPELLINGS, Method
+from lora_lightning.config.parser_errors import refused_import
 from lora_lightning.config.settings import CLASS_PATH, DICT_KWARGS, INIT_ARGS, SPEC_KEYS, Settings
 from lora_lightning.config.signatures import (
     Parameters,
@@ -67,8 +68,11 @@ def problems(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:  # noqa
     elif isinstance(value, list) and (item := _class_item(parts)) is not None:
         for position, one in enumerate(value):
             yield from problems(one, item, (*path, str(position)))
-    elif not _accepts(hint, value):
-        yield Problem(path, f"{dotted(path)}: expected {describe(hint)}, got {value!r}")
+    else:
+        error = _error_of(hint, value)
+        if error is not None:
+            expected = f"{dotted(path)}: expected {describe(hint)}, got {value!r}"
+            yield Problem(path, refused_import(error) or expected)
 
 
 def dotted(path: KeyPath) -> str:
@@ -163,14 +167,14 @@ def _class_item(parts: tuple[Any, ...]) -> Any:  # noqa: ANN401 - a type hint
     return None
 
 
-def _accepts(hint: Any, value: Any) -> bool:  # noqa: ANN401
-    """Return whether jsonargparse takes a plain value for a type."""
+def _error_of(hint: Any, value: Any) -> str | None:  # noqa: ANN401
+    """Return what jsonargparse has against a plain value for a type, or None where it takes it."""
     parser = ArgumentParser(exit_on_error=False)
     try:
         parser.add_argument("--value", type=hint)
         parser.parse_object({"value": value})
-    except ArgumentError:
-        return False
+    except ArgumentError as error:
+        return str(error)
     except (ValueError, TypeError):  # a type that only the full parser knows
-        return True
-    return True
+        return None
+    return None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lora_lightning.data.batching import LengthGroupedSampler, even_batch_size
+from lora_lightning.data.model_facts import model_facts
 from lora_lightning.errors import ConfigError, DataError
 
 Batches = DataLoader[Any]
@@ -97,6 +98,7 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
             stage: `fit`, `validate`, `test` or `predict`; None means all.
 
         Raises:
+            ConfigError: A row is longer than the backbone takes.
             DataError: The data is missing, malformed, or does not hold what is needed.
             BackboneError: The tokenizer cannot be loaded.
         """
@@ -106,6 +108,7 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
         for split in self._splits_of(stage):
             if split in self._splits_read and split not in self._encoded:
                 self._encoded[split] = self._encode(split)
+                self._check_lengths(split)
             elif split not in self._splits_read and stage in ("validate", "test", "predict"):
                 wanted = "val" if split == "val" else "test"
                 raise DataError(f"There are no rows to {stage}: {wanted}_size is 0. Set it, or give a file as {split}.")
@@ -150,6 +153,17 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ConfigError(f"{name} is {value}: expected a whole number of at least {bound}.")
+
+    def _check_lengths(self, split: str) -> None:
+        """Refuse rows longer than the backbone takes, where its tokenizer did not tell: positions would run out."""
+        longest = max(getattr(self._encoded[split], "lengths", None) or [0])
+        backbone = getattr(self._module(), "backbone", None)
+        most = model_facts(backbone).context if isinstance(backbone, str) else None
+        if most is not None and longest > most:
+            raise ConfigError(
+                f"A row of {split} has {longest} tokens, and {backbone} takes at most {most}; set max_length to {most} "
+                "or less."
+            )
 
     def _module(self) -> L.LightningModule | None:
         return getattr(self.trainer, "lightning_module", None)
