@@ -48,7 +48,7 @@ def test_a_database_that_cannot_be_reached_is_said_and_no_pass(
     audit, monkeypatch, capsys, answers, arguments, status, words
 ):
     given = iter(answers)
-    monkeypatch.setattr(audit, "ask", lambda service: next(given))
+    monkeypatch.setattr(audit, "ask", lambda _: next(given))
     assert audit.main(arguments) == status
     shown = "".join(capsys.readouterr())
     assert words in shown

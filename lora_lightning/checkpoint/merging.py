@@ -72,8 +72,8 @@ def merge_checkpoint(
         What was written, and what was lost.
 
     Raises:
-        CheckpointError: The folder is taken or cannot be written, `max_shard_size` is no size, or the checkpoint cannot be
-            used.
+        CheckpointError: The folder is taken or cannot be written, `max_shard_size` is no size, or the
+            checkpoint cannot be used.
         NotMergeable: The adapter cannot be folded into weights.
         UpdateLost: Less than `threshold` of the update would be kept; nothing is written.
     """

@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lora_lightning.data.packing import UNSUPERVISED
-from lora_lightning.errors import DataError
 
 # At most so many batches are sorted by length together; more would pad less and mix less.
 _BATCHES_SORTED_TOGETHER = 50
@@ -99,9 +98,6 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         num_replicas: Number of ranks.
         rank: This process's rank.
 
-    Raises:
-        DataError: There are fewer rows than ranks.
-
     Example:
         >>> sampler = LengthGroupedSampler([5, 1, 5, 1], batch_size=2, shuffle=False)
         >>> list(sampler)
@@ -119,11 +115,6 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        if 0 < len(lengths) < num_replicas:
-            raise DataError(
-                f"There are {len(lengths)} rows for {num_replicas} ranks, so that some would have none of their own; "
-                "use as many devices as there are rows at most, or give more rows to this split."
-            )
         super().__init__(range(len(lengths)), num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batch_size = batch_size
