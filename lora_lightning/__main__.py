@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lora_lightning import __version__
 from lora_lightning.commands import LIGHTNING_COMMANDS, all_commands, load_command
 from lora_lightning.errors import ConfigError, UserError, trouble_of_disk
+from lora_lightning.trust import be_strict
 
 PROG = "lora-lightning"
 OK, BUG, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -18,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A mistake of the user (a `UserError`, or Lightning's `MisconfigurationException`) ends in one line on stderr and
     status 2; `--debug`, anywhere on the line, shows its traceback as well. Any other exception is a bug and is raised.
+    `--strict`, anywhere on the line, lets settings and checkpoints name classes of an allowed list alone.
 
     Args:
         argv: The words after the program's name; None takes those of this process.
@@ -28,8 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debugging = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    is_strict = "--strict" in arguments
+    arguments = [argument for argument in arguments if argument not in ("--debug", "--strict")]
     try:
+        if is_strict:
+            be_strict()
         return run(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -92,6 +97,7 @@ def help_text() -> str:
             *lines,
             "",
             f"{PROG} COMMAND --help lists a command's settings. --version shows the version; --debug shows tracebacks.",
+            "--strict imports nothing that a config or checkpoint names, but from an allowed list (see SECURITY.md).",
         ]
     )
 

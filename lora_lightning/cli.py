@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Union
 
 import lightning as L
-from jsonargparse import ArgumentError, set_parsing_settings
+from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -30,7 +30,8 @@ from lora_lightning.callbacks.run_config import RunConfig
 from lora_lightning.callbacks.run_logger import RunLogger
 from lora_lightning.config.config_option import StrictConfigFile
 from lora_lightning.config.diagnosis import explain
-from lora_lightning.config.parser_errors import reduce_error, unknown_options
+from lora_lightning.config.import_policy import set_import_policy
+from lora_lightning.config.parser_errors import own_message, reduce_error, unknown_options
 from lora_lightning.config.saved_model import KEYWORDS, read_saved_model, refuse_conflict
 from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect
 from lora_lightning.config.signatures import (
@@ -67,8 +68,7 @@ def run_lightning(subcommand: str, arguments: Sequence[str]) -> AdapterCLI:
         UserError: A mistake in the settings, the data or a checkpoint.
     """
     register()
-    # Our own denied list is empty; giving one makes jsonargparse enforce the one that it comes with.
-    set_parsing_settings(import_path_denylist=[], instantiate_subclass_spec_in_any=False)
+    set_import_policy()
     with _progress_on_stdout(), warnings.catch_warnings():
         # Lightning calls a function that torch deprecates, and texts tokenized beforehand need no workers.
         warnings.filterwarnings("ignore", message=".*LeafSpec.*")
@@ -255,7 +255,7 @@ class AdapterCLI(LightningCLI):
                 self.model.expect_checkpoint()
             self.trainer = self.instantiate_trainer()
         except ValueError as error:
-            raise ConfigError(explain(collect(self.arguments), self._schema()) or str(error)) from error
+            raise ConfigError(explain(collect(self.arguments), self._schema()) or own_message(error)) from error
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         """Build the trainer, with the default callbacks and logger where the user named none."""

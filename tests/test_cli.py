@@ -96,7 +96,7 @@ def metrics_of(folder):
     return {path.name: path.read_text() for path in Path(folder).glob("metrics.csv")}
 
 
-# Commands.
+# Commands. What most mistakes are told as is in the table of tests/faults.
 
 
 def test_help_lists_every_command(capsys):
@@ -114,14 +114,7 @@ def test_version(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "a command is needed: fit, validate, test, predict, chat"),
-        (["fitt"], "unknown command `fitt`; did you mean `fit`?"),
-        (["frobnicate"], "unknown command `frobnicate`; commands: "),
-        (["--config", "good.yaml", "fit"], "the command comes first, but got `--config`"),
-        (["merge", "--ckpt_pth", "x"], "unknown option `--ckpt_pth`; did you mean `--ckpt_path`?"),
-        (["merge", "--ckpt_path", "x"], "`output_dir` is missing; give a string"),
         (["merge", "x"], "unexpected words: x; settings are given as --name value"),
-        (["merge", "--ckpt_path", "gone.ckpt", "--output_dir", "out"], "no checkpoint gone.ckpt"),
     ],
 )
 def test_mistakes_of_commands(capsys, arguments, words):
@@ -180,31 +173,22 @@ def test_a_real_process_ends_with_status_2_and_one_line(folder):
         ("trainer:", "trainr:", "bad.yaml, line 1: unknown key `trainr`; did you mean `trainer`?"),
         ("num_points", "num_point", "unknown key `data.init_args.num_point`; did you mean `num_points`?"),
         ("{r: 2", "{rr: 2", "unknown key `model.init_args.method.init_args.rr`; did you mean `r`?"),
-        ("alpha: 4", "lora_alpha: 4", "unknown key `model.init_args.method.init_args.lora_alpha`; use alpha"),
         ("optim: {lr", "optim: {lrr", "unknown key `model.init_args.optim.lrr`; did you mean `lr`?"),
         ("path: LoRA", "path: LoRa", "unknown class `LoRa` at `model.init_args.method`; did you mean `LoRA`?"),
-        ("path: LoRA", "path: LoRRA", "unknown class `LoRRA` at `model.init_args.method`; did you mean `LoRA`?"),
         ("path: LoRA", "path: nowhere.LoRA", "unknown class `nowhere.LoRA` at `model.init_args.method`"),
-        ("path: LoRA", "path: torch.nn.Linear", "is no Method"),
         ("path: ToyTask", "path: ToyTsk", "unknown class `ToyTsk` at `model`; did you mean `ToyTask`?"),
         ("path: ToyData", "path: ToyDta", "unknown class `ToyDta` at `data`; did you mean `ToyData`?"),
-        ("r: 2", "r: 8x", "model.init_args.method.init_args.r: expected an int, got '8x'"),
         ("r: 2", "r: 0", "bad.yaml, line 11: model.init_args.method.init_args.r: LoRA: r must be"),
         ("r: 2", "r: -1", "r must be an integer of at least 1, got -1"),
         ("r: 2", "r: true", "model.init_args.method.init_args.r: expected an int, got True"),
-        ("r: 2", "r: 2, dropout: 1.5", "dropout must be at least 0 and below 1, got 1.5"),
         ("alpha: 4", "alpha: 0", "alpha must be a finite number above 0, got 0"),
         ("alpha: 4", "alpha: .nan", "alpha must be a finite number above 0, got nan"),
         ("alpha: 4", "alpha: nan", "alpha: expected a number, got 'nan'"),
         ("alpha: 4", "scaling: rs", "scaling: expected one of standard, rslora, alpha, got 'rs'"),
-        ("lr: 1e-2", "lr: -1", "model.init_args.optim.lr: Optim: lr must be a finite number above 0"),
-        ("lr: 1e-2", "optimizer: AdamV", "'AdamV' is no optimizer class"),
         ("num_points: 8", "num_points: 8.5", "data.init_args.num_points: expected an int, got 8.5"),
         ("num_points: 8", "batch_size: 0", "batch_size must be at least 1, got 0"),
         ("max_epochs: 1", "max_epochs: many", "trainer.max_epochs: expected an int, got 'many'"),
         ("max_epochs: 1", "precision: 17", "trainer.precision: expected"),
-        ("max_epochs: 1", "max_epochs: -7", "max_epochs"),
-        ("accelerator: cpu", "accelerator: cpuu", "cpuu"),
         ("  class_path: ToyTask\n  init_args:", "  class_path: ToyTask\n  init_arg:", "unknown key `model.init_arg`"),
         ("data:", "data: 3\nunused:", "data: expected"),
         ("  max_epochs: 1", "  callbacks: [{class_path: MetricCurv}]", "did you mean `MetricCurve`?"),
@@ -226,10 +210,8 @@ def test_mistakes_in_a_config(capsys, old, new, words):
         (["--model.method", "Lora"], "did you mean `LoRA`?"),
         (["--model", "ToyTsk"], "did you mean `ToyTask`?"),
         (["--trainer.max_epoch", "3"], "did you mean `--trainer.max_epochs`?"),
-        (["--trainer.max_ep", "3"], "unknown option `--trainer.max_ep`"),
         (["--ckpt", "x"], "unknown option `--ckpt`"),
         (["--seed_everything", "x"], "seed_everything: expected"),
-        (["extra"], "unexpected words: extra"),
         (["--config"], "config"),
         (["--trainer.max_epochs"], "max_epochs"),
     ],
@@ -241,12 +223,8 @@ def test_mistakes_in_flags(capsys, arguments, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (CONFIG + "seed_everything: 1\nseed_everything: 2\n", "the key `seed_everything` is there twice"),
-        ("model: !!python/object/apply:os.system ['touch pwned']\n", "bad.yaml, line 1: the tag `!!python/"),
         ("model: !Task x\n", "the tag `!Task` is not allowed"),
         ("- a\n- b\n", "expected a mapping (`key: value` lines) at the top, got a list"),
-        ("", "got nothing"),
-        ("model: [\n", "bad.yaml, line 2: not valid YAML"),
     ],
 )
 def test_mistakes_of_yaml(capsys, text, words):

@@ -12,9 +12,10 @@ from torch import nn
 
 from lora_lightning.adapters.base import TargetedMethod
 from lora_lightning.adapters.experts import check_experts, expert_weights, is_expert_weight
+from lora_lightning.adapters.patterns import compile_pattern, matches_whole
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec, original_class
-from lora_lightning.errors import ConfigError, TargetError
+from lora_lightning.errors import TargetError
 
 ALL_LINEAR = "all-linear"
 T = TypeVar("T")
@@ -130,7 +131,7 @@ def by_pattern(path: str, patterns: Mapping[str, T] | None, default: T) -> T:
         4
     """
     for pattern, value in (patterns or {}).items():
-        if has_suffix(path, pattern) or re.fullmatch(rf"(.*\.)?({pattern})", path):
+        if has_suffix(path, pattern) or matches_whole(rf"(.*\.)?({pattern})", path, "a pattern"):
             return value
     return default
 
@@ -143,7 +144,7 @@ def check_patterns(setting: str, patterns: Mapping[str, object] | None, paths: S
         ConfigError: A pattern is no valid regular expression.
     """
     for pattern in patterns or {}:
-        _compile(pattern, setting)
+        compile_pattern(pattern, setting)
         if not any(by_pattern(path, {pattern: True}, default=False) for path in paths):
             raise TargetError(f"{setting}: {pattern!r} fits no adapted module. {_nearest(pattern, paths)}")
 
@@ -175,8 +176,8 @@ def _matching(places: Mapping[str, nn.Module], targets: Sequence[str] | str, set
     """
     modules = [path for path, place in places.items() if not _is_parameter(path, place)]
     if isinstance(targets, str):
-        pattern = _compile(targets, setting)
-        chosen = [path for path in modules if pattern.fullmatch(path)]
+        compile_pattern(targets, setting)  # said of what the user wrote
+        chosen = [path for path in modules if matches_whole(targets, path, setting)]
         if not chosen:
             raise TargetError(
                 f"{setting}: the regular expression {targets!r} matches no whole module path. "
@@ -278,13 +279,6 @@ def _refuse_attention_output(modules: Mapping[str, nn.Module], path: str, settin
             f"{path!r} is never called by torch's MultiheadAttention, which reads its weight directly: an adapter "
             f"there would do nothing. Leave it out of {setting}."
         )
-
-
-def _compile(pattern: str, setting: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{setting}: {pattern!r} is no valid regular expression ({error}).") from error
 
 
 def _nearest(name: str, paths: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora_lightning.adapters.merge import check_mergeable, refuse_unmergeable_ki
 from lora_lightning.backbones.attach import merge
 from lora_lightning.backbones.load import load_tokenizer
 from lora_lightning.backbones.quantized import is_quantized
+from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.dense import dequantize as dequantize_base
 from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import fingerprint
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     import lightning as L
 
 WEIGHTS_NAME = "model.safetensors"
+_SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 
 
 def merge_checkpoint(
@@ -70,18 +73,22 @@ def merge_checkpoint(
         What was written, and what was lost.
 
     Raises:
-        CheckpointError: The folder is taken or cannot be written, or the checkpoint cannot be used.
+        CheckpointError: The folder is taken or cannot be written, `max_shard_size` is no size, or the
+            checkpoint cannot be used.
         NotMergeable: The adapter cannot be folded into weights.
         UpdateLost: Less than `threshold` of the update would be kept; nothing is written.
     """
     ckpt_path, output_dir, chosen = Path(ckpt_path), Path(output_dir), dtype_of(dtype)
     refuse_taken(output_dir)
+    if not _SIZE.fullmatch(max_shard_size):
+        raise CheckpointError(f"max_shard_size must be a size such as 5GB or 500MB, got {max_shard_size!r}.")
     checkpoint = read_checkpoint(ckpt_path)
     task, model = _load(ckpt_path, checkpoint, task_class, dequantize=dequantize)
     manifest = _describe(task, model, checkpoint)
     if dequantize and not dequantize_base(model):
         raise CheckpointError(f"{ckpt_path} stands on a base that is not quantized; leave dequantize out.")
     tokenizer_name = _tokenizer_name(task, checkpoint)
+    _check_tokenizer(tokenizer_name, checkpoint, ckpt_path)
     loss = _merge(model, chosen, sample, tokenizer_name)
     if loss.kept < threshold and not force:
         raise UpdateLost(loss, threshold)
@@ -209,6 +216,18 @@ def _write_tokenizer(name: str, folder: Path, config: Any) -> bool:  # noqa: ANN
         warnings.warn(f"The merged folder gets no tokenizer: {error}", stacklevel=2)
         return False
     return True
+
+
+def _check_tokenizer(name: str | None, checkpoint: dict[str, Any], ckpt_path: Path) -> None:
+    """Refuse a tokenizer that has changed since the training; one that is gone is told of when it is written."""
+    expected = (checkpoint.get("lora_lightning") or {}).get("tokenizer_fingerprint")
+    if name is None or expected is None:
+        return
+    try:
+        tokenizer = load_tokenizer(name)
+    except BackboneError:
+        return
+    check_tokenizer(tokenizer, expected, str(ckpt_path))
 
 
 def _tokenizer_name(task: L.LightningModule, checkpoint: dict[str, Any]) -> str | None:

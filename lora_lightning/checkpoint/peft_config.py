@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.errors import CheckpointError
+import regex
+
+from lora_lightning.adapters.patterns import compile_pattern, match_start
+from lora_lightning.errors import CheckpointError, ConfigError
 
 CONFIG_NAME = "adapter_config.json"
 MAX_BYTES = 16 * 1024 * 1024
@@ -85,7 +87,7 @@ class PeftConfig:
         """Tell whether a module is a target by PEFT's rules, for targets that are a list or a regular expression."""
         if self.exclude_modules and _matches(path, self.exclude_modules):
             return False
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
+        if any(_match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
             return False
         targets = self.target_modules
         if targets is None or not _matches(path, targets):
@@ -97,7 +99,7 @@ class PeftConfig:
 
     def _layer(self, path: str) -> int | None:
         patterns = [rf"(?:^|.*?\.){name}\." for name in self.layers_pattern] or [r".*?\.[^.]*\."]
-        found = (re.match(rf"{pattern}(\d+)\.", path) for pattern in patterns)
+        found = (_match(rf"{pattern}(\d+)\.", path) for pattern in patterns)
         return next((int(match[1]) for match in found if match), None)
 
 
@@ -171,18 +173,25 @@ def _check_patterns(config: PeftConfig, source: str) -> None:
     texts += [text for text in (config.target_modules, config.exclude_modules) if isinstance(text, str)]
     for text in texts:
         try:
-            re.compile(text)
-        except re.error as error:
-            raise CheckpointError(f"{source}: {text!r} is no valid regular expression ({error}).") from error
+            compile_pattern(text, source)
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from error
+
+
+def _match(pattern: str, path: str, *, whole: bool = False) -> regex.Match[str] | None:
+    try:
+        return match_start(pattern, path, CONFIG_NAME, whole=whole)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _ends_like(path: str, pattern: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", path) is not None
+    return _match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def _matches(path: str, targets: list[str] | str) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
+        return _match(targets, path, whole=True) is not None
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 

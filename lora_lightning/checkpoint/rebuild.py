@@ -12,11 +12,10 @@ import torch
 
 from lora_lightning.checkpoint.complete import check_checkpoint, instead_of
 from lora_lightning.errors import CheckpointError
+from lora_lightning.trust import LIBRARY, check_import
 
 if TYPE_CHECKING:
     import lightning as L
-
-LIBRARY = "lora_lightning"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -43,6 +42,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds no {' and no '.join(missing)}, so it was not written by a task of lora_lightning; "
             "name a .ckpt file from a run's checkpoints folder."
+        )
+    if "_instantiator" in checkpoint["hyper_parameters"]:
+        raise CheckpointError(
+            f"{path} names a function to build its task with, which a task of lora_lightning never needs; it was "
+            "changed or written by something else, so it is not loaded."
         )
     return dict(checkpoint)
 
@@ -105,6 +109,7 @@ def find_task_class(checkpoint: dict[str, Any], name: str | None, path: Path) ->
     wanted = name or stored
     if not isinstance(wanted, str) or "." not in wanted:
         raise CheckpointError(f"{path} does not say which task wrote it; name its class, as in my_module.MyTask.")
+    check_import(wanted, "--task_class" if name else str(path))
     module_name, _, class_name = wanted.rpartition(".")
     is_trusted = name is not None or module_name in sys.modules or module_name.split(".")[0] == LIBRARY
     if not is_trusted:
@@ -116,6 +121,7 @@ def find_task_class(checkpoint: dict[str, Any], name: str | None, path: Path) ->
         cls = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise CheckpointError(f"The task {wanted} of {path} cannot be imported ({error}).") from error
+    check_import(f"{getattr(cls, '__module__', '')}.{class_name}", str(path))  # a module may import another's class
     if not (isinstance(cls, type) and issubclass(cls, L.LightningModule)):
         raise CheckpointError(f"{wanted} is no LightningModule, so it cannot be the task that wrote {path}.")
     return cls

@@ -15,6 +15,7 @@ from torch import nn
 from lora_lightning.adapters import is_attached
 from lora_lightning.backbones.load import load_backbone, load_tokenizer
 from lora_lightning.backbones.quantized import is_quantized
+from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.folder import is_adapter_folder
 from lora_lightning.checkpoint.manifest import read_manifest
 from lora_lightning.checkpoint.peft_config import CONFIG_NAME, read_peft_config
@@ -242,6 +243,7 @@ def _from_checkpoint(path: Path, backbone: str | None, task_class: str | None) -
     if not isinstance(named, str):
         raise CheckpointError(f"{path} names no backbone and no tokenizer, so there are no words to generate.")
     tokenizer = load_tokenizer(named)
+    check_tokenizer(tokenizer, (checkpoint.get("lora_lightning") or {}).get("tokenizer_fingerprint"), str(path))
     recorded = settings.get("template")
     return LanguageModel(
         model,

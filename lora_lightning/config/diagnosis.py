@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lora_lightning.adapters.base import PEFT_SPELLINGS, Method
+from lora_lightning.config.parser_errors import refused_import
 from lora_lightning.config.settings import CLASS_PATH, DICT_KWARGS, INIT_ARGS, SPEC_KEYS, Settings
 from lora_lightning.config.signatures import (
     Parameters,
@@ -25,6 +26,7 @@ from lora_lightning.config.signatures import (
 )
 from lora_lightning.config.strict_yaml import KeyPath
 from lora_lightning.config.wording import one_line, suggestion
+from lora_lightning.trust import is_allowed, refusal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +68,11 @@ def problems(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:  # noqa
     elif isinstance(value, list) and (item := _class_item(parts)) is not None:
         for position, one in enumerate(value):
             yield from problems(one, item, (*path, str(position)))
-    elif not _accepts(hint, value):
-        yield Problem(path, f"{dotted(path)}: expected {describe(hint)}, got {value!r}")
+    else:
+        error = _error_of(hint, value)
+        if error is not None:
+            expected = f"{dotted(path)}: expected {describe(hint)}, got {value!r}"
+            yield Problem(path, refused_import(error) or expected)
 
 
 def dotted(path: KeyPath) -> str:
@@ -98,6 +103,10 @@ def _problems_of_spec(spec: dict[str, Any], expected: type, path: KeyPath) -> It
     """Yield what is wrong with `{class_path, init_args}`, or with arguments given without their class."""
     named = spec.get(CLASS_PATH, expected.__name__)
     cls = find_class(str(named), expected)
+    full = f"{cls.__module__}.{cls.__qualname__}" if cls is not None else named
+    if not is_allowed(full):
+        yield Problem((*path, CLASS_PATH), refusal(str(full), f"`{dotted(path)}`"))
+        return
     if cls is None:
         yield _unknown_class(str(named), expected, path)
         return
@@ -158,14 +167,14 @@ def _class_item(parts: tuple[Any, ...]) -> Any:  # noqa: ANN401 - a type hint
     return None
 
 
-def _accepts(hint: Any, value: Any) -> bool:  # noqa: ANN401 - type hints have no common type
-    """Return whether jsonargparse takes a plain value for a type."""
+def _error_of(hint: Any, value: Any) -> str | None:  # noqa: ANN401 - type hints have no common type
+    """Return what jsonargparse has against a plain value for a type, or None where it takes it."""
     parser = ArgumentParser(exit_on_error=False)
     try:
         parser.add_argument("--value", type=hint)
         parser.parse_object({"value": value})
-    except ArgumentError:
-        return False
+    except ArgumentError as error:
+        return str(error)
     except (ValueError, TypeError):  # a type that only the full parser knows
-        return True
-    return True
+        return None
+    return None

@@ -9,7 +9,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from lora_lightning.config.config_option import StrictConfigFile
 from lora_lightning.config.diagnosis import explain
-from lora_lightning.config.parser_errors import reduce_error, unknown_options
+from lora_lightning.config.import_policy import set_import_policy
+from lora_lightning.config.parser_errors import own_message, reduce_error, unknown_options
 from lora_lightning.config.settings import collect
 from lora_lightning.config.signatures import Parameters, alternatives, flag_names, parameters_of_function
 from lora_lightning.config.strict_yaml import PARSER_MODE, register
@@ -31,6 +32,7 @@ def call_from_arguments(prog: str, function: Callable[..., Any], arguments: Sequ
         ConfigError: The command line does not fit the signature.
     """
     register()
+    set_import_policy()
     parser = ArgumentParser(prog=prog, exit_on_error=False, parser_mode=PARSER_MODE, allow_abbrev=False)
     parser.add_argument("-c", "--config", action=StrictConfigFile, help="Path to a YAML file with these settings.")
     parser.add_function_arguments(function, as_positional=False)
@@ -43,7 +45,9 @@ def call_from_arguments(prog: str, function: Callable[..., Any], arguments: Sequ
     try:
         settings = parser.instantiate(config).as_dict()
     except ValueError as error:  # a class refuses its settings
-        raise ConfigError(explain(collect(arguments), parameters_of_function(function)) or str(error)) from error
+        raise ConfigError(
+            explain(collect(arguments), parameters_of_function(function)) or own_message(error)
+        ) from error
     return function(**settings)
 
 

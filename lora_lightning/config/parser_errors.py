@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 from lora_lightning.config.wording import one_line, suggestion
+from lora_lightning.errors import UserError
+from lora_lightning.trust import is_allowed, refusal
 
 _NOISE = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Given value|Parser key|Problem with given class_path"
@@ -29,9 +31,30 @@ def reduce_error(text: str) -> str:
             keys.append(match[1])
         useful = match[2] if match else line
         if useful and not _NOISE.match(useful):
-            message = one_line(_CLASS.sub(r"\1", useful))
+            message = refused_import(useful) or one_line(_CLASS.sub(r"\1", useful))
             return f"{'.'.join(keys)}: {message}" if keys else message
     return one_line(text)
+
+
+def own_message(error: BaseException) -> str:
+    """Return the sentence of the mistake that started a chain of exceptions, else that of the last one.
+
+    jsonargparse wraps what a class says against its settings into a list of all types that it tried.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UserError):
+        cause = cause.__cause__ or cause.__context__
+    return str(error if cause is None else cause)
+
+
+def refused_import(text: str) -> str | None:
+    """Return our own sentence where jsonargparse refuses to import what a value names, or None for another error."""
+    match = re.search(r"Importing '([^']+)' is not allowed", text)
+    if match is None:
+        return None
+    if not is_allowed(match[1]):
+        return refusal(match[1], "a setting")
+    return f"{match[1]} is not imported because a setting names it: it could run any command; name another."
 
 
 def unknown_options(text: str, known: list[str]) -> str | None:

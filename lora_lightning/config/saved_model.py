@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.checkpoint.rebuild import LIBRARY, find_task_class, read_checkpoint
+from lora_lightning.checkpoint.rebuild import find_task_class, read_checkpoint
 from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS
 from lora_lightning.errors import CheckpointError, ConfigError
+from lora_lightning.trust import LIBRARY, check_import
 
 KEYWORDS = frozenset({"last", "best", "hpc"})
 """What Lightning takes in place of a file."""
@@ -32,6 +33,7 @@ def read_saved_model(path: Path) -> dict[str, Any]:
         raise CheckpointError(str(error).replace("--task_class", "--model")) from error
     settings = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
     for class_path in _class_paths(settings.get("method")):
+        check_import(class_path, str(path))
         module = class_path.rpartition(".")[0]
         if module not in sys.modules and module.split(".")[0] != LIBRARY:
             raise CheckpointError(

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lora_lightning.data.batching import LengthGroupedSampler, even_batch_size
+from lora_lightning.data.model_facts import model_facts
 from lora_lightning.errors import ConfigError, DataError
 
 Batches = DataLoader[Any]
@@ -97,7 +98,8 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
             stage: `fit`, `validate`, `test` or `predict`; None means all.
 
         Raises:
-            DataError: The data is missing, malformed, or does not hold what is needed.
+            ConfigError: A row is longer than the backbone takes.
+            DataError: The data is missing, malformed, does not hold what is needed, or has fewer rows than ranks.
             BackboneError: The tokenizer cannot be loaded.
         """
         if not self.counts:
@@ -106,6 +108,7 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
         for split in self._splits_of(stage):
             if split in self._splits_read and split not in self._encoded:
                 self._encoded[split] = self._encode(split)
+                self._check_encoded(split)
             elif split not in self._splits_read and stage in ("validate", "test", "predict"):
                 wanted = "val" if split == "val" else "test"
                 raise DataError(f"There are no rows to {stage}: {wanted}_size is 0. Set it, or give a file as {split}.")
@@ -150,6 +153,23 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise ConfigError(f"{name} is {value}: expected a whole number of at least {bound}.")
+
+    def _check_encoded(self, split: str) -> None:
+        """Refuse rows longer than the backbone takes, where its tokenizer did not tell, and fewer rows than ranks."""
+        lengths = getattr(self._encoded[split], "lengths", None) or [0]
+        backbone = getattr(self._module(), "backbone", None)
+        most = model_facts(backbone).context if isinstance(backbone, str) else None
+        if most is not None and max(lengths) > most:
+            raise ConfigError(
+                f"A row of {split} has {max(lengths)} tokens, and {backbone} takes at most {most}; set max_length to "
+                f"{most} or less."
+            )
+        num_ranks, _ = self._ranks()
+        if num_ranks > 1 and 0 < len(lengths) < num_ranks and split in ("train", "val", "test"):
+            raise DataError(
+                f"{split} has {len(lengths)} rows for {num_ranks} ranks, so that some would have none of their own; "
+                "use as many devices as there are rows at most, or give more rows."
+            )
 
     def _module(self) -> L.LightningModule | None:
         return getattr(self.trainer, "lightning_module", None)

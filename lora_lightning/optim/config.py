@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.trust import check_import
 
 Schedule = Literal["constant", "linear", "cosine"]
 EMBEDDING_LR_OF_LORA_PLUS = 1e-6
@@ -124,6 +125,7 @@ def dense_alternative(name: str) -> str:
 
 def _import_optimizer(class_path: str) -> type[torch.optim.Optimizer]:
     module_name, _, name = class_path.rpartition(".")
+    check_import(f"{module_name or 'torch.optim'}.{name}", "Optim: optimizer")
     try:
         found = getattr(importlib.import_module(module_name or "torch.optim"), name, None)
     except ImportError as error:
@@ -139,4 +141,5 @@ def _import_optimizer(class_path: str) -> type[torch.optim.Optimizer]:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "name a subclass of torch.optim.Optimizer."
         raise ConfigError(f"Optim: {class_path!r} is no optimizer class; {hint}")
+    check_import(f"{found.__module__}.{found.__qualname__}", "Optim: optimizer")  # a module may import another's class
     return found

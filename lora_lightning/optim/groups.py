@@ -44,13 +44,19 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
         each trainable parameter is in exactly one.
 
     Raises:
-        ConfigError: Nothing is trainable, or LoRA+ is asked for and no adapter has a B factor.
+        ConfigError: Nothing is trainable, something trainable is float16, or LoRA+ is asked for and no adapter has a B
+            factor.
     """
     roles = {id(parameter): role for _, parameter, role in iter_roles(model)}
     groups: dict[str, dict[str, Any]] = {}
-    for parameter in model.parameters():
+    for path, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
+        if parameter.dtype is torch.float16:
+            raise ConfigError(
+                f"The trainable parameter {path!r} is float16, which loses small updates and whose gradients cannot be "
+                "scaled; keep what trains in float32 (precision 16-mixed, bf16-mixed or 32-true instead of 16-true)."
+            )
         role = roles.get(id(parameter), Role.HEAD)
         decays = optim.weight_decay > 0 and role not in _VECTOR_ROLES and parameter.ndim > 1
         name = role.value if decays or optim.weight_decay == 0 else f"{role.value}, no decay"

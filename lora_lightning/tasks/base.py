@@ -29,6 +29,7 @@ from lora_lightning.backbones.load import enable_gradient_checkpointing, load_ba
 from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.backbones.quantized import is_quantized
 from lora_lightning.backbones.skeleton import is_without_weights
+from lora_lightning.backbones.tokenizer_identity import check_tokenizer, tokenizer_fingerprint, tokenizer_of
 from lora_lightning.backbones.view import view_of
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.folder import check_finite
@@ -308,6 +309,7 @@ class AdapterTask(CheckedLoading):
         checkpoint["lora_lightning"] = {
             "base_fingerprint": self.base_fingerprint,
             "method_state": [method.extra_state(self.adapted) for method in self.methods],
+            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer_of(self._trainer)),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -324,6 +326,7 @@ class AdapterTask(CheckedLoading):
         self.configure_model()
         self._is_calibrated = True
         check_fingerprint(self.base_fingerprint or fingerprint(self.adapted), own["base_fingerprint"], "The checkpoint")
+        check_tokenizer(tokenizer_of(self._trainer), own.get("tokenizer_fingerprint"), "The checkpoint")
         for method, state in zip(self.methods, own["method_state"], strict=True):
             method.load_extra_state(self.adapted, state)
 

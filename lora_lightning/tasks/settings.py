@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 from lora_lightning.adapters import Method
 from lora_lightning.errors import ConfigError
 from lora_lightning.paths import nearest
+from lora_lightning.trust import check_import
 
 MethodSpec = Method | Mapping[str, Any]
 
@@ -87,6 +88,7 @@ def _method_from_plain(spec: Mapping[str, Any]) -> Method:
     class_path = str(spec.get("class_path", ""))
     for cls in _subclasses(Method):
         if class_path in (f"{cls.__module__}.{cls.__qualname__}", cls.__name__):
+            check_import(f"{cls.__module__}.{cls.__qualname__}", "method")
             return cls(**spec.get("init_args") or {})
     near = nearest(class_path.rpartition(".")[2], {cls.__name__ for cls in _subclasses(Method) if not isabstract(cls)})
     hint = f"did you mean {' or '.join(near)}? If it is a method of your own, " if near else ""

@@ -13,6 +13,7 @@ from lora_lightning.commands._compare.records import Spec
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim import Optim
 from lora_lightning.tasks import AdapterTask
+from lora_lightning.trust import check_import
 
 DEFAULT_HEAD_LR = 1e-3
 
@@ -86,6 +87,7 @@ def import_class(path: str) -> Any:  # noqa: ANN401 - any class
     Raises:
         ConfigError: There is none.
     """
+    check_import(path, "compare")
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)

@@ -1,0 +1,128 @@
+"""Faults in data files and in what is asked of them."""
+
+from tests.faults.bench import FIT, TEST, Fault, data
+
+GOOD = "text,label\n" + "".join(f"w{index},{('no', 'yes')[index % 2]}\n" for index in range(24))
+
+
+def validated_on(content):
+    """Give validation rows of one's own."""
+
+    def provoke():
+        arguments = data("val.csv", content)()
+        return [*arguments[:-2], "--data.val", "val.csv", "--data.val_size", "null"]
+
+    return provoke
+
+
+def tested_on(content):
+    """Test the run's model on rows of one's own."""
+
+    def provoke():
+        data("other.csv", content)()
+        return [*TEST, "--data.train", "other.csv"]
+
+    return provoke
+
+
+FAULTS = [
+    Fault(
+        "missing file",
+        r"^trian\.csv does not exist; the nearest names there: train\.csv",
+        [*FIT, "--data.train", "trian.csv"],
+    ),
+    Fault("empty file", r"^a\.csv is empty \(0 bytes\)", data("a.csv", "")),
+    Fault("column names alone", r"^a\.csv holds no rows", data("a.csv", "text,label\n")),
+    Fault(
+        "wrong column",
+        r"^train\.csv has no column 'txt', which text_column names; its columns: text, label\. Did you mean 'text'\?",
+        [*FIT, "--data.text_column", "txt"],
+    ),
+    Fault(
+        "other separator",
+        r"^a\.csv has no column .* It looks as if another separator is used: set separator",
+        data("a.csv", GOOD.replace(",", ";")),
+    ),
+    Fault(
+        "latin-1",
+        r"^a\.csv is not utf-8 \(byte 12, line 2\): set encoding to the file's own; try latin-1",
+        data("a.csv", "text,label\nné,no\n".encode("latin-1")),
+    ),
+    Fault("unknown encoding", r"^encoding 'utf-9' is unknown; try utf-8", [*FIT, "--data.encoding", "utf-9"]),
+    Fault(
+        "unknown kind of file",
+        r"^a\.xlsx is of an unknown kind: expected a name that ends in \.csv",
+        data("a.xlsx", "x"),
+    ),
+    Fault(
+        "malformed CSV",
+        r"^a\.csv is malformed: Expected 2 fields in line 26, saw 4\. Check for a separator or a quotation mark",
+        data("a.csv", GOOD + "a,b,c,d\n"),
+    ),
+    Fault(
+        "malformed JSON",
+        r"^a\.jsonl, line 2: this is no valid JSON",
+        data("a.jsonl", '{"text": "a", "label": "b"}\n{"text": \n'),
+    ),
+    Fault(
+        "JSON that is no table",
+        r"^a\.jsonl, line 1: expected an object",
+        data("a.jsonl", "[1, 2]\n3\n".replace("[1, 2]\n", "")),
+    ),
+    Fault("Parquet that is none", r"^a\.parquet cannot be read as Parquet", data("a.parquet", "hello")),
+    Fault(
+        "one class only",
+        r"^a\.csv has only the label 'no' in the column 'label'",
+        data("a.csv", "text,label\na,no\nb,no\n"),
+    ),
+    Fault(
+        "class too rare to split",
+        r"^Too rare to be split into train, val, test, .*'maybe' \(1\)",
+        data("a.csv", GOOD + "x,maybe\n"),
+    ),
+    Fault(
+        "class missing in training",
+        r"^val\.csv has labels among its val rows that the training rows do not have: 'maybe'; known are 'no', 'yes'",
+        validated_on("text,label\nx,maybe\n"),
+    ),
+    Fault(
+        "class that the model does not know",
+        r"^other\.csv has labels among its .* that the model does not have: 'maybe'",
+        tested_on(GOOD.replace("yes", "maybe")),
+    ),
+    Fault(
+        "more rows than there are", r"^The sizes ask for \d+ rows .* but 40 are left", [*FIT, "--data.test_size", "400"]
+    ),
+    Fault(
+        "split size of two kinds", r"^val_size is 4, but val names rows of its own", [*FIT, "--data.val", "train.csv"]
+    ),
+    Fault(
+        "condition that is none",
+        r"^The condition 'text ~ 3' in where cannot be read: expected a column",
+        [*FIT, "--data.where", "['text ~ 3']"],
+    ),
+    Fault(
+        "condition on a missing column",
+        r"^train\.csv has no column 'score', which where names; its columns: text, label",
+        [*FIT, "--data.where", "['score > 3']"],
+    ),
+    Fault(
+        "texts longer than the model",
+        r"^A row of train has 42 tokens, and base takes at most 32; set max_length to 32 or less",
+        data("a.csv", GOOD.replace("w1,", "w1 " * 40 + ","), "--data.max_length", "4096"),
+    ),
+    Fault(
+        "batch of no rows", r"^batch_size is 0: expected a whole number of at least 1", [*FIT, "--data.batch_size", "0"]
+    ),
+    Fault(
+        "missing tokenizer",
+        r"^The backbone folder '\./nowhere' does not exist",
+        [*FIT, "--data.tokenizer", "./nowhere"],
+    ),
+    Fault("tokenizer's folder without one", r"^The folder 'run' holds no tokenizer", [*FIT, "--data.tokenizer", "run"]),
+    Fault(
+        "folder without texts",
+        r"^The folder run holds no texts: expected one sub-folder for each class",
+        [*FIT, "--data.train", "run"],
+    ),
+]
