@@ -53,12 +53,14 @@ class Fault:
         sentence: Regular expression for what the user reads after `lora-lightning: error: `.
         provoke: Makes it so in the current folder, and returns the command line; or the command line alone.
         status: The exit status.
+        leaves_run: Training had begun, so the run's folder is there.
     """
 
     name: str
     sentence: str
     provoke: Provoke | list[str]
     status: int = 2
+    leaves_run: bool = False
 
     def arguments(self) -> list[str]:
         return list(self.provoke) if isinstance(self.provoke, list) else self.provoke()
@@ -117,6 +119,7 @@ def checkpoint(change: Callable[[dict[str, Any]], None], arguments: list[str] = 
     def provoke() -> list[str]:
         content = torch.load(CKPT, weights_only=True)
         change(content)
+        leave_alone()
         torch.save(content, CKPT)
         return arguments
 
@@ -174,8 +177,14 @@ def mend_manifest(path: Path) -> None:
     """Write the digest of a changed file into the manifest beside it, as somebody with bad intent would."""
     manifest = path.parent / "manifest.json"
     content = json.loads(manifest.read_text())
+    del content["manifest_sha256"]
     content["files"][path.name] = {"sha256": sha256_file(path), "num_bytes": path.stat().st_size}
     manifest.write_text(json.dumps(content))
+
+
+def leave_alone() -> None:
+    """Take the folder beside the checkpoint away, whose manifest knows the digest of what was written."""
+    shutil.rmtree("run/last")
 
 
 def other_base(change: Callable[[Any], None], arguments: list[str] = TEST) -> Provoke:

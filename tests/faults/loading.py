@@ -15,6 +15,7 @@ from tests.faults.bench import (
     adapter_file,
     checkpoint,
     json_file,
+    leave_alone,
     other_base,
     other_tokenizer,
     tensors,
@@ -32,6 +33,7 @@ def as_checkpoint(content):
     """Put bytes, or what torch saves of an object, where the checkpoint was."""
 
     def provoke():
+        leave_alone()
         if isinstance(content, bytes):
             Path(CKPT).write_bytes(content)
         else:
@@ -42,7 +44,21 @@ def as_checkpoint(content):
 
 
 def pickled_checkpoint():
+    leave_alone()
     torch.save({"state_dict": Canary(), "hyper_parameters": {}}, CKPT)
+    return TEST
+
+
+def cut_short():
+    content = Path(CKPT).read_bytes()
+    Path(CKPT).write_bytes(content[: len(content) // 2])
+    return TEST
+
+
+def bit_flipped():
+    content = bytearray(Path(CKPT).read_bytes())
+    content[len(content) // 3] ^= 1
+    Path(CKPT).write_bytes(content)
     return TEST
 
 
@@ -251,9 +267,15 @@ FAULTS = [
     ),
     Fault(
         "huge header in safetensors",
-        r"^run/last/adapter_model\.safetensors is no readable safetensors file .*header too large",
+        r"^run/last/adapter_model\.safetensors is no readable safetensors file \(its header claims \d+ bytes",
         adapter_file(WEIGHTS, struct.pack("<Q", 2**62) + b"{}"),
     ),
+    Fault(
+        "checkpoint cut short",
+        r"run/last\.ckpt has \d+ bytes, its manifest says \d+: it was cut short or changed\. The newest complete one",
+        cut_short,
+    ),
+    Fault("one bit of a checkpoint flipped", r"run/last\.ckpt differs from what was written", bit_flipped),
     Fault("no weights", r"holds no adapter_model\.safetensors", adapter_file(WEIGHTS, None)),
     Fault("adapter in a pickle", r"a pickle, which could run code when it is read", pickled_adapter),
     Fault("adapter of another kind", r"peft_type is 'IA3'", json_file(CONFIG, setting("peft_type", "IA3"))),

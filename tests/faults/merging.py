@@ -5,7 +5,7 @@ from pathlib import Path
 from lora_lightning import BitFit, CausalLM, LoRA, PromptTuning, Quantization, SequenceClassification
 from lora_lightning.backbones.load import load_backbone
 from tests.checkpoint.runs import save_checkpoint, save_wide_base
-from tests.faults.bench import CKPT, MERGE, Fault, checkpoint, other_base, other_tokenizer
+from tests.faults.bench import CKPT, MERGE, Fault, checkpoint, leave_alone, other_base, other_tokenizer
 from tests.faults.loading import new_weights
 
 
@@ -22,6 +22,7 @@ def saved(task_class, method, arguments=MERGE, **settings):
     def provoke():
         if issubclass(task_class, CausalLM):
             save_wide_base("llama", Path("wide"))
+        leave_alone()
         save_checkpoint(task_class(method=method, **settings), Path(CKPT))
         return arguments
 

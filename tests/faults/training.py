@@ -15,6 +15,12 @@ FAULTS = [
         [*FIT, "--trainer.max_epochs", "-7"],
     ),
     Fault(
+        "rate that diverges",
+        r"^Training stopped before optimizer step \d+: the loss is nan .*; learning rate .*e\+29\. .* Lower model",
+        [*FIT, "--model.optim.lr", "1e30", "--model.optim.head_lr", "1e30", "--trainer.max_epochs", "5"],
+        leaves_run=True,
+    ),
+    Fault(
         "LoRA+ without a B",
         r"lora_plus_ratio raises the rate of the B factors, and no adapter of this model has one",
         method("BitFit", "--model.optim.lora_plus_ratio", "16"),
