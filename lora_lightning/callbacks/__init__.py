@@ -6,5 +6,14 @@ from lora_lightning.callbacks.merge_at_end import MergeAtEnd
 from lora_lightning.callbacks.metric_curve import MetricCurve
 from lora_lightning.callbacks.sample_generations import SampleGenerations
 from lora_lightning.callbacks.throughput import Throughput
+from lora_lightning.resume import ExactResume
 
-__all__ = ["AdapterCheckpoint", "AdapterSummary", "MergeAtEnd", "MetricCurve", "SampleGenerations", "Throughput"]
+__all__ = [
+    "AdapterCheckpoint",
+    "AdapterSummary",
+    "ExactResume",
+    "MergeAtEnd",
+    "MetricCurve",
+    "SampleGenerations",
+    "Throughput",
+]

@@ -35,6 +35,7 @@ from lora_lightning.checkpoint.starting import StartingAdapter, read_starting_ad
 from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
+from lora_lightning.resume import ExactResume
 from lora_lightning.tasks.quantized import refuse_unfit_trainer
 from lora_lightning.tasks.settings import methods_from, plain, refuse_packing
 
@@ -182,6 +183,11 @@ class AdapterTask(L.LightningModule):
         return self.adapted(**batch)
 
     # What Lightning calls.
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Return the callbacks that every run gets, from Python too: `ExactResume`, where the trainer has none."""
+        given: list[L.Callback] = getattr(self.trainer, "callbacks", [])
+        return [] if any(isinstance(one, ExactResume) for one in given) else [ExactResume()]
 
     @property
     def adapted(self) -> nn.Module:
