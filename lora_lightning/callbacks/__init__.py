@@ -12,10 +12,12 @@ from lora_lightning.callbacks.rank_watch import RankWatch
 from lora_lightning.callbacks.sample_generations import SampleGenerations
 from lora_lightning.callbacks.signal_guard import SignalGuard
 from lora_lightning.callbacks.throughput import Throughput
+from lora_lightning.resume import ExactResume
 
 __all__ = [
     "AdapterCheckpoint",
     "AdapterSummary",
+    "ExactResume",
     "Guards",
     "IdleParameterGuard",
     "MergeAtEnd",

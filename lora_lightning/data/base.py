@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lora_lightning.data.batching import LengthGroupedSampler, even_batch_size
+from lora_lightning.data.loaders import RowLoader, own_generator
 from lora_lightning.data.model_facts import model_facts
 from lora_lightning.errors import ConfigError, DataError
 
@@ -208,8 +209,13 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
 
     def _loader(self, rows: Any, batch_size: int, sampler: LengthGroupedSampler | None = None) -> Batches:  # noqa: ANN401 - a torch dataset of any kind
         keeps = self.num_workers > 0
-        return DataLoader(rows, batch_size=batch_size, sampler=sampler, persistent_workers=keeps, **self._loading())
+        return RowLoader(rows, batch_size=batch_size, sampler=sampler, persistent_workers=keeps, **self._loading())
 
     def _loading(self) -> dict[str, Any]:
         pin = torch.cuda.is_available()
-        return {"collate_fn": self._collate(), "num_workers": self.num_workers, "pin_memory": pin}
+        return {
+            "collate_fn": self._collate(),
+            "num_workers": self.num_workers,
+            "pin_memory": pin,
+            "generator": own_generator(self.seed),
+        }

@@ -13,9 +13,13 @@ from torch.utils.data import Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lora_lightning.data.packing import UNSUPERVISED
+from lora_lightning.resume.position import Layout, Position
 
 # At most so many batches are sorted by length together; more would pad less and mix less.
 _BATCHES_SORTED_TOGETHER = 50
+
+
+_Places = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class EncodedRows(Dataset[dict[str, Any]]):
@@ -119,18 +123,45 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batch_size = batch_size
         self.group_by_length = group_by_length
-        self.num_repeated = _num_repeated(len(lengths), num_replicas, batch_size)
-        self.total_size = len(lengths) + self.num_repeated
-        self.num_samples = len(range(rank, self.total_size, num_replicas))
+        self.seek(Position())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the next iteration is for; what has passed of another epoch is forgotten."""
+        if epoch != self.epoch:
+            self.seek(Position(epoch))
+
+    def seek(self, position: Position) -> None:
+        """Go to a position: the next iteration leaves out the rows that have passed.
+
+        They may have been shared out differently. Then those that are left keep their order, and are dealt to the
+        present ranks as a whole epoch is.
+        """
+        self.epoch = position.epoch
+        self._passed = Position(position.epoch)
+        for num_batches, layout in position.passed:
+            self._passed = self._passed.after(num_batches, layout._replace(num_workers=1))
+        self.num_batches_passed = position.num_batches
+        self.num_samples = len(self._dealt(np.arange(len(self.lengths))))
+        self.total_size = self.num_samples * self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
-        """Return the places of this rank's rows in this epoch."""
-        order = self._order()
-        repeated = np.resize(order, self.num_repeated)
-        return iter(np.concatenate([order, repeated])[self.rank :: self.num_replicas].tolist())
+        """Return the places of this rank's rows in this epoch, from the present position on."""
+        return iter(self._dealt(self._order()).tolist())
 
-    def _order(self) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Return the order of all rows, over all ranks."""
+    def _dealt(self, order: _Places) -> _Places:
+        """Return this rank's share of what is left of an order."""
+        here, left, start = Layout(self.num_replicas, self.batch_size), order, 0
+        for num_batches, layout in self._passed.passed:
+            left = left[start:]
+            start = num_batches * layout.batch_size * layout.num_replicas
+        if not self._passed.passed or self._passed.passed[-1].layout != here:
+            left, start = left[start:], 0
+        self.num_repeated = _num_repeated(len(left), self.num_replicas, self.batch_size)
+        repeated = np.resize(left, self.num_repeated)
+        return np.concatenate([left, repeated])[start + self.rank :: self.num_replicas]
+
+    def _order(self) -> _Places:
+        """Return the order of all rows, over all ranks, as it was when the epoch began."""
         places = np.arange(len(self.lengths))
         if not self.shuffle:
             return np.argsort(-self.lengths, kind="stable") if self.group_by_length else places
@@ -138,7 +169,8 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         places = generator.permutation(places)
         if not self.group_by_length:
             return places
-        together = self.batch_size * self.num_replicas
+        first = self._passed.passed[0].layout if self._passed.passed else Layout(self.num_replicas, self.batch_size)
+        together = first.batch_size * first.num_replicas
         num_full = len(places) // together
         full, last = np.split(places, [num_full * together])
         # Few batches are sorted in at least four parts, so that they are not the same ones in every epoch.

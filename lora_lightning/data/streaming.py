@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,10 @@ from lora_lightning.data.encoding import Encoder
 from lora_lightning.data.packing import Document, document_from, pack_stream
 from lora_lightning.data.records import read_records
 from lora_lightning.errors import DataError
+from lora_lightning.resume.position import Layout, Passed, Position
+
+_Row = list[Document]
+_PassedBefore = tuple[Passed, ...]
 
 
 @dataclass(eq=False)
@@ -36,6 +41,8 @@ class StreamedRows(IterableDataset[list[Document]]):
         num_replicas: Number of ranks.
         rank: This process's rank.
         epoch: The epoch that the next iteration is for; every epoch has an order of its own.
+        passed: Batches that have passed of this epoch in other layouts. What is left of it keeps its order and is dealt
+            anew; for that, each process goes through the streams of all former ranks and workers.
     """
 
     source: str
@@ -47,13 +54,15 @@ class StreamedRows(IterableDataset[list[Document]]):
     num_replicas: int = 1
     rank: int = 0
     epoch: int = 0
+    passed: _PassedBefore = ()
 
-    def __iter__(self) -> Iterator[list[Document]]:
+    def __iter__(self) -> Iterator[_Row]:
         """Return the rows of this rank and worker."""
-        worker = get_worker_info()
-        part = (worker.id, worker.num_workers) if worker else (0, 1)
-        order = np.random.default_rng([self.seed, self.epoch, self.rank, part[0]])
-        return self._shuffled(self._dealt(*part), order)
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        layout = Layout(self.num_replicas, num_workers=num_workers)
+        groups = self._groups(layout, worker, self.epoch, self.passed)
+        return self._of_rank(groups, self.rank, worker, self.epoch, is_shuffled=not self.passed)
 
     def documents(self, worker: int = 0, num_workers: int = 1, *, warn: bool = True) -> Iterator[Document]:
         """Return the documents of one worker's share of the lines; `warn` at the end of what is lost.
@@ -83,17 +92,45 @@ class StreamedRows(IterableDataset[list[Document]]):
                 f"tokens, and {became['dropped']} were left out because no answer was left of them."
             )
 
-    def _dealt(self, worker: int, num_workers: int) -> Iterator[list[Document]]:
-        """Return this rank's turn of the rows, as many as every other rank gets."""
-        documents = self.documents(worker, num_workers)
+    # A group is one row for each rank: only whole groups are dealt, so that all ranks get as many rows.
+
+    def _groups(self, layout: Layout, worker: int, epoch: int, passed: _PassedBefore) -> Iterator[tuple[_Row, ...]]:
+        """Return the groups of one worker, of all rows or of those that are left."""
+        if passed:
+            return itertools.islice(
+                _in_groups(self._left(epoch, passed), layout.num_replicas), worker, None, layout.num_workers
+            )
+        documents = self.documents(worker, layout.num_workers)
         rows = pack_stream(documents, self.encoder.max_length) if self.packing else ([one] for one in documents)
-        mine: list[Document] = []
-        for place, row in enumerate(rows):
-            turn = place % self.num_replicas
-            if turn == self.rank:
-                mine = row
-            if turn == self.num_replicas - 1:
-                yield mine
+        return _in_groups(rows, layout.num_replicas)
+
+    def _of_rank(
+        self, groups: Iterator[tuple[_Row, ...]], rank: int, worker: int, epoch: int, *, is_shuffled: bool
+    ) -> Iterator[_Row]:
+        rows = (group[rank] for group in groups)
+        if not is_shuffled:
+            return rows
+        return self._shuffled(rows, np.random.default_rng([self.seed, epoch, rank, worker]))
+
+    def _left(self, epoch: int, passed: _PassedBefore) -> Iterator[_Row]:
+        """Return the rows that are left after batches have passed: each step's, rank by rank."""
+        *earlier, (num_batches, layout) = passed
+        by_worker = [
+            itertools.tee(self._groups(layout, worker, epoch, tuple(earlier)), layout.num_replicas)
+            for worker in range(layout.num_workers)
+        ]
+        by_rank = [
+            _in_turn(
+                [
+                    self._of_rank(groups[rank], rank, worker, epoch, is_shuffled=not earlier)
+                    for worker, groups in enumerate(by_worker)
+                ],
+                layout.batch_size,
+            )
+            for rank in range(layout.num_replicas)
+        ]
+        for batches in itertools.islice(zip(*by_rank, strict=True), num_batches, None):
+            yield from itertools.chain(*batches)
 
     def _shuffled(self, rows: Iterator[list[Document]], order: np.random.Generator) -> Iterator[list[Document]]:
         held: list[list[Document]] = []
@@ -106,20 +143,57 @@ class StreamedRows(IterableDataset[list[Document]]):
         yield from (held[place] for place in order.permutation(len(held)).tolist())
 
 
+def _in_groups(rows: Iterator[_Row], size: int) -> Iterator[tuple[_Row, ...]]:
+    """Return consecutive rows in whole groups; what is left at the end is dropped."""
+    return zip(*[rows] * size, strict=False)
+
+
+def _in_turn(workers: list[Iterator[_Row]], batch_size: int) -> Iterator[list[_Row]]:
+    """Return batches as a loader takes them from its workers: from each in turn, passing over those that are done."""
+    while workers:
+        for worker in list(workers):
+            batch = list(itertools.islice(worker, batch_size))
+            if batch:
+                yield batch
+            else:
+                workers.remove(worker)
+
+
 class StreamLoader(DataLoader[Any]):
-    """A loader of `StreamedRows` that begins a new epoch with every iteration, and tells mistakes in one sentence."""
+    """A loader of `StreamedRows` that begins a new epoch with every iteration, and tells mistakes in one sentence.
+
+    It starts at any batch of an epoch (see `SeekableLoader`) by reading and encoding what comes before.
+    """
 
     dataset: StreamedRows
+    _num_skipped = 0
+
+    @property
+    def layout(self) -> Layout:
+        """How it shares out the rows."""
+        return Layout(self.dataset.num_replicas, self.batch_size or 1, max(self.num_workers, 1))
+
+    def seekable(self) -> bool:
+        """Tell that `seek` works."""
+        return True
+
+    def seek(self, position: Position) -> None:
+        """Let the next iteration begin at a position."""
+        passed, self._num_skipped = position.passed, 0
+        if passed and passed[-1].layout == self.layout:
+            passed, self._num_skipped = passed[:-1], passed[-1].num_batches
+        self.dataset.epoch, self.dataset.passed = position.epoch, passed
 
     def __iter__(self) -> Any:  # noqa: ANN401 - torch's iterator class is private
         """Return the batches of the next epoch."""
         batches = super().__iter__()
-        self.dataset.epoch += 1
-        return self._told(batches)
+        num_skipped, self._num_skipped = self._num_skipped, 0
+        self.dataset.epoch, self.dataset.passed = self.dataset.epoch + 1, ()
+        return self._told(batches, num_skipped)
 
-    def _told(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _told(self, batches: Iterator[Any], num_skipped: int) -> Iterator[Any]:
         try:
-            yield from batches
+            yield from itertools.islice(batches, num_skipped, None)
         except DataError as error:
             # From a worker process, torch brings the message with the whole traceback around it.
             last = str(error).strip().splitlines()[-1]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.methods.low_rank import recompute_activations
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
+from lora_lightning.resume import ExactResume
 from lora_lightning.tasks.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.loading import CheckedLoading
 from lora_lightning.tasks.quantized import refuse_unfit_trainer
@@ -188,6 +190,11 @@ class AdapterTask(CheckedLoading):
         return self.adapted(**batch)
 
     # What Lightning calls.
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Return the callbacks that every run gets, from Python too: `ExactResume`, where the trainer has none."""
+        given: list[L.Callback] = getattr(self.trainer, "callbacks", [])
+        return [] if any(isinstance(one, ExactResume) for one in given) else [ExactResume()]
 
     @property
     def adapted(self) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -27,6 +27,9 @@ class _Totals:
     num_right: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     num_tokens: int = 0
 
+    def plain(self) -> dict[str, Any]:
+        return {"loss": self.loss.cpu(), "num_right": self.num_right.cpu(), "num_tokens": self.num_tokens}
+
     def add(self, sums: TokenSums) -> None:
         loss = sums.loss.detach()
         wide = loss if loss.device.type == "mps" else loss.double()  # which has no float64
@@ -47,6 +50,9 @@ class PerTokenTask(AdapterTask, abc.ABC):
     `accuracy` (share of supervised tokens with the largest logit), over all tokens of the set.
     """
 
+    sums_gradients: ClassVar[bool] = True
+    """Gradients of the ranks are added; see `lora_lightning.resume`."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of AdapterTask
         super().__init__(*args, **kwargs)
         self._totals: dict[str, _Totals] = defaultdict(_Totals)
@@ -60,6 +66,14 @@ class PerTokenTask(AdapterTask, abc.ABC):
         """Return the mean loss over the supervised tokens of one batch, 0 where there is none."""
         sums = self.token_sums(batch)
         return StepOutput(sums.loss / max(sums.num_tokens, 1))
+
+    def unfinished_step(self) -> dict[str, Any]:
+        """Return what has been counted of an optimizer step that awaits more batches."""
+        return self._totals["train"].plain()
+
+    def load_unfinished_step(self, state: dict[str, Any]) -> None:
+        """Take back what `unfinished_step` returned."""
+        self._totals["train"] = _Totals(state["loss"], state["num_right"], int(state["num_tokens"]))
 
     # What Lightning calls.
 
