@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Union
@@ -28,6 +28,7 @@ from lora_lightning.callbacks import (
 )
 from lora_lightning.callbacks.run_config import RunConfig
 from lora_lightning.callbacks.run_logger import RunLogger
+from lora_lightning.checkpoint.complete import newest_complete
 from lora_lightning.config.config_option import StrictConfigFile
 from lora_lightning.config.diagnosis import explain
 from lora_lightning.config.import_policy import set_import_policy
@@ -111,6 +112,29 @@ def default_callbacks(
     return callbacks + [guard for guard in (guards or Guards()).callbacks() if wanted(type(guard))]
 
 
+def last_of_runs(trainer: Mapping[str, Any]) -> Path:
+    """Return the newest complete checkpoint of all runs, for a process that starts a new one to go on from.
+
+    Lightning would look in the folder of the new run, find nothing there, and start anew.
+
+    Args:
+        trainer: The trainer's settings.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    root, callbacks = Path(trainer.get("default_root_dir") or DEFAULT_ROOT), trainer.get("callbacks") or []
+    given = [one.get(INIT_ARGS) or {} for one in (callbacks if isinstance(callbacks, list) else [callbacks])]
+    folders = [*root.glob("*/checkpoints"), *(Path(one["dirpath"]) for one in given if one.get("dirpath"))]
+    found = [path for folder in folders if (path := newest_complete(folder)) is not None]
+    if not found:
+        raise ConfigError(
+            f"--ckpt_path last: there is no complete checkpoint in {root} to go on from; name the .ckpt file, or leave "
+            "the option out to start anew."
+        )
+    return max(found, key=lambda path: path.stat().st_mtime_ns)
+
+
 class AdapterCLI(LightningCLI):
     """LightningCLI for adapter tasks: strict files, one-line errors, a new folder for each run.
 
@@ -177,6 +201,8 @@ class AdapterCLI(LightningCLI):
         ckpt_path = config.get("ckpt_path")
         if ckpt_path in KEYWORDS and self.chosen != "fit":
             raise ConfigError(f"--ckpt_path {ckpt_path} only works after fit in one process; name the .ckpt file.")
+        if ckpt_path == "last":
+            ckpt_path = config["ckpt_path"] = str(last_of_runs(config["trainer"]))
         if ckpt_path is not None and ckpt_path not in KEYWORDS:
             self._take_model_from(Path(ckpt_path))
         elif config.get("model") is None:

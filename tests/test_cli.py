@@ -391,6 +391,27 @@ def fit_from_cli():
     return "runs/version_0/checkpoints/last.ckpt"
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_last_is_the_newest_complete_checkpoint_of_all_runs():
+    fit_from_cli()
+    fit_from_cli()
+    first, second = (Path(f"runs/version_{number}/checkpoints/last.ckpt") for number in (0, 1))
+    cli = run_lightning("fit", ["--config", "good.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "2"])
+    assert Path(cli.trainer.ckpt_path) == second
+    assert cli.trainer.current_epoch == 2
+    for path in Path("runs").rglob("*.ckpt"):
+        if not path.is_relative_to("runs/version_0"):
+            path.write_bytes(path.read_bytes()[:100])
+    cli = run_lightning("fit", ["--config", "good.yaml", "--ckpt_path", "last", "--trainer.max_epochs", "2"])
+    assert Path(cli.trainer.ckpt_path).parent == first.parent
+
+
+def test_without_a_checkpoint_last_is_a_mistake(capsys):
+    assert main(["fit", "--config", "good.yaml", "--ckpt_path", "last"]) == 2
+    assert "there is no complete checkpoint in runs to go on from" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def fit_from_python():
     task = ToyTask(method=LoRA(r=2, alpha=4, target_modules=["2"]), optim=Optim(lr=0.01))
     L.seed_everything(42)
