@@ -1,5 +1,6 @@
 """Trains over two processes: SIGTERM to rank 1 ends both, they resume, and a loss ends both; run as a file."""
 
+import contextlib
 import json
 import os
 import signal
@@ -37,7 +38,7 @@ class Disturb(L.Callback):
             guard._losses = [torch.tensor(torch.inf)]
 
 
-def run(folder: Path, disturb: Disturb, ckpt_path: Path | None = None) -> L.Trainer:
+def run(folder: Path, disturb: Disturb, task: LineTask, ckpt_path: Path | None = None) -> None:
     trainer = make_trainer(
         folder,
         disturb,
@@ -49,8 +50,12 @@ def run(folder: Path, disturb: Disturb, ckpt_path: Path | None = None) -> L.Trai
         logger=False,
         max_epochs=4,
     )
-    trainer.fit(LineTask(), LineData(), ckpt_path=ckpt_path)
-    return trainer
+    trainer.fit(task, LineData(), ckpt_path=ckpt_path)
+
+
+def new_task() -> LineTask:
+    torch.manual_seed(7)
+    return LineTask()
 
 
 if __name__ == "__main__":
@@ -64,22 +69,29 @@ if __name__ == "__main__":
 
     status, first = None, Children("signal")
     try:
-        run(out, first)
+        run(out, first, new_task())
     except SystemExit as stop:
         status = stop.code
     last = out / "run" / "version_0" / "checkpoints" / "last.ckpt"
     saved = torch.load(last, weights_only=True)["global_step"], read_adapter_folder(last.with_suffix(""))[0].step
     second, error = Disturb("loss"), ""
     try:
-        run(out, second, last)
+        run(out, second, resumed := new_task(), last)
     except TrainingError as found:
         error = str(found)
+    with contextlib.suppress(TrainingError):
+        run(out / "whole", Disturb("loss"), whole := new_task())
+    states = [task.adapter_state() for task in (resumed, whole)]
+    start = new_task()
+    start.configure_model()
     facts = {
         "status": status,
         "signalled": first.signalled,
         "saved": saved,
         "resumed_at": second.first_step,
         "error": error,
+        "equal": all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items()),
+        "moved": not all(torch.equal(start.adapter_state()[name], tensor) for name, tensor in states[1].items()),
     }
     rank = int(os.environ["LOCAL_RANK"])
     if rank == 0:
