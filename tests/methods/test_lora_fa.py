@@ -100,7 +100,8 @@ def test_the_input_is_not_kept(dropout):
     inputs, projections, seeds = DEPTH * TOKENS * WIDTH * 4, DEPTH * TOKENS * RANK * 4, DEPTH * 8
     frozen, trained = (saved_bytes(kind(r=RANK, dropout=dropout)) for kind in (LoRAFA, LoRA))
     assert projections <= frozen <= projections + seeds
-    assert inputs + projections <= trained
+    # Without dropout LoRA rebuilds the weight here, and makes its projections again in backward.
+    assert trained >= inputs + (projections if dropout else 0)
 
 
 @pytest.mark.parametrize(("host", "shape"), [(nn.Conv1d(4, 8, 3), (2, 4, 9)), (nn.Conv2d(4, 8, 3), (2, 4, 9, 9))])

@@ -32,7 +32,9 @@ EXACT = [name for name in sharded_runs.TASKS if name not in ("half", "eva")]
 def ranks(tmp_path_factory):
     """What both ranks found, and the folder that they wrote into; started from the same script as by a user."""
     folder = tmp_path_factory.mktemp("ranks")
-    variables = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
+    # A seed that another test left there would be drawn from on every rank.
+    variables = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
+    variables |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
     script = [sys.executable, "-m", "tests.tasks.sharded_runs", str(folder)]
     done = subprocess.run(script, env=variables, capture_output=True, text=True, timeout=570, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
