@@ -31,12 +31,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:  # noqa: ANN401 - token
     return _DIGESTS[tokenizer]
 
 
-def tokenizer_of(trainer: Any) -> Any:  # noqa: ANN401
+def tokenizer_of(trainer: Any) -> Any:  # noqa: ANN401 - transformers' tokenizers and Lightning's trainer
     """Return the tokenizer of the data that a Trainer runs on, or None without one."""
     return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
 
 
-def check_tokenizer(tokenizer: Any, expected: str | None, source: str) -> None:  # noqa: ANN401
+def check_tokenizer(tokenizer: Any, expected: str | None, source: str) -> None:  # noqa: ANN401 - transformers' tokenizers and Lightning's trainer
     """Refuse a tokenizer whose vocabulary is not the one that an adapter was trained with.
 
     Args:

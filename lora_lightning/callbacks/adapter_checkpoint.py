@@ -24,6 +24,7 @@ from lora_lightning.checkpoint.folder import check_finite, fill_adapter_folder, 
 from lora_lightning.checkpoint.manifest import FileRecord
 from lora_lightning.checkpoint.pair import Fill, folder_of, replace_link
 from lora_lightning.errors import CheckpointError
+from lora_lightning.tasks.sharding import is_sharded
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -256,7 +257,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
         """Return what `ckpt_path="last"` means: the newest complete checkpoint, whatever its name."""
         # Lightning gives no other name to the folder before `setup`.
-        folder = Path(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]
+        folder = Path(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]  # name-mangled
         newest = newest_complete(folder)
         found: set[str] = super()._find_last_checkpoints(trainer)
         if newest is None:
@@ -297,5 +298,4 @@ def writes_folders(module: L.LightningModule, model: nn.Module) -> bool:
     parameters = list(model.parameters())
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         return False
-    is_sharded = any(hasattr(parameter, "device_mesh") for parameter in parameters)
-    return not is_sharded or getattr(module, "base_fingerprint", None) is not None
+    return not is_sharded(model) or getattr(module, "base_fingerprint", None) is not None

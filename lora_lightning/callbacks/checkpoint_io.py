@@ -45,7 +45,7 @@ class AdapterCheckpointIO(TorchCheckpointIO):
         finally:
             self._fill, self._is_held = None, False
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:  # noqa: ANN401
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None) -> None:  # noqa: ANN401 - Lightning's own signature
         """Write a checkpoint.
 
         Raises:

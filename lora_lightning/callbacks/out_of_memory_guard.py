@@ -90,7 +90,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)
 
 
-def explain(trainer: L.Trainer, module: L.LightningModule, batch: Any, error: BaseException) -> str:  # noqa: ANN401
+def explain(trainer: L.Trainer, module: L.LightningModule, batch: Any, error: BaseException) -> str:  # noqa: ANN401 - the data module's own type
     """Return what ran out when, and at least three things to change, in the words of a config file.
 
     Args:
@@ -128,7 +128,7 @@ def length_of(batch: Any) -> int | None:  # noqa: ANN401 - a batch of any shape
     return None
 
 
-def _describe(batch: Any) -> str:  # noqa: ANN401
+def _describe(batch: Any) -> str:  # noqa: ANN401 - the data module's own type
     length, num_samples = length_of(batch), count_samples(batch)
     return f"a batch of {num_samples}" + (f" x {length} tokens" if length is not None else "")
 

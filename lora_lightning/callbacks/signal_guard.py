@@ -150,7 +150,7 @@ class SignalGuard(L.Callback):
         path = save_last(trainer)
         if number == self._requeue_signal:
             # Lightning's own, and the only place that knows how it requeues.
-            trainer._signal_connector._slurm_sigusr_handler_fn(number, None)  # type: ignore[arg-type]
+            trainer._signal_connector._slurm_sigusr_handler_fn(number, None)  # type: ignore[arg-type]  # it does not look at the frame
         if path is None:
             rank_zero_info(f"{name}: ended after step {trainer.global_step}; no callback saves checkpoints here.")
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import lightning as L
 import torch
@@ -28,8 +28,6 @@ from lora_lightning.adapters import (
 from lora_lightning.backbones.attach import attach
 from lora_lightning.backbones.load import enable_gradient_checkpointing, load_backbone
 from lora_lightning.backbones.quantization import Quantization
-from lora_lightning.backbones.quantized import is_quantized
-from lora_lightning.backbones.skeleton import is_without_weights
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer, tokenizer_fingerprint, tokenizer_of
 from lora_lightning.backbones.view import view_of
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
@@ -43,8 +41,9 @@ from lora_lightning.optim import Optim, build_optimizer, build_schedule
 from lora_lightning.resume import ExactResume
 from lora_lightning.tasks.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.loading import CheckedLoading
-from lora_lightning.tasks.quantized import refuse_unfit_trainer
-from lora_lightning.tasks.settings import Recomputing, labels, methods_from, plain, refuse_packing
+from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
+from lora_lightning.tasks.settings import Recomputing, is_plain, labels, methods_from, plain, refuse_packing
+from lora_lightning.tasks.step_output import StepOutput, batch_size_of
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -52,20 +51,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _MODEL = "model."
 T = TypeVar("T")
-
-
-class StepOutput(NamedTuple):
-    """What `compute_loss` returns.
-
-    Args:
-        loss: Scalar to minimize.
-        predictions: What the metrics take as predictions, or None without metrics.
-        targets: What the metrics take as targets.
-    """
-
-    loss: Tensor
-    predictions: Tensor | None = None
-    targets: Tensor | None = None
 
 
 class AdapterTask(CheckedLoading):
@@ -113,7 +98,7 @@ class AdapterTask(CheckedLoading):
         self.adapter = adapter
         self._takes_method_of_adapter = adapter is not None and method is None
         # Settings from a checkpoint are plain: then its weights follow, and the folder may be gone or changed.
-        self._takes_state_of_checkpoint = adapter is not None and _is_plain(method)
+        self._takes_state_of_checkpoint = adapter is not None and is_plain(method)
         self.model: nn.Module | None = None
         self.label_names: list[str] | None = None
         self.base_fingerprint: str | None = None
@@ -222,7 +207,7 @@ class AdapterTask(CheckedLoading):
         model: Any = self.configure_backbone()
         if is_attached(model):
             raise ConfigError("configure_backbone returned a model with adapters; return the bare model.")
-        self._check_quantization(model)
+        check_quantization(model, self.quantization, self._trainer)
         start = self._starting_adapter(model)
         refuse_packing(self.methods, getattr(self._trainer, "datamodule", None))
         attach(model, self.methods, modules_to_save=self.trained_modules(model))
@@ -259,29 +244,29 @@ class AdapterTask(CheckedLoading):
         scheduler = build_schedule(optimizer, self.optim, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401 - the data module's own type
         """Return the loss of a batch, with the methods' penalties, and log it."""
         del batch_idx
         loss = self._checked("train", self.compute_loss, batch).loss
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=_batch_size(batch))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch_size_of(batch))
         for method, label in zip(self.methods, labels(self.methods), strict=True):
             extra = method.extra_loss(self.adapted)
             if extra is not None:
-                self.log(f"train/{label}_penalty", extra.detach(), batch_size=_batch_size(batch))
+                self.log(f"train/{label}_penalty", extra.detach(), batch_size=batch_size_of(batch))
                 loss = loss + extra
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 - the data module's own type
         """Log the loss and the metrics of validation."""
         del batch_idx
         self._evaluate(batch, "val")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+    def test_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 - the data module's own type
         """Log the loss and the metrics of the test."""
         del batch_idx
         self._evaluate(batch, "test")
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Any:  # noqa: ANN401
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:  # noqa: ANN401 - the data module's own type
         """Return the task's predictions for a batch."""
         del batch_idx
         return self.predict(batch)
@@ -337,7 +322,7 @@ class AdapterTask(CheckedLoading):
         for method, state in zip(self.methods, own["method_state"], strict=True):
             method.load_extra_state(self.adapted, state)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401 - torch's own signature
         """Load an adapter state; keys and shapes must be exactly this model's.
 
         Raises:
@@ -379,18 +364,7 @@ class AdapterTask(CheckedLoading):
             self._takes_method_of_adapter = False
         return start
 
-    def _check_quantization(self, model: nn.Module) -> None:
-        """Refuse a Trainer that a quantized model does not survive, and a setting that had no effect."""
-        if is_quantized(model):
-            if self._trainer is not None:
-                refuse_unfit_trainer(self._trainer)
-        elif self.quantization is not None and not is_without_weights():
-            raise ConfigError(
-                "quantization is set, and configure_backbone returned a model without quantized layers; quantize it "
-                "there, or leave the setting out."
-            )
-
-    def _checked(self, stage: str, compute: Callable[[Any], T], batch: Any) -> T:  # noqa: ANN401
+    def _checked(self, stage: str, compute: Callable[[Any], T], batch: Any) -> T:  # noqa: ANN401 - the data module's own type
         """Call `compute` on a batch; on a stage's first one, make sure that every adapter is called."""
         if self._takes_state_of_checkpoint:
             raise CheckpointError(
@@ -403,13 +377,13 @@ class AdapterTask(CheckedLoading):
         with require_calls(self.adapted):
             return compute(batch)
 
-    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401
+    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401 - the data module's own type
         output = self._checked(stage, self.compute_loss, batch)
-        self.log(f"{stage}/loss", output.loss, prog_bar=True, sync_dist=True, batch_size=_batch_size(batch))
+        self.log(f"{stage}/loss", output.loss, prog_bar=True, sync_dist=True, batch_size=batch_size_of(batch))
         metrics = self._metrics_of.get(stage)
         if metrics is not None:
             metrics.update(output.predictions, output.targets)
-            self.log_dict(metrics, prog_bar=True, batch_size=_batch_size(batch))
+            self.log_dict(metrics, prog_bar=True, batch_size=batch_size_of(batch))
 
     def _calibrate(self) -> None:
         calibrating = [method for method in self.methods if method.calibrates]
@@ -430,14 +404,3 @@ class AdapterTask(CheckedLoading):
     def _total_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches
         return int(total) if total != float("inf") else -1
-
-
-def _is_plain(method: Any) -> bool:  # noqa: ANN401 - objects, plain forms or lists of them
-    """Tell whether a method is given as a checkpoint keeps it."""
-    return any(isinstance(one, Mapping) for one in (method if isinstance(method, list | tuple) else [method]))
-
-
-def _batch_size(batch: Any) -> int:  # noqa: ANN401
-    """Return the length of the first tensor in a batch, for Lightning's averages."""
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else [batch]
-    return next((len(value) for value in values if isinstance(value, Tensor) and value.ndim), 1)

@@ -105,11 +105,11 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Load the optimizers' state on each rank."""
         super(ModelParallelStrategy, self).load_optimizer_state_dict(checkpoint)
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:  # noqa: ANN401
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:  # noqa: ANN401 - Lightning's own signature
         """Write one file, on rank 0, through the checkpoint plugin."""
         super(ModelParallelStrategy, self).save_checkpoint(checkpoint, filepath, storage_options)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: ANN401
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:  # noqa: ANN401 - Lightning's own signature
         """Read the file on each rank, through the checkpoint plugin."""
         return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only=weights_only)
 

@@ -12,8 +12,9 @@ from lora_lightning.adapters import Method
 from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim import Optim
-from lora_lightning.tasks.base import AdapterTask, StepOutput
+from lora_lightning.tasks.base import AdapterTask
 from lora_lightning.tasks.settings import Recomputing
+from lora_lightning.tasks.step_output import StepOutput
 
 
 class LabelledTask(AdapterTask, abc.ABC):

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, MetricCollection
 
 from lora_lightning.errors import DataError
-from lora_lightning.tasks.base import AdapterTask, StepOutput
+from lora_lightning.tasks.base import AdapterTask
+from lora_lightning.tasks.step_output import StepOutput
 
 
 class ChoiceAccuracy(MeanMetric):

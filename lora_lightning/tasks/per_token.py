@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lora_lightning.tasks.base import AdapterTask, StepOutput
+from lora_lightning.tasks.base import AdapterTask
 from lora_lightning.tasks.settings import labels
+from lora_lightning.tasks.step_output import StepOutput
 from lora_lightning.tasks.token_loss import TokenSums
 
 _UNIT = 1024.0

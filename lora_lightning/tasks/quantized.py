@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lora_lightning.backbones.quantized import is_quantized
+from lora_lightning.backbones.skeleton import is_without_weights
 from lora_lightning.errors import ConfigError
 
 if TYPE_CHECKING:
     import lightning as L
+    from torch import nn
+
+    from lora_lightning.backbones.quantization import Quantization
 
 _PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
@@ -54,4 +59,20 @@ def _refuse_strategy(trainer: L.Trainer) -> None:
         raise ConfigError(
             f"A quantized base runs on one device or with strategy=ddp; {type(strategy).__name__} moves weights in "
             "ways that quantized ones do not survive. Use strategy=ddp, or leave quantization out."
+        )
+
+
+def check_quantization(model: nn.Module, quantization: Quantization | None, trainer: L.Trainer | None) -> None:
+    """Refuse a Trainer that a quantized model does not survive, and a setting that had no effect.
+
+    Raises:
+        ConfigError: It is one of them.
+    """
+    if is_quantized(model):
+        if trainer is not None:
+            refuse_unfit_trainer(trainer)
+    elif quantization is not None and not is_without_weights():
+        raise ConfigError(
+            "quantization is set, and configure_backbone returned a model without quantized layers; quantize it "
+            "there, or leave the setting out."
         )

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.tasks.base import StepOutput
 from lora_lightning.tasks.labelled import LabelledTask
+from lora_lightning.tasks.step_output import StepOutput
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection

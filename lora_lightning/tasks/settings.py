@@ -67,6 +67,11 @@ def refuse_packing(methods: Sequence[Method], data: object) -> None:
         )
 
 
+def is_plain(method: Any) -> bool:  # noqa: ANN401 - objects, plain forms or lists of them
+    """Tell whether a method is given as a checkpoint keeps it."""
+    return any(isinstance(one, Mapping) for one in (method if isinstance(method, list | tuple) else [method]))
+
+
 def plain(value: Any) -> Any:  # noqa: ANN401 - nested containers of any depth
     """Return `value` with tuples and sets as lists and strings, numbers, booleans and None as they are.
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_lightning.errors import DataError
-from lora_lightning.tasks.base import StepOutput
 from lora_lightning.tasks.entities import entities, has_prefixes
 from lora_lightning.tasks.labelled import LabelledTask
+from lora_lightning.tasks.step_output import StepOutput
 from lora_lightning.tasks.token_loss import IGNORED
 
 if TYPE_CHECKING:
