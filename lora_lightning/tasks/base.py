@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
@@ -39,6 +39,7 @@ from lora_lightning.methods import LoRA
 from lora_lightning.methods.low_rank import recompute_activations
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
 from lora_lightning.resume import ExactResume
+from lora_lightning.tasks.calibration import calibrate
 from lora_lightning.tasks.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.loading import CheckedLoading
 from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
@@ -391,15 +392,7 @@ class AdapterTask(CheckedLoading):
         if not calibrating or not is_fit or self._is_calibrated or self.model is None:
             return
         self._is_calibrated = True
-        self.trainer.fit_loop.setup_data()
-        for method in calibrating:
-            method.calibrate(self.adapted, self._batches(), lambda batch: self.compute_loss(batch).loss)
-        self.adapted.zero_grad()
-
-    def _batches(self) -> Iterator[Any]:
-        loader: Iterable[Any] = self.trainer.train_dataloader  # type: ignore[assignment]  # Lightning types it as Any
-        for batch in loader:
-            yield self.transfer_batch_to_device(batch, self.trainer.strategy.root_device, 0)
+        calibrate(self, self.adapted, calibrating, lambda batch: self.compute_loss(batch).loss)
 
     def _total_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches

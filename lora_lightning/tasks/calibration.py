@@ -1,0 +1,34 @@
+"""Lets methods look at the training data, once, before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import lightning as L
+from torch import Tensor, nn
+
+from lora_lightning.adapters import Method
+
+
+def calibrate(
+    module: L.LightningModule, model: nn.Module, methods: Sequence[Method], loss: Callable[[Any], Tensor]
+) -> None:
+    """Give each method the training batches, and leave no gradients behind.
+
+    Args:
+        module: The module that its Trainer trains.
+        model: The adapted model.
+        methods: Those that calibrate.
+        loss: Takes a batch on the module's device.
+    """
+    module.trainer.fit_loop.setup_data()
+    for method in methods:
+        method.calibrate(model, _batches(module), loss)
+    model.zero_grad()
+
+
+def _batches(module: L.LightningModule) -> Iterator[Any]:
+    loader: Iterable[Any] = module.trainer.train_dataloader  # type: ignore[assignment]  # Lightning types it as Any
+    for batch in loader:
+        yield module.transfer_batch_to_device(batch, module.trainer.strategy.root_device, 0)
