@@ -412,6 +412,7 @@ def test_compiles_in_one_graph(architecture, base, method, example):
 
 
 # torch.compile itself makes an instance of each autograd function that has a setup_context.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # its own
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's default compiler backend needs a C++ compiler")

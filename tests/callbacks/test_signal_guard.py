@@ -150,6 +150,7 @@ def test_slurm_requeues_after_the_step(tmp_path: Path, monkeypatch: pytest.Monke
     assert torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"] == 4
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path: Path) -> None:
     script = Path(__file__).with_name("signal_ranks_script.py")
     done = subprocess.run(

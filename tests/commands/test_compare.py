@@ -151,6 +151,7 @@ def runner_of(words):
     return run(words)
 
 
+@pytest.mark.slow
 def test_what_was_finished_survives_a_kill(tmp_path):
     """Kills the command for good after the first method; it is a real process with real trials."""
     folder = tmp_path / "out"

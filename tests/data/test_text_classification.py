@@ -417,6 +417,7 @@ def test_hub_data_sets_are_fetched_once_before_setup(monkeypatch, tokenizer_fold
     assert data.counts["train"] == 36
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_rows(write, tokenizer_folder, tmp_path):
     path = write("train.csv", labelled(100))
     script = Path(__file__).with_name("ranks_script.py")

@@ -93,6 +93,7 @@ def test_dora_saves_little_more_than_lora(saved):
     assert saved["peft dora"] > 2 * saved["lora"]
 
 
+@pytest.mark.slow
 def test_the_model_with_dropout_compiles_in_one_graph():
     model = ours(LoRA(r=RANK, target_modules="all-linear", dropout=0.1))
     torch.compiler.reset()

@@ -127,6 +127,7 @@ def test_what_a_method_saves_stays_dense_and_trains(backbone):
     assert "bert.encoder.layer.0.output.dense" in packed
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_all_rows(backbone, tmp_path):
     root = Path(__file__).parents[2]
     done = subprocess.run(
