@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # and in no test more: GNU OpenMP hangs in forks of a process that has used two
 
 
 @pytest.fixture(autouse=True)

@@ -36,11 +36,12 @@ def rank_main(rank: int, port: int, folder: Path, task: type, num_workers: int, 
 
 
 def run_ranks(folder: Path, task: type, num_workers: int, stops: tuple[int, ...]) -> None:
-    """Run the ranks in two forks, which need not import torch again."""
+    """Run the ranks in two forks of a process that has imported everything and run nothing."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.resume.runs"])
     ranks = [
         context.Process(target=rank_main, args=(rank, port, folder, task, num_workers, stops)) for rank in range(WORLD)
     ]
