@@ -12,7 +12,7 @@ from typing import Any, Union
 
 import lightning as L
 from jsonargparse import ArgumentError
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lora_lightning import __version__
@@ -23,6 +23,7 @@ from lora_lightning.callbacks import (
     Guards,
     MetricCurve,
     OutOfMemoryGuard,
+    PacedProgressBar,
     RankWatch,
     Throughput,
 )
@@ -102,7 +103,7 @@ def default_callbacks(
     if wanted(ModelSummary, "enable_model_summary"):
         callbacks.append(AdapterSummary())
     if wanted(ProgressBar, "enable_progress_bar"):
-        callbacks.append(RichProgressBar())
+        callbacks.append(PacedProgressBar())
     if wanted(MetricCurve):
         callbacks.append(MetricCurve())
     if wanted(Throughput):

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 from lora_lightning import __main__
@@ -21,6 +21,7 @@ from lora_lightning.callbacks import (
     MetricCurve,
     NonFiniteGuard,
     OutOfMemoryGuard,
+    PacedProgressBar,
     RankWatch,
     SignalGuard,
     Throughput,
@@ -361,12 +362,12 @@ def test_print_config(capsys):
 
 def test_default_callbacks_give_way_to_the_users():
     guards = [NonFiniteGuard, IdleParameterGuard, OutOfMemoryGuard, SignalGuard]
-    kinds = [AdapterCheckpoint, AdapterSummary, RichProgressBar, MetricCurve, Throughput, RankWatch, *guards]
+    kinds = [AdapterCheckpoint, AdapterSummary, PacedProgressBar, MetricCurve, Throughput, RankWatch, *guards]
     assert [type(callback) for callback in default_callbacks([], {})] == kinds
     mine = [ModelCheckpoint(), Throughput()]
     assert [type(callback) for callback in default_callbacks(mine, {})] == [
         AdapterSummary,
-        RichProgressBar,
+        PacedProgressBar,
         MetricCurve,
         RankWatch,
         *guards,

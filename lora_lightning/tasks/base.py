@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 import lightning as L
@@ -42,6 +42,7 @@ from lora_lightning.resume import ExactResume
 from lora_lightning.tasks.calibration import calibrate
 from lora_lightning.tasks.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.loading import CheckedLoading
+from lora_lightning.tasks.log_pace import LogPace
 from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
 from lora_lightning.tasks.settings import Recomputing, is_plain, labels, methods_from, plain, refuse_packing
 from lora_lightning.tasks.step_output import StepOutput, batch_size_of
@@ -49,7 +50,6 @@ from lora_lightning.tasks.step_output import StepOutput, batch_size_of
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
-log = logging.getLogger(__name__)
 _MODEL = "model."
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ class AdapterTask(CheckedLoading):
         self.base_fingerprint: str | None = None
         self._new_modules: tuple[str, ...] = ()
         self._stages_checked: set[str] = set()
-        self._is_calibrated = False
+        self._is_calibrated, self._log_pace = False, LogPace()
         self._metrics_of: dict[str, MetricCollection] = {}
         specs = [class_config(one) for one in self.methods]
         self.keep_settings(
@@ -246,16 +246,15 @@ class AdapterTask(CheckedLoading):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401 - the data module's own type
-        """Return the loss of a batch, with the methods' penalties, and log it."""
+        """Return the loss of a batch, with the methods' penalties, and log it where that is due."""
         del batch_idx
-        loss = self._checked("train", self.compute_loss, batch).loss
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=batch_size_of(batch))
+        values = {"loss": self._checked("train", self.compute_loss, batch).loss}
         for method, label in zip(self.methods, labels(self.methods), strict=True):
-            extra = method.extra_loss(self.adapted)
-            if extra is not None:
-                self.log(f"train/{label}_penalty", extra.detach(), batch_size=batch_size_of(batch))
-                loss = loss + extra
-        return loss
+            penalty = method.extra_loss(self.adapted)
+            if penalty is not None:
+                values[f"{label}_penalty"] = penalty
+        self._log_pace.log(self, values, batch_size_of(batch))
+        return reduce(torch.add, values.values())
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 - the data module's own type
         """Log the loss and the metrics of validation."""

@@ -73,13 +73,13 @@ def make_trainer(folder: Path, *callbacks: L.Callback, **settings: Any) -> L.Tra
         "log_every_n_steps": 2,
         "enable_checkpointing": any(isinstance(callback, L.pytorch.callbacks.Checkpoint) for callback in callbacks),
         "enable_model_summary": False,
+        "enable_progress_bar": False,
         "logger": CSVLogger(folder, name="run", version=0),
     }
     return L.Trainer(
         accelerator="cpu",
         default_root_dir=folder,
         callbacks=list(callbacks),
-        enable_progress_bar=False,
         **{**defaults, **settings},
     )
 

@@ -1,0 +1,33 @@
+"""Lightning's rich progress bar, which reads the metrics no more often than anybody can."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+
+SECONDS_BETWEEN_READS = 0.1
+
+
+class PacedProgressBar(RichProgressBar):
+    """Shows progress and metrics; it reads the metrics at most ten times a second while it trains.
+
+    Every read makes the host wait for the device, so Lightning's bar, which reads at every step, keeps a GPU from being
+    fed ahead of time. It takes the arguments of `RichProgressBar`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of RichProgressBar
+        super().__init__(*args, **kwargs)
+        self._read_at = float("-inf")
+        self._metrics: dict[str, Any] = {}
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        """Return what stands beside the bar: as just read, or as read less than a tenth of a second ago."""
+        is_amid_epoch = trainer.training and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if not is_amid_epoch:
+            return dict(super().get_metrics(trainer, pl_module))
+        if time.monotonic() - self._read_at >= SECONDS_BETWEEN_READS:
+            self._read_at, self._metrics = time.monotonic(), super().get_metrics(trainer, pl_module)
+        return self._metrics
