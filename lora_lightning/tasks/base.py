@@ -36,7 +36,7 @@ from lora_lightning.checkpoint.manifest import class_config
 from lora_lightning.checkpoint.starting import StartingAdapter, read_starting_adapter
 from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.methods import LoRA
-from lora_lightning.methods.low_rank import recompute_activations
+from lora_lightning.methods.recompute import recompute_activations
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
 from lora_lightning.resume import ExactResume
 from lora_lightning.tasks.calibration import calibrate

@@ -22,7 +22,7 @@ from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.backbones.quantized import dense_modules
 from lora_lightning.backbones.skeleton import without_weights
 from lora_lightning.errors import ConfigError, UserError
-from lora_lightning.methods.low_rank import recompute_activations
+from lora_lightning.methods.recompute import recompute_activations
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.activations import activations
 from lora_lightning.tasks.base import AdapterTask
