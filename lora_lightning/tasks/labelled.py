@@ -71,6 +71,7 @@ class LabelledTask(AdapterTask, abc.ABC):
     def configure_model(self) -> None:
         """Take the label names from the data where none were given, then build the model."""
         if self.model is not None:
+            super().configure_model()  # it may have been built before there was a Trainer
             return
         if self.label_names is None:
             data = getattr(self._trainer, "datamodule", None)
