@@ -19,6 +19,7 @@ from lora_lightning.optim import Optim, build_optimizer
 from lora_lightning.tasks import AdapterTask, CausalLM, SequenceClassification
 from lora_lightning.tasks.memory import MemoryPlan, plan_memory
 from lora_lightning.tasks.memory_parts import MemoryPart
+from lora_lightning.tasks.offload import OffloadActivations
 from tests import models
 from tests.commands.language_models import save_language_model
 
@@ -192,6 +193,29 @@ def test_offloaded_activations_count_on_the_host(tmp_path, monkeypatch):
     assert on_cpu.bytes_of("activations") == kept.bytes_of("activations")
     assert on_cpu.bytes_of("host memory") == 0
     assert any("changes nothing on the CPU" in part.how for part in on_cpu.parts)
+
+
+def test_what_is_offloaded_is_what_was_counted(monkeypatch):
+    monkeypatch.setattr("lora_lightning.tasks.activations.MIN_BYTES", 1 << 16)
+    task = SequenceClassification(MINILM, LoRA(r=8), label_names=LABELS, offload_activations=True)
+    planned = plan_memory(task, batch_size=2, length=48)
+    task.configure_model()
+    sizes = []
+
+    class Copy:
+        def __init__(self, data):
+            sizes.append(data.numel())
+
+        def wait(self):
+            pass
+
+    offload = OffloadActivations(task.adapted, store=Copy, is_movable=lambda _: True, min_bytes=1 << 16)
+    with offload:
+        task.adapted.base_model(input_ids=torch.randint(3, 60, (2, 48)))
+    assert offload.num_bytes == sum(sizes)
+    in_powers = sum(1 << (size - 1).bit_length() for size in sizes)
+    assert planned.bytes_of("host memory") == pytest.approx(in_powers, rel=0.05)
+    assert planned.bytes_of("host memory") > 1.05 * sum(sizes)
 
 
 def test_the_host_s_memory_is_listed_below_the_total(config, capsys, monkeypatch):
