@@ -21,48 +21,12 @@ from lora_lightning.methods.recompute import recompute_activations
 from lora_lightning.tasks import FSDP2Strategy, backward
 from lora_lightning.tasks.offload import MIN_BYTES, NUM_IN_FLIGHT, OffloadActivations
 from tests import models
+from tests.host_memory import Store, offloading
 from tests.tasks.languages import Speaker, batches, joined
 from tests.tasks.test_base import FAST, TARGETS
 from tests.tasks.toys import Tagger, loader, trainer
 
 SMALL = 2048
-
-
-class Copy:
-    """A copy in "host memory"; it may be damaged on the way back."""
-
-    def __init__(self, data: Tensor, damage: int) -> None:
-        self.host, self.damage, self.is_complete, self.num_restored = data.clone(), damage, False, 0
-
-    def wait(self) -> None:
-        self.is_complete = True
-
-    def restore(self) -> Tensor:
-        assert self.is_complete
-        self.num_restored += 1
-        restored = self.host.clone()
-        restored.view(torch.float32).mul_(1 + self.damage)
-        return restored
-
-
-class Store:
-    """Stands in for pinned memory: counts, keeps, and damages on request."""
-
-    def __init__(self, damage: int = 0) -> None:
-        self.damage = damage
-        self.copies: list[Copy] = []
-
-    def __call__(self, data: Tensor) -> Copy:
-        self.copies.append(Copy(data, self.damage))
-        return self.copies[-1]
-
-    @property
-    def sizes(self) -> list[int]:
-        return [copy.host.numel() for copy in self.copies]
-
-
-def offloading(model: nn.Module, store: Store, min_bytes: int = SMALL) -> OffloadActivations:
-    return OffloadActivations(model, store=store, is_movable=lambda _: True, min_bytes=min_bytes)
 
 
 def llama(method: LoRA, *, recomputing: bool = False, checkpointing: bool = False) -> nn.Module:
