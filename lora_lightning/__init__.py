@@ -50,7 +50,7 @@ if TYPE_CHECKING:
         PTuningV2,
         VeRA,
     )
-    from lora_lightning.methods.low_rank import recompute_activations
+    from lora_lightning.methods.recompute import recompute_activations
     from lora_lightning.optim import Optim, param_groups
     from lora_lightning.tasks import (
         AdapterTask,
@@ -124,7 +124,7 @@ _HOME = {
     "merge_checkpoint": "checkpoint",
     "param_groups": "optim",
     "preflight": "checkpoint",
-    "recompute_activations": "methods.low_rank",
+    "recompute_activations": "methods.recompute",
 }
 
 __all__ = [

@@ -49,6 +49,7 @@ from lora_lightning.methods import (
     VeRA,
 )
 from tests import distributed, models
+from tests.host_memory import Store, offloading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -533,6 +534,20 @@ def test_gradient_checkpointing(base, method, example, use_reentrant):
         torch.manual_seed(6)
         other = step(base)
         assert largest_gap(other, expected, example) > 1e-3
+
+
+def test_offloaded_activations(base, method, example):
+    adapted(base, with_dropout(method)).train()
+    torch.manual_seed(5)
+    expected = step(base)
+    store = Store()
+    for damage in (0, 1):
+        store.damage = damage
+        torch.manual_seed(5)
+        with offloading(base, store, min_bytes=1024):
+            actual = step(base)
+        assert sum(copied.num_restored for copied in store.copies) > 5
+        assert (largest_gap(actual, expected, example) > 0) == bool(damage)
 
 
 DDP_CASES = {name: (architecture, example.method) for name, (example, architecture) in CASES.items()}

@@ -1,5 +1,6 @@
-"""What must hold on a CUDA device too: the same numbers as on the CPU, compiled graphs, 4-bit bases, a whole run."""
+"""What must hold on a CUDA device too: the CPU's numbers, compiled graphs, 4-bit bases, offloading, whole runs."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from lora_lightning import DoRA, LoRA, attach, merge
 from lora_lightning.adapters import iter_roles
+from lora_lightning.tasks.backward import recompute
+from lora_lightning.tasks.offload import OffloadActivations
 from tests import models
 from tests.tasks.test_base import FAST, TARGETS
 from tests.tasks.toys import Tagger, loader, trainer
@@ -78,6 +81,37 @@ def test_a_4_bit_host_trains(method):
     attach(model, method)
     model(torch.randn(8, 64, device="cuda", dtype=torch.bfloat16)).float().square().sum().backward()
     assert all(torch.isfinite(parameter.grad).all() for _, parameter, _ in iter_roles(model))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_offloaded_activations_leave_the_device_and_come_back(method, checkpointing):
+    torch.manual_seed(0)
+    model, ids = adapted(method).cuda().train(), torch.randint(3, 60, (256, 32), device="cuda")
+    recompute(model, checkpointing)
+    found, held = [gradients(model, ids)], []  # a first step, since libraries then take their workspaces
+    for offloads in (False, True, True):  # twice, since the second time pinned memory is used again
+        model.zero_grad()
+        before, offload = torch.cuda.memory_allocated(), OffloadActivations(model, min_bytes=1 << 14)
+        with offload if offloads else contextlib.nullcontext():
+            loss = model(input_ids=ids).logits.square().mean()
+        held.append(torch.cuda.memory_allocated() - before)
+        assert bool(offload.num_bytes) == offloads
+        loss.backward()
+        found.append({name: parameter.grad.cpu() for name, parameter, _ in iter_roles(model)})
+    for other in found[1:]:  # not to the bit: attention's backward adds in any order
+        assert all(torch.allclose(other[name], gradient, rtol=1e-4, atol=1e-6) for name, gradient in found[0].items())
+    assert max(held[1:]) < 0.5 * held[0]
+
+
+def test_a_run_offloads():
+    weights = []
+    for offloads in (False, True):
+        torch.manual_seed(0)
+        task = Tagger(method=TARGETS, optim=FAST, offload_activations=offloads)
+        trainer(accelerator="gpu", max_epochs=1).fit(task, loader(num=1 << 15, batch_size=1 << 13), loader())
+        weights.append([parameter.detach().cpu() for _, parameter, _ in iter_roles(task.adapted)])
+    assert all(torch.allclose(*both, atol=1e-4) for both in zip(*weights, strict=True))
 
 
 def test_a_run_fits_resumes_and_merges(tmp_path):

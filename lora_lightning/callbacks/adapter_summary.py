@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters import Adapter, iter_adapters, iter_roles
 from lora_lightning.adapters.head import HeadAdapter
 from lora_lightning.callbacks.places import adapted_model
+from lora_lightning.tasks.backward import describe
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,7 +47,7 @@ class RoleCount:
 
 
 class AdapterSummary(ModelSummary):
-    """Print, when `fit` starts, how many parameters train in each role, and how large the base is.
+    """Print, when `fit` starts, how many parameters train in each role, how large the base is, and what backward keeps.
 
     It takes the place of Lightning's `ModelSummary`, which counts the packed storage of 4-bit weights as parameters.
     """
@@ -62,7 +63,7 @@ class AdapterSummary(ModelSummary):
         elif trainer.is_global_zero:
             from rich.console import Console
 
-            Console().print(build_table(count_roles(model)))
+            Console().print(build_table(count_roles(model), caption=describe(pl_module)))
 
 
 def count_roles(model: nn.Module) -> dict[str, RoleCount]:
@@ -99,8 +100,13 @@ def adapter_buffers(adapter: Adapter) -> list[Tensor]:
     return [] if isinstance(adapter, HeadAdapter) else [one for one in adapter.buffers() if one.numel()]
 
 
-def build_table(counts: dict[str, RoleCount]) -> Table:
-    """Lay the counts out as a table for the terminal."""
+def build_table(counts: dict[str, RoleCount], caption: str = "") -> Table:
+    """Lay the counts out as a table for the terminal.
+
+    Args:
+        counts: As `count_roles` returns them.
+        caption: A line below the table; empty for none.
+    """
     from rich.table import Table
 
     total = max(sum(count.num_parameters for count in counts.values()), 1)
@@ -111,7 +117,7 @@ def build_table(counts: dict[str, RoleCount]) -> Table:
             trainable.num_parameters += count.num_parameters
             trainable.num_bytes += count.num_bytes
             trainable.dtypes |= count.dtypes
-    table = Table(title="Parameters by role")
+    table = Table(title="Parameters by role", caption=caption or None)
     table.add_column("role")
     for name in ("tensors", "parameters", "share", "dtype", "bytes"):
         table.add_column(name, justify="right")

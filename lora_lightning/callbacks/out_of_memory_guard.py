@@ -146,8 +146,10 @@ def _hints(trainer: L.Trainer, module: L.LightningModule, num_samples: int, *, i
         )
     elif num_samples > 1:
         hints.append(f"data.init_args.eval_batch_size {max(num_samples // 2, 1)} instead of {num_samples}")
-    if is_training and not getattr(module, "gradient_checkpointing", False):
+    if is_training and getattr(module, "gradient_checkpointing", None) is not True:
         hints.append("model.init_args.gradient_checkpointing true, which takes a third more time")
+    elif is_training and trainer.strategy.root_device.type == "cuda" and not getattr(module, "offload_activations", 0):
+        hints.append("model.init_args.offload_activations true, which keeps the layers' inputs in host memory")
     max_length = getattr(data, "max_length", None)
     now = f" (now {max_length})" if isinstance(max_length, int) else ""
     hints.append(f"a smaller data.init_args.max_length{now}")

@@ -114,11 +114,11 @@ def table(planned: MemoryPlan, *, on_gpu: bool) -> list[str]:
         planned: The plan.
         on_gpu: Whether to list what CUDA itself takes.
     """
-    parts = [*planned.parts, *([_cuda_part()] if on_gpu else [])]
-    total = sum(part.num_bytes for part in parts)
-    width = max(len(part.name) for part in parts)
-    lines = [f"  {part.name:<{width}}  {_size(part.num_bytes):>10}  {part.how}" for part in parts]
-    return [*lines, f"  {'total':<{width}}  {_size(total):>10}"]
+    parts = [*planned.on_device, *([_cuda_part()] if on_gpu else [])]
+    total = MemoryPart(name="total", num_bytes=sum(part.num_bytes for part in parts), how="")
+    lines = [*parts, total, *(part for part in planned.parts if part.on_host)]
+    width = max(len(part.name) for part in lines)
+    return [f"  {part.name:<{width}}  {_size(part.num_bytes):>10}  {part.how}".rstrip() for part in lines]
 
 
 def _cuda_part() -> MemoryPart:
@@ -135,7 +135,8 @@ def _verdict(planned: MemoryPlan, room: int, name: str) -> tuple[str, bool]:
     if largest:
         advice = f"a batch of {largest} would"
     else:
-        advice = "not even a batch of one does: use quantization, gradient_checkpointing, or shorter rows"
+        means = "quantization, gradient_checkpointing, offload_activations, or shorter rows"
+        advice = f"not even a batch of one does: use {means}"
     return f"Does not fit {name}: {_size(-spare)} too much; {advice}.", False
 
 

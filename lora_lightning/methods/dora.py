@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, Role, check_choice
-from lora_lightning.adapters.functional import dora_linear, dora_norm, lora_linear, rebuilt_dora_linear
+from lora_lightning.adapters.functional import adapted_dora_linear, dora_norm
 from lora_lightning.adapters.weights import Host, HostKind, codec_of, read_weight
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.lora import LoRA
@@ -48,34 +49,22 @@ class DoRAAdapter(LowRankAdapter):
 
     def forward(self, host: Host, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - the host's own signature
         """Compute m V / ‖V‖ applied to x, plus the host's bias; see `LowRankAdapter.forward`."""
-        factors, scaling, source = self.factors(), self.scaling, self.source_of(x)
-        if self.axis == "output" and self.rebuilds(host, x):
-            weight = self.product_weight(host, x)
-            return rebuilt_dora_linear(x, weight, host.bias, *factors, self.magnitude, scaling, source)
-        codec, norm = codec_of(host), self.norm(host)
-        if self.kind is HostKind.LINEAR and codec.is_view:
-            p, seed = self.draw_dropout()
-            dense = codec.read(host)
-            if self.axis == "output":
-                return dora_linear(x, dense, host.bias, *factors, self.magnitude, norm, scaling, p, seed, source)
-            scaled = x * (self.magnitude / norm).to(x.dtype)
-            return lora_linear(scaled, dense, host.bias, *factors, scaling, p, seed)
-        return self._scale_output(host, x, norm, args, kwargs)
+        if self.axis == "input":
+            return super().forward(host, x * (self.magnitude / self.norm(host)).to(x.dtype), *args, **kwargs)
+        form = self.form_on(host, x)
+        if form is not None:
+            norm, dropout = partial(self.norm, host), self.draw_dropout()
+            return adapted_dora_linear(x, form, *self.factors(), self.magnitude, norm, self.scaling, *dropout)
+        return self._scale_output(host, x, args, kwargs)
 
-    def _scale_output(
-        self, host: Host, x: Tensor, norm: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def _scale_output(self, host: Host, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Let the host compute its own part, then scale what is not its bias."""
-        ratio, bias = self.magnitude / norm, getattr(host, "bias", None)
+        ratio, bias = self.magnitude / self.norm(host), getattr(host, "bias", None)
         if self.kind is HostKind.CONV:
             trailing = [1] * (host.weight.dim() - 2)
             ratio = ratio.view(-1, *trailing)
             bias = None if bias is None else bias.view(-1, *trailing)
-        if self.axis == "input":
-            x = x * ratio.to(x.dtype)
-            output: Tensor = self.base_forward(host, x, *args, **kwargs)
-            return output + self.update(host, x).to(output.dtype)
-        output = self.base_forward(host, x, *args, **kwargs)
+        output: Tensor = self.base_forward(host, x, *args, **kwargs)
         direction = (output if bias is None else output - bias.to(output.dtype)) + self.update(host, x).to(output.dtype)
         scaled = direction * ratio.to(direction.dtype)
         return scaled if bias is None else scaled + bias.to(scaled.dtype)

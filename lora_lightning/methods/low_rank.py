@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.adapters.attach import iter_adapters
 from lora_lightning.adapters.base import ForwardAdapter, Role
 from lora_lightning.adapters.functional import (
-    Source,
+    Form,
+    adapted_linear,
+    choose_form,
     draw_seed,
-    find_source,
-    lora_linear,
     low_rank_update,
-    rebuilding_pays,
-    rebuilt_lora_linear,
     seeded_dropout,
 )
 from lora_lightning.adapters.weights import Host, HostKind, codec_of, read_weight
-from lora_lightning.errors import ConfigError
 from lora_lightning.methods.starts import WEIGHT_STARTS
-
-
-def recompute_activations(model: nn.Module) -> None:
-    """Free the inputs of adapted linear layers that came out of an activation or a product; backward makes them again.
-
-    In a transformer that is the input of each down projection, the widest tensor of its block: on MiniLM a quarter of
-    what backward keeps, for a few percent of the time. It concerns LoRA and its relatives on dense linear layers, in
-    eager mode: `torch.compile` finds such trades by itself.
-
-    Args:
-        model: A model with adapters; changed in place.
-
-    Raises:
-        ConfigError: It has no adapter that can do so.
-    """
-    able = [adapter for _, _, adapter in iter_adapters(model) if isinstance(adapter, LowRankAdapter)]
-    if not able:
-        raise ConfigError(
-            "No adapter of this model can compute its input again, only LoRA and its relatives do: "
-            "set gradient_checkpointing to true instead of activations."
-        )
-    for adapter in able:
-        adapter.recomputes_input = True
 
 
 class LowRankAdapter(ForwardAdapter):
@@ -145,14 +117,9 @@ class LowRankAdapter(ForwardAdapter):
         Returns:
             What the host returns, with the update in it.
         """
-        if self.rebuilds(host, x):
-            return rebuilt_lora_linear(
-                x, self.product_weight(host, x), host.bias, *self.factors(), self.scaling, self.source_of(x)
-            )
-        if self.kind is HostKind.LINEAR and codec_of(host).is_view:
-            p, seed = self.draw_dropout()
-            weight = read_weight(host)
-            return lora_linear(x, weight, host.bias, *self.factors(), self.scaling, p, seed, self.source_of(x))
+        form = self.form_on(host, x)
+        if form is not None:
+            return adapted_linear(x, form, *self.factors(), self.scaling, *self.draw_dropout())
         output: Tensor = self.base_forward(host, x, *args, **kwargs)
         return output + self.update(host, x).to(output.dtype)
 
@@ -174,24 +141,13 @@ class LowRankAdapter(ForwardAdapter):
         """Return the dropout probability and a fresh seed, or None for no dropout."""
         return self.dropout, draw_seed() if self.is_dropping else None
 
-    def rebuilds(self, host: Host, x: Tensor) -> bool:
-        """Tell whether the cheaper form for this input is to rebuild the host's weight with the update in it."""
-        if self.kind is not HostKind.LINEAR or self.is_dropping or "lora_A" not in self._parameters:
-            return False  # with A frozen, the point is not to keep the input
-        codec = codec_of(host)
-        if not codec.is_view and torch.compiler.is_compiling():
-            return False
-        num_out, _ = codec.shape(host)
-        return rebuilding_pays(x, num_out, codec.product_dtype(host, x.dtype))
-
-    def product_weight(self, host: Host, x: Tensor) -> Tensor | Callable[[], Tensor]:
-        """Return the host's dense weight `[out, in]`, or what reads it where that costs something."""
-        codec = codec_of(host)
-        return codec.read(host) if codec.is_view else lambda: codec.read(host).to(x.dtype)
-
-    def source_of(self, x: Tensor) -> Source | None:
-        """Return what to keep for backward instead of the input `x`, if that is asked for and possible."""
-        return find_source(x) if self.recomputes_input else None
+    def form_on(self, host: Host, x: Tensor) -> Form | None:
+        """Return the form to compute a dense linear layer in; None where the host computes its own part."""
+        if self.kind is not HostKind.LINEAR:
+            return None
+        # With A frozen the point is not to keep the input, which rebuilding takes.
+        may_rebuild = "lora_A" in self._parameters and not self.is_dropping
+        return choose_form(host, x, may_rebuild=may_rebuild, recompute=self.recomputes_input)
 
     def update(self, host: Host, x: Tensor) -> Tensor:
         """Compute the update's share of the output alone, shape of the host's output."""

@@ -14,47 +14,75 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lora_lightning.tasks.base import AdapterTask
 from lora_lightning.tasks.memory_parts import WIDE, MemoryPart, base_modules, own_tensors
+from lora_lightning.tasks.offload import MIN_BYTES, NUM_IN_FLIGHT
 
 _BUFFERS_IN_FLIGHT = 2
 """Tensors as large as the largest kept one that a backward pass holds beside those kept: a gradient in and one out."""
 
 
-def activations(model: nn.Module, task: AdapterTask, batch_size: int, length: int, precision: str) -> list[MemoryPart]:
-    """Return what a forward pass keeps for backward, what backward needs beside it, and the loss."""
+def activations(
+    model: nn.Module, task: AdapterTask, batch_size: int, length: int, precision: str, device: str
+) -> list[MemoryPart]:
+    """Return what a forward pass keeps for backward, on the device and off it, what backward needs beside, the loss."""
     config: Any = getattr(model, "config", None)
     if config is None:
         how = f"not counted: {type(model).__name__} is not a transformers model"
         return [MemoryPart(name="activations", num_bytes=0, how=how, per_sample=True)]
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    width = _number(config, "hidden_size", "d_model", "dim", "n_embd")
-    num_layers = max(_number(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers"), 1)
     itemsize = 2 if "16" in precision or _base_itemsize(model) == 2 else WIDE
     tokens = batch_size * length
-    counted = _count_saved(model, batch_size, length, precision)
-    if counted is None:
-        inner = _number(config, "intermediate_size", "hidden_dim", "n_inner", "d_ff") or 4 * width
-        if chosen := _number(config, "num_experts_per_tok"):  # each token goes through this many experts
-            inner = chosen * (_number(config, "moe_intermediate_size") or inner)
-        kept, largest = num_layers * tokens * (8 * width + 3 * inner) * itemsize, tokens * inner * itemsize
+    width, num_layers = _width(config), _num_layers(config)
+    sizes = _count_saved(model, batch_size, length, precision)
+    how = "kept for backward, counted on a forward pass without data"
+    if sizes is None:
+        inner = _inner_width(config)
+        sizes = num_layers * (8 * [tokens * width * itemsize] + 3 * [tokens * inner * itemsize])
         how = f"roughly: 8 x {width} + 3 x {inner} numbers for each token and layer"
-    else:
-        kept, largest = counted
-        how = "kept for backward, counted on a forward pass without data"
+    elif task.gradient_checkpointing == "activations":
+        how = "kept for backward without activations before adapters, counted on a forward pass without data"
+    largest, of_one_layer = max(sizes, default=0), 0
     if task.gradient_checkpointing is True:
-        kept = kept // num_layers + num_layers * tokens * width * itemsize
+        of_one_layer, sizes = sum(sizes) // num_layers, num_layers * [tokens * width * itemsize]
         how = "with checkpointing: each layer's input, and all of one layer"
-    in_flight = _BUFFERS_IN_FLIGHT * largest
+    return [*_placed(task, sizes, of_one_layer, largest, how, device), *_loss(task, config, tokens, itemsize)]
+
+
+def _placed(
+    task: AdapterTask, sizes: list[int], recomputed: int, largest: int, how: str, device: str
+) -> list[MemoryPart]:
+    """Return where tensors of these sizes are kept: on the device, or in host memory where they are offloaded.
+
+    Args:
+        task: Says whether they are offloaded.
+        sizes: Bytes of each tensor that forward keeps.
+        recomputed: Bytes that backward computes again at one time, on the device.
+        largest: Bytes of the largest tensor.
+        how: What was counted.
+        device: Type of the device; what is on the CPU is not offloaded.
+    """
+    moved: list[int] = []
+    in_flight, how_in_flight = _BUFFERS_IN_FLIGHT * largest, "two tensors like the largest kept, in backward"
+    if task.offload_activations and device == "cpu":
+        how += "; offload_activations changes nothing on the CPU"
+    elif task.offload_activations:
+        moved = [size for size in sizes if size >= MIN_BYTES]
+        in_flight += sum(sorted(moved)[-NUM_IN_FLIGHT:])
+        how = f"left on the device: {'one layer, and ' if recomputed else ''}tensors below {MIN_BYTES >> 20} MiB"
+        how_in_flight += f"; {NUM_IN_FLIGHT} on their way to the host"
+    kept = sum(sizes) - sum(moved) + recomputed
     parts = [
         MemoryPart(name="activations", num_bytes=kept, how=how, per_sample=True),
-        MemoryPart(
-            name="in flight", num_bytes=in_flight, how="two tensors like the largest kept, in backward", per_sample=True
-        ),
+        MemoryPart(name="in flight", num_bytes=in_flight, how=how_in_flight, per_sample=True),
     ]
-    return [*parts, *_loss(task, config, tokens, itemsize)]
+    if moved:
+        # Pinned memory is handed out in powers of two.
+        num_bytes, how = sum(1 << (size - 1).bit_length() for size in moved), "pinned: the activations offloaded"
+        parts.append(MemoryPart(name="host memory", num_bytes=num_bytes, how=how, per_sample=True, on_host=True))
+    return parts
 
 
-def _count_saved(model: nn.Module, batch_size: int, length: int, precision: str) -> tuple[int, int] | None:
-    """Return the bytes that a forward pass of the model's body keeps for backward, and those of the largest tensor.
+def _count_saved(model: nn.Module, batch_size: int, length: int, precision: str) -> list[int] | None:
+    """Return the bytes of each tensor that a forward pass of the model's body keeps for backward.
 
     Storages are counted once, and none that hold parameters. None where the pass depends on values.
     """
@@ -82,7 +110,7 @@ def _count_saved(model: nn.Module, batch_size: int, length: int, precision: str)
             del output
     except Exception:  # whatever stops a model from running without data
         return None
-    return sum(sizes), max(sizes, default=0)
+    return sizes
 
 
 @contextmanager
@@ -139,6 +167,21 @@ def _loss(task: AdapterTask, config: Any, tokens: int, itemsize: int) -> list[Me
 def _base_itemsize(model: nn.Module) -> int:
     sizes = [p.element_size() for m in base_modules(model) for p in m._parameters.values() if p is not None]
     return min((size for size in sizes if size > 1), default=WIDE)
+
+
+def _width(config: Any) -> int:  # noqa: ANN401 - transformers' config
+    return _number(config, "hidden_size", "d_model", "dim", "n_embd")
+
+
+def _num_layers(config: Any) -> int:  # noqa: ANN401 - transformers' config
+    return max(_number(config, "num_hidden_layers", "n_layer", "num_layers", "n_layers"), 1)
+
+
+def _inner_width(config: Any) -> int:  # noqa: ANN401 - transformers' config
+    """Return the width inside of the feed-forward network; of a mixture, of all experts that a token goes through."""
+    inner = _number(config, "intermediate_size", "hidden_dim", "n_inner", "d_ff") or 4 * _width(config)
+    chosen = _number(config, "num_experts_per_tok")
+    return chosen * (_number(config, "moe_intermediate_size") or inner) if chosen else inner
 
 
 def _number(config: Any, *names: str) -> int:  # noqa: ANN401 - transformers' config

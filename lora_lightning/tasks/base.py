@@ -26,7 +26,7 @@ from lora_lightning.adapters import (
     require_calls,
 )
 from lora_lightning.backbones.attach import attach
-from lora_lightning.backbones.load import enable_gradient_checkpointing, load_backbone
+from lora_lightning.backbones.load import load_backbone
 from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer, tokenizer_fingerprint, tokenizer_of
 from lora_lightning.backbones.view import view_of
@@ -36,9 +36,9 @@ from lora_lightning.checkpoint.manifest import class_config
 from lora_lightning.checkpoint.starting import StartingAdapter, read_starting_adapter
 from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.methods import LoRA
-from lora_lightning.methods.low_rank import recompute_activations
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
 from lora_lightning.resume import ExactResume
+from lora_lightning.tasks.backward import check_offloading, offloaded, recompute
 from lora_lightning.tasks.calibration import calibrate
 from lora_lightning.tasks.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.loading import CheckedLoading
@@ -68,6 +68,8 @@ class AdapterTask(CheckedLoading):
         gradient_checkpointing: What backward computes again instead of keeping it: True takes every layer (transformers
             models; about a third more time), `activations` only the nonlinearities in front of adapted linear layers
             (a few percent more time; see `recompute_activations`).
+        offload_activations: Keep what backward needs in host memory, from 1 MiB on, and bring it back in time (one CUDA
+            device or DDP; see `lora_lightning.tasks.offload`). With `gradient_checkpointing: true`, the layers' inputs.
         quantization: Store the backbone's linear layers in 4 or 8 bits (QLoRA); None stores them dense.
         adapter: Folder of an adapter, of this library or of PEFT, to start from instead of a fresh one. It says which
             method is attached; a method given beside it must be the same.
@@ -86,6 +88,7 @@ class AdapterTask(CheckedLoading):
         optim: Optim | None = None,
         dtype: str = "auto",
         gradient_checkpointing: Recomputing = False,
+        offload_activations: bool = False,
         quantization: Quantization | None = None,
         adapter: str | None = None,
     ) -> None:
@@ -94,7 +97,7 @@ class AdapterTask(CheckedLoading):
         self.methods = methods_from(method if method is not None else LoRA())
         self.optim = Optim(**optim) if isinstance(optim, Mapping) else optim or Optim()
         self.backbone_dtype = dtype
-        self.gradient_checkpointing = gradient_checkpointing
+        self.gradient_checkpointing, self.offload_activations = gradient_checkpointing, offload_activations
         self.quantization = Quantization(**quantization) if isinstance(quantization, Mapping) else quantization
         self.adapter = adapter
         self._takes_method_of_adapter = adapter is not None and method is None
@@ -115,6 +118,7 @@ class AdapterTask(CheckedLoading):
             optim=asdict(self.optim),
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
+            offload_activations=offload_activations,
             quantization=None if self.quantization is None else asdict(self.quantization),
             adapter=adapter,
         )
@@ -200,6 +204,7 @@ class AdapterTask(CheckedLoading):
 
     def configure_model(self) -> None:
         """Load the backbone, freeze it, attach the adapters, shard it under FSDP2; does nothing the second time."""
+        check_offloading(self)
         if self.model is not None:
             shard_for_trainer(self, self._trainer)  # it may have been built before there was a Trainer
             return
@@ -216,10 +221,7 @@ class AdapterTask(CheckedLoading):
             start.check_labels(self.label_names, model)
             start.load_into(model, self.methods)
             self._is_calibrated = True  # to look at data again would undo what the adapter has learned
-        if self.gradient_checkpointing == "activations":
-            recompute_activations(model)
-        elif self.gradient_checkpointing:
-            enable_gradient_checkpointing(model)
+        recompute(model, self.gradient_checkpointing)
         self.model = model.train()
         self.base_fingerprint = fingerprint(model)
         for stage in ("val", "test"):
@@ -371,6 +373,7 @@ class AdapterTask(CheckedLoading):
                 f"The adapter {self.adapter!r} was not loaded: with a method in its plain form the weights are "
                 "expected from a checkpoint. Give the method as an object, or leave it out."
             )
+        compute = offloaded(self, compute) if stage == "train" else compute
         if stage in self._stages_checked or hasattr(self.model, "_orig_mod"):
             return compute(batch)
         self._stages_checked.add(stage)
@@ -391,7 +394,7 @@ class AdapterTask(CheckedLoading):
         if not calibrating or not is_fit or self._is_calibrated or self.model is None:
             return
         self._is_calibrated = True
-        calibrate(self, self.adapted, calibrating, lambda batch: self.compute_loss(batch).loss)
+        calibrate(self, self.adapted, calibrating, offloaded(self, lambda batch: self.compute_loss(batch).loss))
 
     def _total_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches

@@ -36,6 +36,7 @@ class CausalLM(PerTokenTask):
         optim: See `AdapterTask`.
         dtype: See `AdapterTask`.
         gradient_checkpointing: See `AdapterTask`.
+        offload_activations: See `AdapterTask`.
         quantization: See `AdapterTask`.
         adapter: See `AdapterTask`.
         loss_chunk_size: Tokens whose logits are held at one time; more take more memory and, on a GPU, less time.
@@ -51,6 +52,7 @@ class CausalLM(PerTokenTask):
         optim: Optim | None = None,
         dtype: str = "auto",
         gradient_checkpointing: Recomputing = False,
+        offload_activations: bool = False,
         quantization: Quantization | None = None,
         adapter: str | None = None,
         loss_chunk_size: int = CHUNK,
@@ -62,6 +64,7 @@ class CausalLM(PerTokenTask):
             optim=optim,
             dtype=dtype,
             gradient_checkpointing=gradient_checkpointing,
+            offload_activations=offload_activations,
             quantization=quantization,
             adapter=adapter,
         )

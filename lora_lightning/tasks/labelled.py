@@ -28,6 +28,7 @@ class LabelledTask(AdapterTask, abc.ABC):
         class_weights: Weight of each class in the loss by its name; classes left out weigh 1.
         dtype: See `AdapterTask`.
         gradient_checkpointing: See `AdapterTask`.
+        offload_activations: See `AdapterTask`.
         quantization: See `AdapterTask`.
         adapter: See `AdapterTask`.
 
@@ -46,10 +47,20 @@ class LabelledTask(AdapterTask, abc.ABC):
         class_weights: dict[str, float] | None = None,
         dtype: str = "auto",
         gradient_checkpointing: Recomputing = False,
+        offload_activations: bool = False,
         quantization: Quantization | None = None,
         adapter: str | None = None,
     ) -> None:
-        super().__init__(backbone, method, optim, dtype, gradient_checkpointing, quantization, adapter)
+        super().__init__(
+            backbone=backbone,
+            method=method,
+            optim=optim,
+            dtype=dtype,
+            gradient_checkpointing=gradient_checkpointing,
+            offload_activations=offload_activations,
+            quantization=quantization,
+            adapter=adapter,
+        )
         if label_names is not None and len(set(label_names)) < max(len(label_names), 2):
             raise ConfigError(f"label_names must be at least two different names, got {label_names!r}.")
         self.label_names = label_names
@@ -60,6 +71,7 @@ class LabelledTask(AdapterTask, abc.ABC):
     def configure_model(self) -> None:
         """Take the label names from the data where none were given, then build the model."""
         if self.model is not None:
+            super().configure_model()  # it may have been built before there was a Trainer
             return
         if self.label_names is None:
             data = getattr(self._trainer, "datamodule", None)

@@ -22,7 +22,7 @@ from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.backbones.quantized import dense_modules
 from lora_lightning.backbones.skeleton import without_weights
 from lora_lightning.errors import ConfigError, UserError
-from lora_lightning.methods.low_rank import recompute_activations
+from lora_lightning.methods.recompute import recompute_activations
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.activations import activations
 from lora_lightning.tasks.base import AdapterTask
@@ -49,8 +49,13 @@ class MemoryPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all parts together."""
-        return sum(part.num_bytes for part in self.parts)
+        """Bytes of all parts on the device together."""
+        return sum(part.num_bytes for part in self.on_device)
+
+    @property
+    def on_device(self) -> tuple[MemoryPart, ...]:
+        """The parts that are not in host memory."""
+        return tuple(part for part in self.parts if not part.on_host)
 
     def bytes_of(self, name: str) -> int:
         """Return the bytes of one part, 0 where there is none of that name."""
@@ -58,7 +63,7 @@ class MemoryPlan:
 
     def largest_batch(self, num_bytes: int) -> int:
         """Return the largest batch that fits into `num_bytes`, 0 where not even one row does."""
-        growing = sum(part.num_bytes for part in self.parts if part.per_sample)
+        growing = sum(part.num_bytes for part in self.on_device if part.per_sample)
         left = num_bytes - (self.num_bytes - growing)
         return max(0, left * self.batch_size // growing) if growing else self.batch_size * (left >= 0)
 
@@ -82,7 +87,8 @@ def plan_memory(
         precision: The trainer's `precision`.
         num_replicas: Processes that each hold the whole model (DDP).
         num_shards: Processes that share parameters, gradients and optimizer state (FSDP2).
-        device: Type of the device that it is to run on; decides in what a 4-bit base computes.
+        device: Type of the device that it is to run on; decides in what a 4-bit base computes, and whether anything is
+            offloaded.
 
     Returns:
         The parts.
@@ -108,7 +114,7 @@ def plan_memory(
         elif num_replicas > 1:
             how = "DDP's own copy of the gradients"
             parts.append(MemoryPart(name="DDP buckets", num_bytes=gradients, how=how))
-        parts += activations(model, task, batch_size, length, precision)
+        parts += activations(model, task, batch_size, length, precision, device)
     return MemoryPlan(parts=tuple(parts), batch_size=batch_size, length=length)
 
 

@@ -19,15 +19,17 @@ class MemoryPart:
 
     Args:
         name: What the memory is for.
-        num_bytes: How much, on each device.
+        num_bytes: How much, on each device, or in host memory for each device.
         how: What was counted, or what was assumed.
         per_sample: Whether it grows with the batch.
+        on_host: Whether it is in host memory.
     """
 
     name: str
     num_bytes: int
     how: str
     per_sample: bool = False
+    on_host: bool = False
 
 
 def base_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lightning.adapters import disabled
 from lora_lightning.adapters.functional import (
+    choose,
     find_source,
     rebuilding_pays,
     rebuilt_dora_linear,
@@ -108,17 +109,14 @@ def one_layer(
     attach(model, method)
     perturb(model)
     calls: list[str] = []
-    import lora_lightning.methods.dora as dora
-    import lora_lightning.methods.low_rank as low_rank
-
-    for module, name in ((low_rank, "rebuilt_lora_linear"), (dora, "rebuilt_dora_linear")):
-        function = getattr(module, name)
+    for name in ("rebuilt_lora_linear", "rebuilt_dora_linear"):
+        function = getattr(choose, name)
 
         def noting(*args, _function=function, _name=name, **kwargs):
             calls.append(_name)
             return _function(*args, **kwargs)
 
-        monkeypatch.setattr(module, name, noting)
+        monkeypatch.setattr(choose, name, noting)
     return model.train(), calls
 
 

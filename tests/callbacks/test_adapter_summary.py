@@ -19,7 +19,7 @@ from lora_lightning.callbacks.adapter_summary import build_table, count_roles, f
 from lora_lightning.methods import DoRA, LoRA
 from lora_lightning.methods.low_rank import LowRankAdapter
 from tests import models
-from tests.callbacks.runs import LIGHTNING_WARNINGS, fit
+from tests.callbacks.runs import LIGHTNING_WARNINGS, LineTask, fit
 from tests.callbacks.test_adapter_checkpoint import NoAdapters
 
 pytestmark = LIGHTNING_WARNINGS
@@ -115,6 +115,17 @@ def test_replaces_lightnings_summary(tmp_path: Path, capsys: pytest.CaptureFixtu
     for part in ("Parameters by role", "trainable", "base (frozen)", "float32"):
         assert part in text
     assert [type(callback) for callback in trainer.callbacks if isinstance(callback, ModelSummary)] == [AdapterSummary]
+
+
+def test_tells_what_backward_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = LineTask()
+    fit(tmp_path / "plain", AdapterSummary(), task=task, enable_model_summary=True)
+    assert "backward" not in capsys.readouterr().out
+    task = LineTask()
+    task.configure_model()
+    task.gradient_checkpointing = "activations"
+    fit(tmp_path / "again", AdapterSummary(), task=task, enable_model_summary=True)
+    assert "backward: activations before adapters computed again" in capsys.readouterr().out
 
 
 def test_module_without_adapters_gets_lightnings_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

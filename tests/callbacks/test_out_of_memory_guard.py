@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lora_lightning.callbacks import OutOfMemoryGuard
-from lora_lightning.callbacks.out_of_memory_guard import is_out_of_memory
+from lora_lightning.callbacks.out_of_memory_guard import _hints, is_out_of_memory
 from tests.callbacks.runs import BATCH_SIZE, LIGHTNING_WARNINGS, LineData, LineTask, fit
 
 pytestmark = LIGHTNING_WARNINGS
@@ -73,6 +74,24 @@ def test_what_is_in_place_is_not_proposed(tmp_path: Path) -> None:
     assert "tried to allocate 2.00 GiB" in text
     assert "gradient_checkpointing" not in text
     assert text.count("init_args") >= 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"gradient_checkpointing": "activations"}, "gradient_checkpointing true"),
+        ({"gradient_checkpointing": True}, "offload_activations true"),
+        ({"gradient_checkpointing": True, "offload_activations": True}, None),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_what_backward_keeps_may_go_to_the_host(settings: dict[str, Any], words: str | None) -> None:
+    strategy = SimpleNamespace(root_device=torch.device("cuda"))
+    trainer: Any = SimpleNamespace(strategy=strategy, accumulate_grad_batches=1, datamodule=None)
+    module: Any = SimpleNamespace(**settings)
+    told = "; ".join(_hints(trainer, module, 4, is_training=True))
+    proposed = [one for one in ("gradient_checkpointing true", "offload_activations true") if one in told]
+    assert proposed == ([] if words is None else [words])
 
 
 def test_validation_and_building(tmp_path: Path) -> None:

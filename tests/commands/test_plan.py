@@ -19,6 +19,7 @@ from lora_lightning.optim import Optim, build_optimizer
 from lora_lightning.tasks import AdapterTask, CausalLM, SequenceClassification
 from lora_lightning.tasks.memory import MemoryPlan, plan_memory
 from lora_lightning.tasks.memory_parts import MemoryPart
+from lora_lightning.tasks.offload import OffloadActivations
 from tests import models
 from tests.commands.language_models import save_language_model
 
@@ -158,12 +159,73 @@ def test_checkpointing_ddp_and_sharding_change_what_they_should(tmp_path):
     kept = counted(CausalLM(str(folder), everywhere), 2, 16)
     again = counted(CausalLM(str(folder), everywhere, gradient_checkpointing="activations"), 2, 16)
     assert again["activations"] < kept["activations"]
+    task = CausalLM(str(folder), everywhere, gradient_checkpointing="activations")
+    hows = [part.how for part in plan_memory(task, batch_size=2, length=16).parts]
+    assert any("without activations before adapters" in how for how in hows)
     assert {**checkpointed, "activations": 0} == {**plain, "activations": 0}
     replicated = counted(CausalLM(str(folder), LoRA(r=4)), 2, 16, num_replicas=2)
     assert replicated == {**plain, "DDP buckets": plain["gradients"]}
     sharded = counted(CausalLM(str(folder), LoRA(r=4)), 2, 16, num_shards=4)
     assert sharded["base"] == pytest.approx(plain["base"] / 4, abs=1)
     assert sharded["activations"] == plain["activations"]
+
+
+def test_offloaded_activations_count_on_the_host(tmp_path, monkeypatch):
+    folder = save_language_model(tmp_path / "lm")
+    monkeypatch.setattr("lora_lightning.tasks.activations.MIN_BYTES", 4000)
+
+    def planned(device="cuda", **settings):
+        task = CausalLM(str(folder), LoRA(r=4), **settings)
+        return plan_memory(task, batch_size=4, length=32, device=device)
+
+    kept, moved = planned(), planned(offload_activations=True)
+    on_host = moved.bytes_of("host memory")
+    assert moved.bytes_of("activations") < 0.2 * kept.bytes_of("activations")
+    offloaded = kept.bytes_of("activations") - moved.bytes_of("activations")
+    assert offloaded <= on_host <= 2 * offloaded
+    assert moved.num_bytes == sum(part.num_bytes for part in moved.parts) - on_host
+    assert kept.bytes_of("host memory") == 0
+    room = kept.num_bytes
+    assert moved.largest_batch(room) > kept.largest_batch(room) == 4
+    with_inputs = planned(offload_activations=True, gradient_checkpointing=True)
+    assert 0 < with_inputs.bytes_of("host memory") < on_host / 4
+    on_cpu = planned("cpu", offload_activations=True)
+    assert on_cpu.bytes_of("activations") == kept.bytes_of("activations")
+    assert on_cpu.bytes_of("host memory") == 0
+    assert any("changes nothing on the CPU" in part.how for part in on_cpu.parts)
+
+
+def test_what_is_offloaded_is_what_was_counted(monkeypatch):
+    monkeypatch.setattr("lora_lightning.tasks.activations.MIN_BYTES", 1 << 16)
+    task = SequenceClassification(MINILM, LoRA(r=8), label_names=LABELS, offload_activations=True)
+    planned = plan_memory(task, batch_size=2, length=48)
+    task.configure_model()
+    sizes = []
+
+    class Copy:
+        def __init__(self, data):
+            sizes.append(data.numel())
+
+        def wait(self):
+            pass
+
+    offload = OffloadActivations(task.adapted, store=Copy, is_movable=lambda _: True, min_bytes=1 << 16)
+    with offload:
+        task.adapted.base_model(input_ids=torch.randint(3, 60, (2, 48)))
+    assert offload.num_bytes == sum(sizes)
+    in_powers = sum(1 << (size - 1).bit_length() for size in sizes)
+    assert planned.bytes_of("host memory") == pytest.approx(in_powers, rel=0.05)
+    assert planned.bytes_of("host memory") > 1.05 * sum(sizes)
+
+
+def test_the_host_s_memory_is_listed_below_the_total(config, capsys, monkeypatch):
+    monkeypatch.setattr("lora_lightning.tasks.activations.MIN_BYTES", 100)
+    main(["plan", "--config", str(config), "--batch_size=2", "--length=8", "--gpu=24GB",
+          "--model.offload_activations=true"])  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3].startswith("  total")
+    assert re.match(r"  host memory +[\d.]+ MiB  pinned: the activations offloaded", lines[-2])
+    assert lines[-1].startswith("Fits")
 
 
 def test_logits_count_in_chunks_or_all_at_once(tmp_path):

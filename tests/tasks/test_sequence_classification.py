@@ -46,6 +46,18 @@ def test_only_adapters_and_the_head_train(backbone):
     assert "bert.pooler.dense" in task.report.hosts
 
 
+def test_a_model_built_before_its_trainer_is_sharded_by_it(backbone, monkeypatch):
+    given = []
+    monkeypatch.setattr("lora_lightning.tasks.base.shard_for_trainer", lambda _, trainer: given.append(trainer))
+    task = build(backbone)
+    task.configure_model()
+    built = task.adapted
+    task._trainer = trainer()
+    task.configure_model()
+    assert given == [None, task._trainer]
+    assert task.adapted is built
+
+
 def test_dropout_is_on_while_training(backbone):
     task = build(backbone)
     task.configure_model()

@@ -7,6 +7,7 @@ Every function works in the dtype of its input, or in autocast's where that is o
 each parameter. Frozen weights get no gradient.
 """
 
+from lora_lightning.adapters.functional.choose import Form, adapted_dora_linear, adapted_linear, choose_form
 from lora_lightning.adapters.functional.dora import dora_linear, rebuilt_dora_linear
 from lora_lightning.adapters.functional.dropout import draw_seed, seeded_dropout
 from lora_lightning.adapters.functional.forms import compute_dtype, rebuilding_pays
@@ -15,7 +16,11 @@ from lora_lightning.adapters.functional.norms import dora_norm
 from lora_lightning.adapters.functional.recompute import Source, find_source
 
 __all__ = [
+    "Form",
     "Source",
+    "adapted_dora_linear",
+    "adapted_linear",
+    "choose_form",
     "compute_dtype",
     "dora_linear",
     "dora_norm",
