@@ -389,11 +389,9 @@ class AdapterTask(CheckedLoading):
             self.log_dict(metrics, prog_bar=True, batch_size=batch_size_of(batch))
 
     def _calibrate(self) -> None:
-        calibrating = [method for method in self.methods if method.calibrates]
-        is_fit = self._trainer is not None and self.trainer.state.fn == "fit"
-        if not calibrating or not is_fit or self._is_calibrated or self.model is None:
+        if self._is_calibrated or self.model is None or self._trainer is None or self.trainer.state.fn != "fit":
             return
-        self._is_calibrated = True
+        self._is_calibrated, calibrating = True, [method for method in self.methods if method.calibrates]
         calibrate(self, self.adapted, calibrating, offloaded(self, lambda batch: self.compute_loss(batch).loss))
 
     def _total_steps(self) -> int:

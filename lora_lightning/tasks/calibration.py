@@ -19,9 +19,11 @@ def calibrate(
     Args:
         module: The module that its Trainer trains.
         model: The adapted model.
-        methods: Those that calibrate.
+        methods: Those that calibrate; nothing is done without any.
         loss: Takes a batch on the module's device.
     """
+    if not methods:
+        return
     module.trainer.fit_loop.setup_data()
     for method in methods:
         method.calibrate(model, _batches(module), loss)
