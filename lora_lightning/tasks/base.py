@@ -214,7 +214,7 @@ class AdapterTask(CheckedLoading):
         attach(model, self.methods, modules_to_save=self.trained_modules(model))
         if start is not None:
             start.check_labels(self.label_names, model)
-            start.load_into(model, self.methods)
+            start.load_into(model, self.methods, tokenizer_of(self._trainer))
             self._is_calibrated = True  # to look at data again would undo what the adapter has learned
         if self.gradient_checkpointing == "activations":
             recompute_activations(model)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
+from lora_lightning.__main__ import main
 from tests.faults.bench import (
     CKPT,
     FIT,
+    MERGE,
     START,
     TEST,
     Fault,
@@ -133,6 +135,11 @@ def pickled_adapter():
     return arguments
 
 
+def exported():
+    assert main(["export", *MERGE[1:]]) == 0
+    return other_tokenizer([*START[:-1], "out"])()
+
+
 def other_labels():
     text = Path("train.csv").read_text()
     Path("other.csv").write_text(text.replace("yes", "maybe"))
@@ -209,6 +216,12 @@ FAULTS = [
         r"^The checkpoint was trained with another tokenizer",
         other_tokenizer([*FIT, "--ckpt_path", CKPT]),
     ),
+    Fault(
+        "another tokenizer under an adapter folder",
+        r"^run/last was trained with another tokenizer: its vocabulary has fingerprint",
+        other_tokenizer(START),
+    ),
+    Fault("another tokenizer under an exported adapter", r"^out was trained with another tokenizer", exported),
     # Adapter folders of this library.
     Fault("missing adapter", r"^lost is no folder", [*START[:-1], "lost"]),
     Fault("checkpoint as adapter", r"is a file; name the folder that stands beside a \.ckpt file", [*START[:-1], CKPT]),
