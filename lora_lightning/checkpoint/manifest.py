@@ -58,8 +58,7 @@ class Manifest:
         base: Name or folder of the base model, or None for a model that has none.
         base_fingerprint: Digest of the base weights under the adapters.
         data_fingerprint: Digest of the training data, or None where the data module gives none.
-        tokenizer_fingerprint: Digest of the vocabulary that the data was made with (see `tokenizer_fingerprint`), or None
-            where there was none.
+        tokenizer_fingerprint: Digest of the vocabulary of the data's tokenizer, or None where there was none.
         task: Import path of the task's class, or None outside a task.
         label_names: Class names in the order of their ids, or None.
         metrics: Last logged value of each metric.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -43,6 +44,8 @@ START = [*FIT, "--model.method", "null", "--model.adapter", "run/last"]
 
 Provoke = Callable[[], list[str]]
 
+PATCHES = pytest.MonkeyPatch()  # what rows replace; each test undoes it
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -75,6 +78,16 @@ def furnish(folder: Path) -> None:
 
 
 # How rows make things wrong.
+
+
+def replaced(owner: object, name: str, value: object, arguments: list[str] | None = None) -> Provoke:
+    """Replace a part of the program, for what no file and no flag can bring about."""
+
+    def provoke() -> list[str]:
+        PATCHES.setattr(owner, name, value)
+        return FIT if arguments is None else arguments
+
+    return provoke
 
 
 def config(old: str, new: str, *arguments: str) -> Provoke:
