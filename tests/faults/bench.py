@@ -228,6 +228,34 @@ def other_tokenizer(arguments: list[str]) -> Provoke:
     return provoke
 
 
+# What a model's folder says of the code that it brings, where transformers has no class of its own for it.
+OWN_MODEL = {
+    "config.json": {
+        "model_type": "own",
+        "auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForSequenceClassification"), "own.Own"),
+    }
+}
+OWN_TOKENIZER = {
+    "config.json": {"model_type": "own"},
+    "tokenizer_config.json": {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}},
+}
+CANARY = "from pathlib import Path\nPath('pwned').touch()\nfrom transformers import {} as Own\n"
+
+
+def own_code(files: dict[str, dict[str, Any]], arguments: list[str] = FIT, folder: str = "base") -> Provoke:
+    """Have the backbone bring code of its own, which would leave a file behind."""
+
+    def provoke() -> list[str]:
+        for name, changes in files.items():
+            path = Path(folder, name)
+            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        kind = "BertTokenizerFast" if files is OWN_TOKENIZER else "BertConfig"
+        Path(folder, "own.py").write_text(CANARY.format(kind))
+        return arguments
+
+    return provoke
+
+
 def copy_of(folder: Path, here: Path) -> None:
     """Copy the furnished folder, so that a row may break what it likes."""
     shutil.copytree(folder, here, dirs_exist_ok=True)
