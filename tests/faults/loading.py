@@ -51,6 +51,13 @@ def pickled_checkpoint():
     return TEST
 
 
+def requeued():
+    """Put the canary where Lightning looks for the checkpoint of a job that was requeued."""
+    content = torch.load(CKPT, weights_only=True)
+    torch.save({**content, "canary": Canary()}, "runs/hpc_ckpt_1.ckpt")
+    return [*FIT, "--ckpt_path", "hpc"]
+
+
 def cut_short():
     content = Path(CKPT).read_bytes()
     Path(CKPT).write_bytes(content[: len(content) // 2])
@@ -101,6 +108,10 @@ def deeper_keys(state):
     return state | {
         name.replace("layer.1", "layer.7"): tensor.clone() for name, tensor in state.items() if "layer.1" in name
     }
+
+
+def outside(state):
+    return {name.replace("encoder.layer.1", "encoder/../../../pwned"): tensor for name, tensor in state.items()}
 
 
 def with_nan(state):
@@ -162,11 +173,33 @@ FAULTS = [
     Fault(
         "somebody else's checkpoint", r"^run/last\.ckpt holds no hyper_parameters", as_checkpoint({"state_dict": {}})
     ),
-    Fault("pickle canary", r"^run/last\.ckpt is no checkpoint that can be read safely", pickled_checkpoint),
+    Fault(
+        "pickle canary",
+        r"^run/last\.ckpt is no checkpoint that can be read safely \(it holds more than numbers, texts and tensors",
+        pickled_checkpoint,
+    ),
     Fault(
         "bare pickle canary",
         r"^run/last\.ckpt is no checkpoint that can be read safely",
         as_checkpoint(pickle.dumps(Canary())),
+    ),
+    Fault(
+        "pickle canary, asked for",
+        r"^weights_only is false, which would run any code that a checkpoint carries",
+        lambda: [*pickled_checkpoint(), "--weights_only", "false"],
+    ),
+    Fault(
+        "pickle canary of a requeued job",
+        r"hpc_ckpt_1\.ckpt is no checkpoint that can be read safely \(it holds more than numbers",
+        requeued,
+    ),
+    Fault(
+        "no requeued job", r"^--ckpt_path hpc: no requeued job left a hpc_ckpt_\*\.ckpt", [*FIT, "--ckpt_path", "hpc"]
+    ),
+    Fault(
+        "best checkpoint of no run",
+        r"^--ckpt_path best only works after fit in one process",
+        [*FIT, "--ckpt_path", "best"],
     ),
     Fault(
         "checkpoint of a task that is not imported",
@@ -242,6 +275,11 @@ FAULTS = [
     ),
     Fault(
         "path traversal in a manifest", r"files must be an object of plain file names", json_file(MANIFEST, traversal)
+    ),
+    Fault(
+        "path traversal in the name of an adapter's host",
+        r"^The adapter's tensors do not fit its config .* no targets here .*\.\./pwned",
+        tensors(outside),
     ),
     Fault(
         "manifest of a later version",
