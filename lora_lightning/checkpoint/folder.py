@@ -201,11 +201,17 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors with NaN or infinite values.
+    """Refuse tensors with NaN or infinite values, and what is no tensor at all.
 
     Raises:
-        CheckpointError: Some have; the message names the first.
+        CheckpointError: Some have or are; the message names the first.
     """
+    other = next((name for name, tensor in state.items() if not isinstance(tensor, Tensor)), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{source} holds a {type(state[other]).__name__} in {other!r}, where a tensor is expected: it was changed "
+            "since it was written; use another checkpoint."
+        )
     bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise CheckpointError(

@@ -194,8 +194,9 @@ def _compose(text: str, name: str) -> Any:  # noqa: ANN401 - one of yaml's nodes
     for event in yaml.parse(text, Loader=loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > _MAX_DEPTH:
+            line = event.start_mark.line + 1 if event.start_mark else "?"
             raise DataError(
-                f"{name}, line {event.start_mark.line + 1}: nested more than {_MAX_DEPTH} levels deep; expected a list "
+                f"{name}, line {line}: nested more than {_MAX_DEPTH} levels deep; expected a list "
                 "of lists of texts under 'conversations'."
             )
     return yaml.compose(text, Loader=loader)

@@ -23,6 +23,7 @@ from tests.faults.bench import (
     tensors,
 )
 
+RESUME = [*FIT, "--ckpt_path", CKPT]
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
 
 
@@ -80,6 +81,11 @@ def setting(name, value):
         content[name] = value
 
     return change
+
+
+def weights_alone(content):
+    for name in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
+        del content[name]
 
 
 def hyperparameter(name, value):
@@ -227,6 +233,42 @@ FAULTS = [
         [*TEST, "--model.method.alpha", "8"],
     ),
     Fault("changed rank", r"`model\.init_args\.method\.init_args\.r` is 4 here", [*TEST, "--model.method.r", "4"]),
+    Fault(
+        "checkpoint of weights alone",
+        r"^The checkpoint holds no state of optimizer and loops .*model\.init_args\.adapter",
+        checkpoint(weights_alone, RESUME),
+    ),
+    Fault(
+        "checkpoint without its optimizer",
+        r"^The checkpoint holds no state of optimizer and loops",
+        checkpoint(setting("optimizer_states", []), RESUME),
+    ),
+    Fault("checkpoint without loops", r"^The checkpoint holds no state of", checkpoint(setting("loops", {}), RESUME)),
+    Fault(
+        "checkpoint without its place in the data",
+        r"^The checkpoint was changed since it was written: its entry exact_resume lacks data_fingerprint, num_batches",
+        checkpoint(setting("exact_resume", {}), RESUME),
+    ),
+    Fault(
+        "checkpoint without the base's fingerprint",
+        r"^This checkpoint was changed since it was written: its entry lora_lightning must hold the base_fingerprint",
+        checkpoint(setting("lora_lightning", {"method_state": [None]})),
+    ),
+    Fault(
+        "checkpoint of another number of methods",
+        r"^This checkpoint was changed .* a method_state for each of 1 methods",
+        checkpoint(lambda content: content["lora_lightning"].update(method_state=[])),
+    ),
+    Fault(
+        "number in place of a tensor",
+        r"^The checkpoint holds a int in 'classifier\.bias', where a tensor is expected",
+        checkpoint(lambda content: content["state_dict"].update({"model.classifier.bias": 5})),
+    ),
+    Fault(
+        "NaN in a checkpoint",
+        r"^The checkpoint holds NaN or infinite values in 1 of 10 tensors, the first in 'classifier\.bias'",
+        checkpoint(lambda content: content["state_dict"]["model.classifier.bias"].fill_(float("nan"))),
+    ),
     # The base and the tokenizer.
     Fault(
         "wrong base of equal shape",
