@@ -136,6 +136,23 @@ def last_of_runs(trainer: Mapping[str, Any]) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime_ns)
 
 
+def require_requeued(trainer: dict[str, Any]) -> None:
+    """Make sure that there is a checkpoint of a job that Lightning requeued, which `--ckpt_path hpc` means.
+
+    Args:
+        trainer: The trainer's settings.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    root = Path(trainer.get("default_root_dir") or DEFAULT_ROOT)
+    if not any(root.glob("hpc_ckpt_*.ckpt")):
+        raise ConfigError(
+            f"--ckpt_path hpc: no requeued job left a hpc_ckpt_*.ckpt in {root}; name the .ckpt file, or leave the "
+            "option out to start anew."
+        )
+
+
 class AdapterCLI(LightningCLI):
     """LightningCLI for adapter tasks: strict files, one-line errors, a new folder for each run.
 
@@ -200,8 +217,15 @@ class AdapterCLI(LightningCLI):
         """Take the model's settings from the checkpoint, where one is given, and check that there is a model."""
         config = self.config[self.chosen]
         ckpt_path = config.get("ckpt_path")
-        if ckpt_path in KEYWORDS and self.chosen != "fit":
+        if config.get("weights_only") is False:
+            raise ConfigError(
+                "weights_only is false, which would run any code that a checkpoint carries, and no checkpoint of a run "
+                "needs it; leave it out."
+            )
+        if ckpt_path == "best" or (ckpt_path in KEYWORDS and self.chosen != "fit"):
             raise ConfigError(f"--ckpt_path {ckpt_path} only works after fit in one process; name the .ckpt file.")
+        if ckpt_path == "hpc":
+            require_requeued(config["trainer"])
         if ckpt_path == "last":
             ckpt_path = config["ckpt_path"] = str(last_of_runs(config["trainer"]))
         if ckpt_path is not None and ckpt_path not in KEYWORDS:

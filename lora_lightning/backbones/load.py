@@ -15,6 +15,7 @@ from lora_lightning.adapters.targets import is_within
 from lora_lightning.backbones.gguf import gguf_folder, gguf_parts
 from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.backbones.quantized import load_quantized
+from lora_lightning.backbones.reasons import reason_of
 from lora_lightning.backbones.skeleton import build_skeleton, is_without_weights
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import BackboneError
@@ -120,9 +121,9 @@ def load_backbone(
     except BackboneError:
         raise
     except OSError as error:
-        raise BackboneError(f"The backbone {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise BackboneError(f"The backbone {name!r} cannot be loaded: {reason_of(error)}") from error
     except (ValueError, RuntimeError) as error:
-        raise BackboneError(f"{auto_class} cannot load {name!r}: {_first_line(error)}") from error
+        raise BackboneError(f"{auto_class} cannot load {name!r}: {reason_of(error)}") from error
     new = tuple(dict.fromkeys(key.rpartition(".")[0] for key in sorted(info["missing_keys"])))
     _refuse_missing_body(name, model, new)
     if new:
@@ -151,7 +152,7 @@ def load_tokenizer(name: str, **options: Any) -> Any:  # noqa: ANN401 - tokenize
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        raise BackboneError(f"The tokenizer of {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise BackboneError(f"The tokenizer of {name!r} cannot be loaded: {reason_of(error)}") from error
 
 
 def enable_gradient_checkpointing(model: nn.Module) -> None:
@@ -167,7 +168,7 @@ def enable_gradient_checkpointing(model: nn.Module) -> None:
             try:
                 enable()
             except ValueError as error:
-                raise BackboneError(f"{_first_line(error)} Leave gradient_checkpointing off.") from error
+                raise BackboneError(f"{reason_of(error)} Leave gradient_checkpointing off.") from error
             return
     raise BackboneError(f"{type(model).__name__} has no gradient checkpointing; leave it off.")
 
@@ -212,7 +213,7 @@ def _require_reachable(name: str) -> None:
             return
         HfApi().model_info(name, timeout=10)
     except HFValidationError as error:
-        raise BackboneError(f"{name!r} is neither a folder here nor a Hub name: {_first_line(error)}") from error
+        raise BackboneError(f"{name!r} is neither a folder here nor a Hub name: {reason_of(error)}") from error
     except RepositoryNotFoundError as error:
         raise BackboneError(
             f"{name!r} is neither a folder here nor a model on the Hub; check the name, and log in if it is private."
@@ -222,7 +223,3 @@ def _require_reachable(name: str) -> None:
             f"{name!r} is neither a folder here nor in the local Hub cache, and the Hub cannot be reached. "
             "Give a folder, pkg://package/folder, or download it first."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

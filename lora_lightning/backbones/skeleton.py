@@ -15,6 +15,7 @@ from torch import nn
 
 from lora_lightning.adapters.targets import is_within
 from lora_lightning.backbones.gguf import gguf_config, gguf_parts
+from lora_lightning.backbones.reasons import reason_of
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import BackboneError
 
@@ -68,8 +69,7 @@ def build_skeleton(
     try:
         model = getattr(transformers, auto_class).from_config(config, dtype=wanted)
     except ValueError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise BackboneError(f"{auto_class} cannot load {name!r}: {reason}") from error
+        raise BackboneError(f"{auto_class} cannot load {name!r}: {reason_of(error)}") from error
     return model, _new_modules(model, files, config)
 
 
@@ -88,8 +88,7 @@ def _read_config(name: str, overrides: dict[str, Any]) -> tuple[Any, str | None]
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False, **overrides), source
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise BackboneError(f"The config of {name!r} cannot be read: {reason}") from error
+        raise BackboneError(f"The config of {name!r} cannot be read: {reason_of(error)}") from error
 
 
 def _stored(source: str) -> dict[str, torch.dtype]:

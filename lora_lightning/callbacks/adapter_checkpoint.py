@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.adapters import adapter_state_dict, folded_state_dict, gathered
+from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint, tokenizer_of
 from lora_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
 from lora_lightning.callbacks.places import adapted_model, is_trial
 from lora_lightning.checkpoint import RunFacts, fingerprint, write_adapter_folder
@@ -282,6 +283,7 @@ def run_facts(trainer: L.Trainer) -> RunFacts:
     return RunFacts(
         base=base if isinstance(base, str) else None,
         data_fingerprint=data_fingerprint if isinstance(data_fingerprint, str) else None,
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer_of(trainer)),
         task=f"{type(module).__module__}.{type(module).__qualname__}",
         label_names=[str(name) for name in names] if names else None,
         metrics={name: float(value) for name, value in sorted(trainer.callback_metrics.items())},

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
 from lora_lightning.callbacks.gradients import over_ranks
 from lora_lightning.callbacks.places import is_trial
+from lora_lightning.callbacks.spared_workers import sparing_workers
 
 _SECONDS_TO_WAIT = 60
 
@@ -31,6 +33,8 @@ class SignalGuard(L.Callback):
     for SIGUSR1 on Linux. `--ckpt_path <run>/checkpoints/last.ckpt` goes on from there. A second SIGINT ends at once and
     saves nothing. A signal during validation waits for its end; one before the first step, or after the last, does what
     it did without this guard.
+
+    Where the whole process group gets the signal, workers of data loaders go on until their loader ends them.
 
     Ranks agree in each optimizer step by one all-reduce of one number, so that all of them save after the same step.
 
@@ -48,14 +52,21 @@ class SignalGuard(L.Callback):
         self._agreed: torch.Tensor | None = None
         self._last_step = 0
         self._requeue_signal: int | None = None
+        self._sparing = ExitStack()
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signals whose handlers a data loader's workers inherit, which are forked before training starts."""
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take the signals whose handlers a data loader's workers inherit, before any are started.
+
+        A schedule that asks for the number of steps starts those of training, even before `on_fit_start`.
+        """
         del pl_module
+        if stage != "fit":
+            return
         self._received, self._was_interrupted, self._agreed = 0, False, None
         self._pid = os.getpid()
         self._requeue_signal = _requeue_signal(trainer)
         self._take({signal.SIGINT, signal.SIGUSR1, self._requeue_signal or signal.SIGUSR1})
+        self._sparing.enter_context(sparing_workers(trainer))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take SIGTERM from Lightning, and start to listen."""
@@ -105,6 +116,12 @@ class SignalGuard(L.Callback):
         del pl_module, exception
         self._stop_listening(trainer)
 
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Stop listening, where there was nothing to train."""
+        del pl_module
+        if stage == "fit":
+            self._stop_listening(trainer)
+
     # Handling signals.
 
     def _take(self, numbers: set[int]) -> None:
@@ -116,6 +133,7 @@ class SignalGuard(L.Callback):
 
     def _stop_listening(self, trainer: L.Trainer) -> None:
         self._give_back()
+        self._sparing.close()
         # Lightning, too, puts back what it met when the run began, which was this guard for some.
         met = trainer._signal_connector._original_handlers
         met.update({number: self._previous[number] for number, handler in met.items() if handler == self._handle})

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_lightning.adapters import Method, attached_methods, folded_state_dict, load_adapter_state_dict
+from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.manifest import (
@@ -43,6 +44,7 @@ class RunFacts:
 
     base: str | None = None
     data_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
     task: str | None = None
     label_names: list[str] | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
@@ -168,24 +170,27 @@ def read_adapter_folder(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:
     return manifest, state
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> Manifest:
+def load_adapter(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Manifest:  # noqa: ANN401 - tokenizers share no public base class
     """Load an adapter folder into a model to which the same methods are attached.
 
     Args:
         model: A model with freshly attached adapters, on the base that the folder was trained on.
         folder: The folder, as `AdapterCheckpoint` writes it beside each checkpoint.
+        tokenizer: The tokenizer that the model is going to be used with, to be compared with that of the training; None
+            compares none.
 
     Returns:
         The folder's manifest.
 
     Raises:
-        CheckpointError: The folder is damaged, or its methods, base, keys or shapes differ from the model's; the model
-            answers as before.
+        CheckpointError: The folder is damaged, or its methods, base, keys or shapes differ from the model's, or its
+            vocabulary from the tokenizer's; the model answers as before.
     """
     folder = Path(folder)
     manifest, state = read_adapter_folder(folder)
     check_methods(attached_methods(model), manifest.methods, folder)
     check_fingerprint(fingerprint(model), manifest.base_fingerprint, str(folder))
+    check_tokenizer(tokenizer, manifest.tokenizer_fingerprint, str(folder))
     load_adapter_state_dict(model, state)
     return manifest
 
@@ -196,11 +201,17 @@ def is_adapter_folder(folder: Path) -> bool:
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors with NaN or infinite values.
+    """Refuse tensors with NaN or infinite values, and what is no tensor at all.
 
     Raises:
-        CheckpointError: Some have; the message names the first.
+        CheckpointError: Some have or are; the message names the first.
     """
+    other = next((name for name, tensor in state.items() if not isinstance(tensor, Tensor)), None)
+    if other is not None:
+        raise CheckpointError(
+            f"{source} holds a {type(state[other]).__name__} in {other!r}, where a tensor is expected: it was changed "
+            "since it was written; use another checkpoint."
+        )
     bad = [name for name, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise CheckpointError(

@@ -58,6 +58,7 @@ class Manifest:
         base: Name or folder of the base model, or None for a model that has none.
         base_fingerprint: Digest of the base weights under the adapters.
         data_fingerprint: Digest of the training data, or None where the data module gives none.
+        tokenizer_fingerprint: Digest of the vocabulary of the data's tokenizer, or None where there was none.
         task: Import path of the task's class, or None outside a task.
         label_names: Class names in the order of their ids, or None.
         metrics: Last logged value of each metric.
@@ -74,6 +75,7 @@ class Manifest:
     base: str | None
     base_fingerprint: str
     data_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
     task: str | None = None
     label_names: list[str] | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
@@ -300,6 +302,7 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "base": ("a text or null", _is_optional_text),
     "base_fingerprint": ("64 hexadecimal digits", _is_digest),
     "data_fingerprint": ("a text or null", _is_optional_text),
+    "tokenizer_fingerprint": ("64 hexadecimal digits or null", lambda value: value is None or _is_digest(value)),
     "task": ("a text or null", _is_optional_text),
     "label_names": ("a list of texts or null", _is_label_list),
     "metrics": ("an object of numbers", _is_metrics),
@@ -312,8 +315,12 @@ _FIELDS: dict[str, tuple[str, Any]] = {
 }
 
 
+# Manifests of older versions have none of these.
+_NEWER = {"checkpoint", "tokenizer_fingerprint"}
+
+
 def _check_fields(data: dict[str, Any], source: str) -> None:
-    missing, unknown = sorted(_FIELDS.keys() - {"checkpoint"} - data.keys()), sorted(data.keys() - _FIELDS.keys())
+    missing, unknown = sorted(_FIELDS.keys() - _NEWER - data.keys()), sorted(data.keys() - _FIELDS.keys())
     if missing or unknown:
         raise CheckpointError(
             f"{source} is no manifest that this library wrote: missing {missing or 'nothing'}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import sys
 import zipfile
 from pathlib import Path
@@ -65,6 +66,8 @@ def load_safely(path: Path, map_location: Any = None) -> Any:  # noqa: ANN401 - 
         return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises a dozen types, by where the file is damaged
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch recommends to run the code
+            reason = "it holds more than numbers, texts and tensors, and to read that could run code"
         raise CheckpointError(
             f"{path} is no checkpoint that can be read safely ({reason:.120}); it is damaged, or another kind of file. "
             f"{instead_of(path)}"

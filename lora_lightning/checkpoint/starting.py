@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters import Method, Role, iter_adapters, iter_roles, load_adapter_state_dict
 from lora_lightning.adapters.attach import join
+from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.folder import check_methods, is_adapter_folder, read_adapter_folder
 from lora_lightning.checkpoint.manifest import class_config, read_manifest
@@ -33,6 +34,7 @@ class StartingAdapter:
         state: The tensors by the names of `adapter_state_dict`.
         base_fingerprint: The base's digest where this library wrote the folder, else None.
         label_names: The classes in the order of its head, or None.
+        tokenizer_fingerprint: The digest of the vocabulary that it was trained with, where it is known, else None.
     """
 
     folder: Path
@@ -40,19 +42,27 @@ class StartingAdapter:
     state: dict[str, Tensor]
     base_fingerprint: str | None
     label_names: list[str] | None
+    tokenizer_fingerprint: str | None = None
 
-    def load_into(self, model: nn.Module, methods: Sequence[Method]) -> None:
+    def load_into(self, model: nn.Module, methods: Sequence[Method], tokenizer: Any = None) -> None:  # noqa: ANN401 - tokenizers share no public base class
         """Load the tensors into a model to which `methods` are attached.
 
         Keys and shapes must be exactly the model's, but for trained copies (heads) of which the folder holds nothing:
         these start from the base's.
 
+        Args:
+            model: The adapted model.
+            methods: What is attached to it.
+            tokenizer: That of the run's data, to be compared with that of the adapter's training; None compares none.
+
         Raises:
-            CheckpointError: The methods compute something else, the base is another one, or keys or shapes differ.
+            CheckpointError: The methods compute something else, the base or the vocabulary is another one, or keys or
+                shapes differ.
         """
         check_methods(methods, self.methods, self.folder)
         if self.base_fingerprint is not None:
             check_fingerprint(fingerprint(model), self.base_fingerprint, str(self.folder))
+        check_tokenizer(tokenizer, self.tokenizer_fingerprint, str(self.folder))
         fresh = self._fresh_copies(model)
         if fresh:
             log.info("%s holds no %s: these start from the base's.", self.folder, ", ".join(fresh))
@@ -106,6 +116,7 @@ def read_starting_adapter(model: nn.Module, folder: str) -> StartingAdapter:
             state=state,
             base_fingerprint=manifest.base_fingerprint,
             label_names=manifest.label_names,
+            tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         )
     found = read_peft_folder(model, path)
     return StartingAdapter(

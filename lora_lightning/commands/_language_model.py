@@ -15,7 +15,7 @@ from torch import nn
 from lora_lightning.adapters import is_attached
 from lora_lightning.backbones.load import load_backbone, load_tokenizer
 from lora_lightning.backbones.quantized import is_quantized
-from lora_lightning.backbones.tokenizer_identity import check_tokenizer
+from lora_lightning.backbones.tokenizer_identity import check_tokenizer, fingerprint_in
 from lora_lightning.checkpoint.folder import is_adapter_folder
 from lora_lightning.checkpoint.manifest import read_manifest
 from lora_lightning.checkpoint.peft_config import CONFIG_NAME, read_peft_config
@@ -243,7 +243,7 @@ def _from_checkpoint(path: Path, backbone: str | None, task_class: str | None) -
     if not isinstance(named, str):
         raise CheckpointError(f"{path} names no backbone and no tokenizer, so there are no words to generate.")
     tokenizer = load_tokenizer(named)
-    check_tokenizer(tokenizer, (checkpoint.get("lora_lightning") or {}).get("tokenizer_fingerprint"), str(path))
+    check_tokenizer(tokenizer, fingerprint_in(checkpoint), str(path))
     recorded = settings.get("template")
     return LanguageModel(
         model,
@@ -257,9 +257,12 @@ def _from_checkpoint(path: Path, backbone: str | None, task_class: str | None) -
 
 def _from_adapter(folder: Path, backbone: str | None) -> LanguageModel:
     base = backbone or _base_of(folder)
+    tokenizer = load_tokenizer(base)
+    if is_adapter_folder(folder):
+        check_tokenizer(tokenizer, read_manifest(folder).tokenizer_fingerprint, str(folder))
     task = CausalLM(backbone=base, adapter=str(folder))
     task.configure_model()
-    return LanguageModel(task.adapted, load_tokenizer(base), str(folder))
+    return LanguageModel(task.adapted, tokenizer, str(folder))
 
 
 def _from_base(backbone: str) -> LanguageModel:

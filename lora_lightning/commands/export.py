@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lightning.adapters.attach import unwrap
+from lora_lightning.backbones.tokenizer_identity import fingerprint_in
 from lora_lightning.checkpoint.folder import CONFIG_NAME, PEFT_WEIGHTS_NAME, RunFacts
 from lora_lightning.checkpoint.merge_report import UpdateLost
 from lora_lightning.checkpoint.merging import merge_checkpoint, refuse_taken
@@ -68,6 +69,7 @@ def write_peft(ckpt_path: Path, output_dir: Path, task_class: str | None) -> Non
     backbone, names = getattr(task, "backbone", None), getattr(task, "label_names", None)
     facts = RunFacts(
         base=backbone if isinstance(backbone, str) else None,
+        tokenizer_fingerprint=fingerprint_in(checkpoint),
         task=f"{type(task).__module__}.{type(task).__qualname__}",
         label_names=[str(name) for name in names] if names else None,
         epoch=int(checkpoint.get("epoch", 0)),

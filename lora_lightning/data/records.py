@@ -15,6 +15,7 @@ from lora_lightning.paths import nearest_in_folder, resolve
 _YAML = (".yml", ".yaml")
 _LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (*_LINES, ".parquet", *_YAML)
+_MAX_DEPTH = 64
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -167,7 +168,7 @@ def _from_yaml(path: Path, name: str) -> Iterator[Record]:
     import yaml
 
     try:
-        root = yaml.compose(path.read_text("utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        root = _compose(path.read_text("utf-8"), name)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -182,6 +183,23 @@ def _from_yaml(path: Path, name: str) -> Iterator[Record]:
         turns = node.value if isinstance(node, yaml.SequenceNode) else [node]
         texts = [turn.value if isinstance(turn, yaml.ScalarNode) else None for turn in turns]
         yield Record(name, node.start_mark.line + 1, "line", {"dialogue": texts})
+
+
+def _compose(text: str, name: str) -> Any:  # noqa: ANN401 - one of yaml's nodes
+    """Parse YAML into nodes, after a look at its depth: libyaml composes nested nodes until the process crashes."""
+    import yaml
+
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    depth = 0
+    for event in yaml.parse(text, Loader=loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MAX_DEPTH:
+            line = event.start_mark.line + 1 if event.start_mark else "?"
+            raise DataError(
+                f"{name}, line {line}: nested more than {_MAX_DEPTH} levels deep; expected a list "
+                "of lists of texts under 'conversations'."
+            )
+    return yaml.compose(text, Loader=loader)
 
 
 def _record(value: object, name: str, number: int, unit: str) -> Record:

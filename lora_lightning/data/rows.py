@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -147,8 +148,11 @@ def text_of(cell: object, source: str, column: str) -> str:
     """Return a cell as a text.
 
     Raises:
-        DataError: It holds something else.
+        DataError: It holds something else, or a number that is NaN (as which pandas reads an absent cell) or infinite.
     """
+    if isinstance(cell, float) and not math.isfinite(cell):
+        what = "nothing (NaN)" if math.isnan(cell) else f"the number {cell}"
+        raise DataError(f"{source}: the column {column!r} holds {what}; expected texts. Take this row out, or mend it.")
     if isinstance(cell, bool | int | float):
         return str(cell)
     if not isinstance(cell, str):

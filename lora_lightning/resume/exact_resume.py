@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from lora_lightning.errors import CheckpointError
 from lora_lightning.resume.loops import (
     FitData,
     Lengths,
@@ -103,7 +104,11 @@ class ExactResume(L.Callback):
     # Loading.
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take what was saved, and let Lightning's loops begin at that very place."""
+        """Take what was saved, and let Lightning's loops begin at that very place.
+
+        Raises:
+            CheckpointError: The checkpoint does not hold all that was saved.
+        """
         del pl_module
         if trainer.state.fn != TrainerFn.FITTING:
             return
@@ -114,6 +119,12 @@ class ExactResume(L.Callback):
                 "but not exactly: an epoch that was not over may repeat rows and leave out others."
             )
             return
+        missing = sorted({"position", "num_batches", "data_fingerprint", "ranks"} - self._loaded.keys())
+        if missing or not self._loaded["ranks"]:
+            raise CheckpointError(
+                f"The checkpoint was changed since it was written: its entry {KEY} lacks "
+                f"{', '.join(missing) or 'ranks'}; use another checkpoint."
+            )
         correct_progress(checkpoint["loops"]["fit_loop"], Position.from_plain(self._loaded["position"]))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

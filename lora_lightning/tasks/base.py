@@ -41,7 +41,7 @@ from lora_lightning.resume import ExactResume
 from lora_lightning.tasks.backward import check_offloading, offloaded, recompute
 from lora_lightning.tasks.calibration import calibrate
 from lora_lightning.tasks.fsdp2 import shard_for_trainer
-from lora_lightning.tasks.loading import CheckedLoading
+from lora_lightning.tasks.loading import CheckedLoading, own_entry, require_training_state
 from lora_lightning.tasks.log_pace import LogPace
 from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
 from lora_lightning.tasks.settings import Recomputing, is_plain, labels, methods_from, plain, refuse_packing
@@ -219,7 +219,7 @@ class AdapterTask(CheckedLoading):
         attach(model, self.methods, modules_to_save=self.trained_modules(model))
         if start is not None:
             start.check_labels(self.label_names, model)
-            start.load_into(model, self.methods)
+            start.load_into(model, self.methods, tokenizer_of(self._trainer))
             self._is_calibrated = True  # to look at data again would undo what the adapter has learned
         recompute(model, self.gradient_checkpointing)
         self.model = model.train()
@@ -310,13 +310,11 @@ class AdapterTask(CheckedLoading):
         """Compare the base, and give the methods back what they carried along.
 
         Raises:
-            CheckpointError: The checkpoint is not one of this library, or was trained on another base.
+            CheckpointError: The checkpoint is not one of this library, was trained on another base, or holds too little
+                to train on from it.
         """
-        own = checkpoint.get("lora_lightning")
-        if own is None:
-            raise CheckpointError(
-                "This checkpoint was not written by lora_lightning: it holds no adapter state. Give a run's .ckpt file."
-            )
+        own = own_entry(checkpoint, len(self.methods))
+        require_training_state(checkpoint, self._trainer)
         self.configure_model()
         self._is_calibrated = True
         check_fingerprint(self.base_fingerprint or fingerprint(self.adapted), own["base_fingerprint"], "The checkpoint")

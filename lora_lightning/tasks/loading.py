@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
 
 from lora_lightning.checkpoint.complete import check_checkpoint
+from lora_lightning.errors import CheckpointError
 
 
 class CheckedLoading(L.LightningModule):
@@ -32,3 +34,46 @@ class CheckedLoading(L.LightningModule):
             check_checkpoint(Path(checkpoint_path))
         safely = True if weights_only is None else weights_only
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, safely, **kwargs)
+
+
+def own_entry(checkpoint: Mapping[str, Any], num_methods: int) -> dict[str, Any]:
+    """Return what a task has put into a checkpoint beside Lightning's own, and its adapters' weights.
+
+    Args:
+        checkpoint: The content of a `.ckpt` file.
+        num_methods: How many methods the task has.
+
+    Raises:
+        CheckpointError: It is not there, or not as a task writes it.
+    """
+    own = checkpoint.get("lora_lightning")
+    if own is None:
+        raise CheckpointError(
+            "This checkpoint was not written by lora_lightning: it holds no adapter state. Give a run's .ckpt file."
+        )
+    states = own.get("method_state") if isinstance(own, dict) else None
+    if not isinstance(states, list) or len(states) != num_methods or not isinstance(own.get("base_fingerprint"), str):
+        raise CheckpointError(
+            "This checkpoint was changed since it was written: its entry lora_lightning must hold the base_fingerprint "
+            f"and a method_state for each of {num_methods} methods; use another checkpoint."
+        )
+    return own
+
+
+def require_training_state(checkpoint: Mapping[str, Any], trainer: L.Trainer | None) -> None:
+    """Refuse to go on training from a checkpoint of weights alone.
+
+    Args:
+        checkpoint: The content of a `.ckpt` file.
+        trainer: Who loads it, or None.
+
+    Raises:
+        CheckpointError: It holds no optimizer or no loops, and they are going to be restored from it.
+    """
+    if trainer is None or trainer.state.fn != "fit" or not trainer.strategy.lightning_restore_optimizer:
+        return
+    if not checkpoint.get("optimizer_states") or "fit_loop" not in checkpoint.get("loops", {}):
+        raise CheckpointError(
+            "The checkpoint holds no state of optimizer and loops (save_weights_only leaves them out), so training "
+            "cannot go on from it; start a new run from the adapter folder beside it, with model.init_args.adapter."
+        )

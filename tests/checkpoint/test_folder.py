@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lightning.adapters import Method, adapter_state_dict, attach
+from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint
 from lora_lightning.checkpoint import RunFacts, load_adapter, read_adapter_folder, write_adapter_folder
 from lora_lightning.checkpoint.files import sha256_file
 from lora_lightning.checkpoint.folder import CONFIG_NAME, OWN_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
@@ -195,6 +196,33 @@ def test_missing_and_extra_keys(folder: Path, fresh: nn.Module, change: str) -> 
     save_file(tensors, folder / PEFT_WEIGHTS_NAME)
     refresh_digest(folder, PEFT_WEIGHTS_NAME)
     assert_refused(fresh, folder, "1 are missing" if change == "missing" else "1 are unknown")
+
+
+class Words:
+    """What a tokenizer is here: a vocabulary."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def get_vocab(self) -> dict[str, int]:
+        return {word: index for index, word in enumerate(self.words)}
+
+
+def test_another_tokenizer(folder: Path, trained: nn.Module, fresh: nn.Module) -> None:
+    facts = RunFacts(tokenizer_fingerprint=tokenizer_fingerprint(Words("a", "b")))
+    write_adapter_folder(folder, trained, facts)
+    other = Words("b", "a")
+    before = {name: tensor.clone() for name, tensor in adapter_state_dict(fresh).items()}
+    with pytest.raises(CheckpointError, match=r"adapter was trained with another tokenizer: its vocabulary"):
+        load_adapter(fresh, folder, other)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_state_dict(fresh).items())
+    for tokenizer in (Words("a", "b"), None):
+        load_adapter(fresh, folder, tokenizer)
+    path = folder / MANIFEST_NAME  # one of an older version does not say
+    data = unsealed(path)
+    del data["tokenizer_fingerprint"]
+    path.write_text(json.dumps(data))
+    assert load_adapter(fresh, folder, other).tokenizer_fingerprint is None
 
 
 def test_wrong_base(folder: Path, build_model: BuildModel) -> None:

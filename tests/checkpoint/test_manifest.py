@@ -81,6 +81,7 @@ def test_plain() -> None:
         ("base", 3),
         ("base_fingerprint", "abc"),
         ("label_names", [1, 2]),
+        ("tokenizer_fingerprint", "abc"),
         ("metrics", {"loss": "low"}),
         ("epoch", -1),
         ("step", True),
@@ -122,9 +123,9 @@ def test_a_manifest_notices_any_change_of_itself(manifest: Manifest) -> None:
         Manifest.from_json("[" * 100_000)
 
 
-def test_a_manifest_of_an_older_version_has_neither_digest_nor_checkpoint(manifest: Manifest) -> None:
+def test_a_manifest_of_an_older_version_has_neither_digest_nor_checkpoint_nor_tokenizer(manifest: Manifest) -> None:
     data = json.loads(manifest.to_json())
-    del data["manifest_sha256"], data["checkpoint"]
+    del data["manifest_sha256"], data["checkpoint"], data["tokenizer_fingerprint"]
     assert Manifest.from_json(json.dumps(data)) == manifest
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 
 from lora_lightning.__main__ import main
 from lora_lightning.adapters import disabled
+from lora_lightning.backbones.load import load_tokenizer
+from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint
 from lora_lightning.checkpoint import write_adapter_folder
 from lora_lightning.checkpoint.folder import RunFacts
 from lora_lightning.checkpoint.rebuild import rebuild_task
@@ -85,6 +88,18 @@ def test_an_adapter_folder_answers_as_its_checkpoint(lm, capsys, tmp_path):
         generate(**source, prompt=PROMPT, max_new_tokens=6)
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != answers[2]
+
+
+def test_an_adapter_folder_is_not_used_with_another_tokenizer(lm, tmp_path):
+    task, tokenizer = rebuild_task(lm / "x.ckpt"), load_tokenizer(str(lm / "base"))
+    facts = RunFacts(base=str(lm / "base"), tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+    write_adapter_folder(tmp_path / "adapter", task.adapted, facts)
+    generate(adapter_dir=str(tmp_path / "adapter"), prompt=PROMPT, max_new_tokens=1)  # negative control
+    shutil.copytree(lm / "base", tmp_path / "other")
+    words = (tmp_path / "other" / "tokenizer.json").read_text()
+    (tmp_path / "other" / "tokenizer.json").write_text(words.replace('"w3"', '"w03"'))
+    with pytest.raises(CheckpointError, match=r"adapter was trained with another tokenizer: .*other has"):
+        generate(adapter_dir=str(tmp_path / "adapter"), backbone=str(tmp_path / "other"), prompt=PROMPT)
 
 
 def test_a_folder_of_peft_needs_a_base_that_it_or_the_user_names(lm, capsys, tmp_path):

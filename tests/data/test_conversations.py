@@ -141,6 +141,9 @@ def test_yaml_dialogues_keep_texts_as_written(tmp_path):
         ("a.parquet", b"no table", "cannot be read as Parquet"),
         ("a.yml", b"conversations: [a\n", "line .*: this is no valid YAML"),
         ("a.yml", b"- a\n", "holds no dialogues"),
+        # These two would crash the process inside libyaml.
+        ("a.yml", b"conversations:\n- " + b"[" * 200_000, "line 2: nested more than 64 levels deep"),
+        ("a.yml", b"{conversations: " * 30_000, "line 1: nested more than 64 levels deep"),
         ("a.txt", b"hi", r"of an unknown kind: expected a name that ends in \.jsonl"),
     ],
 )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -43,6 +44,8 @@ START = [*FIT, "--model.method", "null", "--model.adapter", "run/last"]
 
 Provoke = Callable[[], list[str]]
 
+PATCHES = pytest.MonkeyPatch()  # what rows replace; each test undoes it
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -75,6 +78,16 @@ def furnish(folder: Path) -> None:
 
 
 # How rows make things wrong.
+
+
+def replaced(owner: object, name: str, value: object, arguments: list[str] | None = None) -> Provoke:
+    """Replace a part of the program, for what no file and no flag can bring about."""
+
+    def provoke() -> list[str]:
+        PATCHES.setattr(owner, name, value)
+        return FIT if arguments is None else arguments
+
+    return provoke
 
 
 def config(old: str, new: str, *arguments: str) -> Provoke:
@@ -210,6 +223,34 @@ def other_tokenizer(arguments: list[str]) -> Provoke:
         words = content["model"]["vocab"]
         words["w3"], words["w4"] = words["w4"], words["w3"]
         path.write_text(json.dumps(content))
+        return arguments
+
+    return provoke
+
+
+# What a model's folder says of the code that it brings, where transformers has no class of its own for it.
+OWN_MODEL = {
+    "config.json": {
+        "model_type": "own",
+        "auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForSequenceClassification"), "own.Own"),
+    }
+}
+OWN_TOKENIZER = {
+    "config.json": {"model_type": "own"},
+    "tokenizer_config.json": {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}},
+}
+CANARY = "from pathlib import Path\nPath('pwned').touch()\nfrom transformers import {} as Own\n"
+
+
+def own_code(files: dict[str, dict[str, Any]], arguments: list[str] = FIT, folder: str = "base") -> Provoke:
+    """Have the backbone bring code of its own, which would leave a file behind."""
+
+    def provoke() -> list[str]:
+        for name, changes in files.items():
+            path = Path(folder, name)
+            path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        kind = "BertTokenizerFast" if files is OWN_TOKENIZER else "BertConfig"
+        Path(folder, "own.py").write_text(CANARY.format(kind))
         return arguments
 
     return provoke

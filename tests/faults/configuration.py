@@ -1,11 +1,12 @@
 """Faults in configs and flags."""
 
-from tests.faults.bench import FIT, Fault, config, method, yaml
+from tests.faults.bench import FIT, OWN_MODEL, OWN_TOKENIZER, Fault, config, method, own_code, yaml
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
 )
 RUNAWAY = "'([a-z0-9.]|[a-z0-9.]{2})+[A-Z]'"
+
 
 FAULTS = [
     # Commands and flags.
@@ -132,6 +133,21 @@ FAULTS = [
         "package path that leaves",
         r"leaves the package 'lora_lightning'",
         config("backbone: base", "backbone: pkg://lora_lightning/../../etc"),
+    ),
+    Fault(
+        "backbone with code of its own",
+        r"^AutoModelFor\w+ cannot load 'base': its files bring code",
+        own_code(OWN_MODEL),
+    ),
+    Fault(
+        "backbone with code of its own, planned for",
+        r"^The config of 'base' cannot be read: its files bring code of their own .* never runs it\. Use a model",
+        own_code(OWN_MODEL, ["plan", "--config", "good.yaml"]),
+    ),
+    Fault(
+        "tokenizer with code of its own",
+        r"^The tokenizer of 'base' cannot be loaded: its files bring code of their own",
+        own_code(OWN_TOKENIZER),
     ),
     Fault(
         "unknown precision of the base",

@@ -1,6 +1,7 @@
 """Faults in data files and in what is asked of them."""
 
-from tests.faults.bench import FIT, TEST, Fault, data
+from tests.cli_toys import ToyData
+from tests.faults.bench import FIT, TEST, Fault, data, yaml
 
 GOOD = "text,label\n" + "".join(f"w{index},{('no', 'yes')[index % 2]}\n" for index in range(24))
 
@@ -23,6 +24,55 @@ def tested_on(content):
         return [*TEST, "--data.train", "other.csv"]
 
     return provoke
+
+
+def questions(choices, *others):
+    """Train on questions with choices."""
+    rows = [f'{{"question": "w1", "choices": {choices}, "label": 0}}', *others]
+
+    def provoke():
+        data("a.jsonl", "\n".join(rows))()
+        return ["fit", "--model", "MultipleChoice", "--model.backbone", "base", "--data", "MultipleChoiceData",
+                "--data.train", "a.jsonl"]  # fmt: skip
+
+    return provoke
+
+
+class BrokenPoints(ToyData):
+    """Points of which one is NaN.
+
+    Args:
+        broken: Which points: `train_points` or `val_points`.
+    """
+
+    def __init__(self, broken: str):
+        super().__init__()
+        self.broken = broken
+
+    def _broken_loader(self):
+        loader = self._loader()
+        loader.dataset[2]["x"][1] = float("nan")
+        return loader
+
+    def train_dataloader(self):
+        return self._broken_loader() if self.broken == "train_points" else self._loader()
+
+    def val_dataloader(self):
+        return self._broken_loader() if self.broken == "val_points" else self._loader()
+
+
+POINTS = """\
+model:
+  class_path: tests.cli_toys.ToyTask
+  init_args: {{method: {{class_path: LoRA, init_args: {{r: 2}}}}}}
+data: {{class_path: tests.faults.data.BrokenPoints, init_args: {{broken: {broken}}}}}
+trainer: {{accelerator: cpu, max_epochs: 1, num_sanity_val_steps: 0, enable_progress_bar: false}}
+"""
+
+
+def points(broken):
+    """Train on numbers, which only data modules of the user's own hold."""
+    return yaml(POINTS.format(broken=broken))
 
 
 FAULTS = [
@@ -74,6 +124,38 @@ FAULTS = [
         "one class only",
         r"^a\.csv has only the label 'no' in the column 'label'",
         data("a.csv", "text,label\na,no\nb,no\n"),
+    ),
+    Fault(
+        "NaN for every label",
+        r"^a\.jsonl: none of the 2 rows can be used: none has a text and a label",
+        data("a.jsonl", '{"text": "a", "label": NaN}\n{"text": "b", "label": NaN}\n'),
+    ),
+    Fault(
+        "text that is infinite",
+        r"^a\.jsonl: the column 'text' holds the number inf; expected texts",
+        data("a.jsonl", '{"text": "a", "label": 0}\n{"text": Infinity, "label": 1}\n'),
+    ),
+    Fault(
+        "NaN for a choice",
+        r"^a\.jsonl, row 1: the column 'choices' holds nothing \(NaN\); expected texts",
+        questions('["a", NaN]'),
+    ),
+    Fault(
+        "question left out",
+        r"^a\.jsonl, row 2: the column 'question' holds nothing \(NaN\)",
+        questions('["a", "b"]', '{"choices": ["a", "b"], "label": 1}'),
+    ),
+    Fault(
+        "NaN in a training batch",
+        r"^Training stopped before optimizer step 1: the loss is nan .*look for NaN in the data \(epoch 0, batch 0\)",
+        points("train_points"),
+        leaves_run=True,
+    ),
+    Fault(
+        "NaN in a validation batch",
+        r"^Training stopped after optimizer step 4: val/loss is nan\. No checkpoint .*rows in the validation data",
+        points("val_points"),
+        leaves_run=True,
     ),
     Fault(
         "class too rare to split",

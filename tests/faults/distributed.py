@@ -1,19 +1,25 @@
-"""Faults of runs on several devices, as far as one process can show them."""
+"""Faults of runs on several devices, as far as one process can show them.
 
+With processes of their own: a rank that is killed (`tests/callbacks/test_rank_watch.py`), a signal and a loss that is
+not finite on one rank alone (`tests/callbacks/test_signal_guard.py::test_two_ranks`), fewer rows than ranks
+(`tests/data/ranks_script.py`).
+"""
+
+from lora_lightning.callbacks import RankWatch
+from lora_lightning.callbacks.rank_links import Loss
 from lora_lightning.data.base import TokenizedData
-from tests.faults.bench import FIT, Fault
-
-monkeypatch = None  # the test's own, which undoes what a row replaces
+from tests.faults.bench import FIT, Fault, replaced
 
 
-def with_ranks(count, *arguments):
+def with_ranks(count):
     """Run as the first of several ranks, as the data modules see it."""
+    return replaced(TokenizedData, "_ranks", lambda _: (count, 0))
 
-    def provoke():
-        monkeypatch.setattr(TokenizedData, "_ranks", lambda _: (count, 0))
-        return [*FIT, *arguments]
 
-    return provoke
+def hear_of_a_death(watch, *_, stage):
+    """Stand in for the connections between the ranks."""
+    watch._loss = Loss(1, "node7", "its process ended without a word (killed, or out of memory)")
+    watch._is_known.set()
 
 
 FAULTS = [
@@ -23,6 +29,13 @@ FAULTS = [
         with_ranks(33),
     ),
     Fault("fewer validation rows than ranks", r"^val has 4 rows for 5 ranks", with_ranks(5)),
+    Fault(
+        "dead rank",
+        r"^Rank 1 on node7 is gone: its process ended without a word .*The run ends; it had saved no checkpoint yet",
+        replaced(RankWatch, "setup", hear_of_a_death),
+        status=75,
+        leaves_run=True,
+    ),
     Fault(
         "unknown strategy",
         r"^You selected an invalid strategy name: `strategy='dpp'`",

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 
+from lora_lightning.__main__ import main
 from tests.faults.bench import (
     CKPT,
     FIT,
+    MERGE,
     START,
     TEST,
     Fault,
@@ -21,6 +23,7 @@ from tests.faults.bench import (
     tensors,
 )
 
+RESUME = [*FIT, "--ckpt_path", CKPT]
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
 
 
@@ -49,6 +52,13 @@ def pickled_checkpoint():
     return TEST
 
 
+def requeued():
+    """Put the canary where Lightning looks for the checkpoint of a job that was requeued."""
+    content = torch.load(CKPT, weights_only=True)
+    torch.save({**content, "canary": Canary()}, "runs/hpc_ckpt_1.ckpt")
+    return [*FIT, "--ckpt_path", "hpc"]
+
+
 def cut_short():
     content = Path(CKPT).read_bytes()
     Path(CKPT).write_bytes(content[: len(content) // 2])
@@ -71,6 +81,11 @@ def setting(name, value):
         content[name] = value
 
     return change
+
+
+def weights_alone(content):
+    for name in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
+        del content[name]
 
 
 def hyperparameter(name, value):
@@ -99,6 +114,10 @@ def deeper_keys(state):
     return state | {
         name.replace("layer.1", "layer.7"): tensor.clone() for name, tensor in state.items() if "layer.1" in name
     }
+
+
+def outside(state):
+    return {name.replace("encoder.layer.1", "encoder/../../../pwned"): tensor for name, tensor in state.items()}
 
 
 def with_nan(state):
@@ -133,6 +152,11 @@ def pickled_adapter():
     return arguments
 
 
+def exported():
+    assert main(["export", *MERGE[1:]]) == 0
+    return other_tokenizer([*START[:-1], "out"])()
+
+
 def other_labels():
     text = Path("train.csv").read_text()
     Path("other.csv").write_text(text.replace("yes", "maybe"))
@@ -155,11 +179,33 @@ FAULTS = [
     Fault(
         "somebody else's checkpoint", r"^run/last\.ckpt holds no hyper_parameters", as_checkpoint({"state_dict": {}})
     ),
-    Fault("pickle canary", r"^run/last\.ckpt is no checkpoint that can be read safely", pickled_checkpoint),
+    Fault(
+        "pickle canary",
+        r"^run/last\.ckpt is no checkpoint that can be read safely \(it holds more than numbers, texts and tensors",
+        pickled_checkpoint,
+    ),
     Fault(
         "bare pickle canary",
         r"^run/last\.ckpt is no checkpoint that can be read safely",
         as_checkpoint(pickle.dumps(Canary())),
+    ),
+    Fault(
+        "pickle canary, asked for",
+        r"^weights_only is false, which would run any code that a checkpoint carries",
+        lambda: [*pickled_checkpoint(), "--weights_only", "false"],
+    ),
+    Fault(
+        "pickle canary of a requeued job",
+        r"hpc_ckpt_1\.ckpt is no checkpoint that can be read safely \(it holds more than numbers",
+        requeued,
+    ),
+    Fault(
+        "no requeued job", r"^--ckpt_path hpc: no requeued job left a hpc_ckpt_\*\.ckpt", [*FIT, "--ckpt_path", "hpc"]
+    ),
+    Fault(
+        "best checkpoint of no run",
+        r"^--ckpt_path best only works after fit in one process",
+        [*FIT, "--ckpt_path", "best"],
     ),
     Fault(
         "checkpoint of a task that is not imported",
@@ -187,6 +233,42 @@ FAULTS = [
         [*TEST, "--model.method.alpha", "8"],
     ),
     Fault("changed rank", r"`model\.init_args\.method\.init_args\.r` is 4 here", [*TEST, "--model.method.r", "4"]),
+    Fault(
+        "checkpoint of weights alone",
+        r"^The checkpoint holds no state of optimizer and loops .*model\.init_args\.adapter",
+        checkpoint(weights_alone, RESUME),
+    ),
+    Fault(
+        "checkpoint without its optimizer",
+        r"^The checkpoint holds no state of optimizer and loops",
+        checkpoint(setting("optimizer_states", []), RESUME),
+    ),
+    Fault("checkpoint without loops", r"^The checkpoint holds no state of", checkpoint(setting("loops", {}), RESUME)),
+    Fault(
+        "checkpoint without its place in the data",
+        r"^The checkpoint was changed since it was written: its entry exact_resume lacks data_fingerprint, num_batches",
+        checkpoint(setting("exact_resume", {}), RESUME),
+    ),
+    Fault(
+        "checkpoint without the base's fingerprint",
+        r"^This checkpoint was changed since it was written: its entry lora_lightning must hold the base_fingerprint",
+        checkpoint(setting("lora_lightning", {"method_state": [None]})),
+    ),
+    Fault(
+        "checkpoint of another number of methods",
+        r"^This checkpoint was changed .* a method_state for each of 1 methods",
+        checkpoint(lambda content: content["lora_lightning"].update(method_state=[])),
+    ),
+    Fault(
+        "number in place of a tensor",
+        r"^The checkpoint holds a int in 'classifier\.bias', where a tensor is expected",
+        checkpoint(lambda content: content["state_dict"].update({"model.classifier.bias": 5})),
+    ),
+    Fault(
+        "NaN in a checkpoint",
+        r"^The checkpoint holds NaN or infinite values in 1 of 10 tensors, the first in 'classifier\.bias'",
+        checkpoint(lambda content: content["state_dict"]["model.classifier.bias"].fill_(float("nan"))),
+    ),
     # The base and the tokenizer.
     Fault(
         "wrong base of equal shape",
@@ -209,6 +291,12 @@ FAULTS = [
         r"^The checkpoint was trained with another tokenizer",
         other_tokenizer([*FIT, "--ckpt_path", CKPT]),
     ),
+    Fault(
+        "another tokenizer under an adapter folder",
+        r"^run/last was trained with another tokenizer: its vocabulary has fingerprint",
+        other_tokenizer(START),
+    ),
+    Fault("another tokenizer under an exported adapter", r"^out was trained with another tokenizer", exported),
     # Adapter folders of this library.
     Fault("missing adapter", r"^lost is no folder", [*START[:-1], "lost"]),
     Fault("checkpoint as adapter", r"is a file; name the folder that stands beside a \.ckpt file", [*START[:-1], CKPT]),
@@ -229,6 +317,11 @@ FAULTS = [
     ),
     Fault(
         "path traversal in a manifest", r"files must be an object of plain file names", json_file(MANIFEST, traversal)
+    ),
+    Fault(
+        "path traversal in the name of an adapter's host",
+        r"^The adapter's tensors do not fit its config .* no targets here .*\.\./pwned",
+        tensors(outside),
     ),
     Fault(
         "manifest of a later version",

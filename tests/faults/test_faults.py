@@ -9,7 +9,7 @@ import pytest
 
 from lora_lightning.__main__ import main
 from tests.faults import configuration, data, distributed, loading, merging, training
-from tests.faults.bench import FIT, MERGE, START, TEST, copy_of, furnish
+from tests.faults.bench import FIT, MERGE, PATCHES, START, TEST, copy_of, furnish
 
 FAULTS = [fault for table in (configuration, data, loading, training, distributed, merging) for fault in table.FAULTS]
 
@@ -36,7 +36,7 @@ def bench(tmp_path_factory):
 
 @pytest.fixture
 def here(bench, tmp_path, monkeypatch):
-    """A copy of the bench as the current folder; strict mode and canaries are undone afterwards."""
+    """A copy of the bench as the current folder; strict mode and what rows replace are undone afterwards."""
     copy_of(bench, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LORA_LIGHTNING_ALLOWED", "")  # so that what a strict command sets is undone as well
@@ -44,7 +44,8 @@ def here(bench, tmp_path, monkeypatch):
     settings = jsonargparse._common.parsing_settings
     for name in ("import_path_verdicts", "import_paths_enforced"):
         monkeypatch.setitem(settings, name, settings[name])
-    return tmp_path
+    yield tmp_path
+    PATCHES.undo()
 
 
 def test_the_table_is_long_and_says_each_thing_once():
@@ -53,8 +54,7 @@ def test_the_table_is_long_and_says_each_thing_once():
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_fault(here, capsys, monkeypatch, fault):
-    distributed.monkeypatch = monkeypatch
+def test_fault(here, capsys, fault):
     arguments = fault.arguments()
     before = sorted(Path().rglob("*"))
     capsys.readouterr()

@@ -1,6 +1,35 @@
 """Faults that show once the model is built or trains."""
 
-from tests.faults.bench import CKPT, FIT, Fault, method
+import errno
+import os
+from pathlib import Path
+
+import torch
+from transformers import BertModel
+
+from lora_lightning.checkpoint.pair import _Sink
+from tests.faults.bench import CKPT, FIT, Fault, method, replaced
+
+BERT_FORWARD, MKDIR = BertModel.forward, Path.mkdir
+
+
+def hungry(model, *arguments, **settings):
+    """Stand in for a forward that asks CUDA for more than there is, once it trains."""
+    if model.training:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of")
+    return BERT_FORWARD(model, *arguments, **settings)
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def read_only(path, *arguments, **settings):
+    """Stand in for a file system that refuses the folder of the checkpoints."""
+    if path.name == "checkpoints":
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+    MKDIR(path, *arguments, **settings)
+
 
 FAULTS = [
     Fault(
@@ -18,6 +47,26 @@ FAULTS = [
         "rate that diverges",
         r"^Training stopped before optimizer step \d+: the loss is nan .*; learning rate .*e\+29\. .* Lower model",
         [*FIT, "--model.optim.lr", "1e30", "--model.optim.head_lr", "1e30", "--trainer.max_epochs", "5"],
+        leaves_run=True,
+    ),
+    Fault(
+        "out of memory",
+        r"^Out of memory on cpu \(tried to allocate 20\.00 GiB\) in a train step of a batch of 8 x \d+ tokens, at step "
+        r"0\. Change .*\(1\) data\.init_args\.batch_size 4 .*\(2\) .*gradient_checkpointing true.*\(3\) .*max_length",
+        replaced(BertModel, "forward", hungry),
+        leaves_run=True,
+    ),
+    # With a real disk that is full, read-only or out of quota: tests/callbacks/test_disk.py.
+    Fault(
+        "disk full",
+        r"^Step 4 could not be saved as \S+\.ckpt: the disk is full\. No checkpoint was saved before",
+        replaced(_Sink, "write", no_space),
+        leaves_run=True,
+    ),
+    Fault(
+        "folder of checkpoints that is read-only",
+        r"^Step 4 could not be saved as \S+\.ckpt: the disk is read-only\. No checkpoint was saved before",
+        replaced(Path, "mkdir", read_only),
         leaves_run=True,
     ),
     Fault(
