@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lora_lightning.adapters.functional.forms import compute_dtype, low_rank_gradients, project, update_scale
+from lora_lightning.adapters.functional.forms import compute_dtype, low_rank_gradients, narrow, project, update_scale
 from lora_lightning.adapters.functional.lora import Read, keep_input, rebuild, restore_input
 from lora_lightning.adapters.functional.norms import MIN_NORM
 from lora_lightning.adapters.functional.recompute import Source
@@ -68,7 +68,7 @@ class DoRALinear(Function):
         x_ni = x.reshape(-1, x.shape[-1]).to(dy_no.dtype)
         scale_o = (magnitude / norm).to(dy_no.dtype)
         dm_o = magnitude_gradient(dy_no, y_no, bias, magnitude)
-        g_nr = dy_no @ (lora_b.to(dy_no.dtype) * scale_o[:, None])
+        g_nr = narrow(dy_no, (lora_b.to(dy_no.dtype) * scale_o[:, None]).t())
         dx_ni = (dy_no * scale_o) @ weight.to(dy_no.dtype) if ctx.needs_input_grad[0] else None
         da_ri = low_rank_gradients(x_ni, g_nr, dx_ni, lora_a, ctx.scale, ctx.p, seed)
         assert da_ri is not None
@@ -125,8 +125,8 @@ class RebuiltDoRALinear(Function):
         if ctx.needs_input_grad[0]:
             v_oi = rebuild(ctx.read or stored, lora_a, lora_b, ctx.scaling).mul_(scale_o1)
             dx = (dy_no @ v_oi).view(ctx.x_shape)
-        da_ri = ((dy_no @ (b_or * scale_o1)).t() @ x_ni).mul_(ctx.scaling)
-        db_or = ((x_ni @ a_ri.t()).t() @ dy_no).t() * (scale_o1 * ctx.scaling)
+        da_ri = (narrow(dy_no, (b_or * scale_o1).t()).t() @ x_ni).mul_(ctx.scaling)
+        db_or = (narrow(x_ni, a_ri).t() @ dy_no).t() * (scale_o1 * ctx.scaling)
         dm_o = magnitude_gradient(dy_no, y_no, bias, magnitude)
         return dx, None, None, da_ri.to(lora_a.dtype), db_or.to(lora_b.dtype), dm_o, None, None
 

@@ -39,10 +39,25 @@ def rebuilding_pays(x: Tensor, num_out: int, stored: torch.dtype | None) -> bool
     return x.numel() * (num_in + num_out) > num_in * num_in * num_out
 
 
+def narrow(x_nk: Tensor, m_rk: Tensor) -> Tensor:
+    """Return x M^T, [N, R], for few R.
+
+    In float32 and float64 it is computed as (M x^T)^T, which a CPU multiplies up to four times as fast, since the long
+    side fills its vector registers; in half precision it would be slower.
+
+    Example:
+        >>> narrow(torch.ones(3, 2), torch.tensor([[1.0, 4.0]])).tolist()
+        [[5.0], [5.0], [5.0]]
+    """
+    if x_nk.dtype in (torch.float32, torch.float64):
+        return (m_rk @ x_nk.t()).t()
+    return x_nk @ m_rk.t()
+
+
 def project(x_ni: Tensor, lora_a: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Return h = mask(x) A^T, [N, R], where the mask of dropout is not scaled up: see `update_scale`."""
     masked_ni = x_ni if seed is None else seeded_mask(x_ni, p, seed).mul_(x_ni)
-    return masked_ni @ lora_a.to(x_ni.dtype).t()
+    return narrow(masked_ni, lora_a.to(x_ni.dtype))
 
 
 def update_scale(scaling: float, p: float, seed: Tensor | None) -> float:

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lora_lightning.adapters.functional.dropout import seeded_dropout
-from lora_lightning.adapters.functional.forms import compute_dtype, low_rank_gradients, project, update_scale
+from lora_lightning.adapters.functional.forms import compute_dtype, low_rank_gradients, narrow, project, update_scale
 from lora_lightning.adapters.functional.recompute import Source
 
 Read = Callable[[], Tensor]
@@ -89,7 +89,7 @@ class LoRALinear(Function):
         weight, lora_a, lora_b, h_nr, seed, *kept = ctx.saved_tensors
         x = restore_input(ctx, kept)
         x_ni = None if x is None else x.reshape(-1, x.shape[-1]).to(dy_no.dtype)
-        g_nr = dy_no @ lora_b.to(dy_no.dtype)
+        g_nr = narrow(dy_no, lora_b.to(dy_no.dtype).t())
         dx_ni = dy_no @ weight.to(dy_no.dtype) if ctx.needs_input_grad[0] else None
         da_ri = low_rank_gradients(x_ni, g_nr, dx_ni, lora_a, ctx.scale, ctx.p, seed)
         db_or = (h_nr.t() @ dy_no).t() * ctx.scale  # (h^T dy)^T is up to twice as fast as dy^T h
@@ -140,8 +140,8 @@ class RebuiltLoRALinear(Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = (dy_no @ rebuild(ctx.read or stored, lora_a, lora_b, ctx.scaling)).view(ctx.x_shape)
-        da_ri = ((dy_no @ b_or).t() @ x_ni).mul_(ctx.scaling)
-        db_or = ((x_ni @ a_ri.t()).t() @ dy_no).t() * ctx.scaling
+        da_ri = (narrow(dy_no, b_or.t()).t() @ x_ni).mul_(ctx.scaling)
+        db_or = (narrow(x_ni, a_ri).t() @ dy_no).t() * ctx.scaling
         return dx, None, None, da_ri.to(lora_a.dtype), db_or.to(lora_b.dtype), None, None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lora_lightning.adapters.functional.forms import narrow
+
 MIN_NORM = 1e-30
 
 
@@ -28,7 +30,7 @@ def dora_norm(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, ba
     with torch.autocast(weight.device.type, enabled=False):
         dtype = torch.promote_types(base_norm_squared.dtype, torch.float32)
         a_ri, b_or = lora_a.to(dtype), lora_b.to(dtype)
-        cross_o = 2 * scaling * ((weight.to(dtype) @ a_ri.t()) * b_or).sum(1)
+        cross_o = 2 * scaling * (narrow(weight.to(dtype), a_ri) * b_or).sum(1)
         update_o = scaling**2 * ((b_or @ (a_ri @ a_ri.t())) * b_or).sum(1)
         squared_o = base_norm_squared + cross_o + update_o
         cancelled = squared_o < 0.1 * (base_norm_squared + update_o)
