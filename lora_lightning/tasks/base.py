@@ -41,6 +41,7 @@ from lora_lightning.resume import ExactResume
 from lora_lightning.tasks.backward import check_offloading, offloaded, recompute
 from lora_lightning.tasks.calibration import calibrate
 from lora_lightning.tasks.fsdp2 import shard_for_trainer
+from lora_lightning.tasks.fusing import may_fuse
 from lora_lightning.tasks.loading import CheckedLoading, own_entry, require_training_state
 from lora_lightning.tasks.log_pace import LogPace
 from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
@@ -243,7 +244,7 @@ class AdapterTask(CheckedLoading):
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union
         """Build the optimizer over the role groups, and the schedule stepped once per optimizer step."""
-        optimizer = build_optimizer(self, self.optim)
+        optimizer = build_optimizer(self, self.optim, may_fuse=may_fuse(self.trainer))
         scheduler = build_schedule(optimizer, self.optim, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

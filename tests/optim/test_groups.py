@@ -128,3 +128,38 @@ def test_lora_plus_leaves_bottlenecks_alone():
     attach(alone, BottleneckAdapter(width=4))
     with pytest.raises(ConfigError, match="no adapter of this model has one"):
         param_groups(alone, optim)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "is_fused"),
+    [
+        ("AdamW", True),
+        ("SGD", True),
+        ("RMSprop", None),
+        ({"class_path": "AdamW", "init_args": {"foreach": True}}, None),
+        ({"class_path": "AdamW", "init_args": {"fused": False}}, False),
+    ],
+    ids=["adamw", "sgd", "no kernel", "another choice", "switched off"],
+)
+def test_fused_kernels_are_taken_where_there_are_any(optimizer, is_fused):
+    model = Small()
+    attach(model, LoRA(r=2, target_modules=["up"]))
+    built = build_optimizer(model, Optim(optimizer=optimizer))
+    assert built.defaults.get("fused") is is_fused
+    assert build_optimizer(model, Optim(optimizer=optimizer), may_fuse=False).defaults.get("fused") is not True
+
+
+def test_a_fused_step_is_the_plain_one():
+    stepped = []
+    for may_fuse in (True, False):
+        torch.manual_seed(3)
+        model = Small().double()
+        attach(model, LoRA(r=2, target_modules=["up", "down"]))
+        optimizer = build_optimizer(model, Optim(lr=0.1, weight_decay=0.1, lora_plus_ratio=4), may_fuse=may_fuse)
+        for step in range(3):
+            model(torch.arange(6).view(2, 3) + step).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        stepped.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+    torch.testing.assert_close(*stepped, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(stepped[0], torch.zeros_like(stepped[0]))

@@ -1,0 +1,17 @@
+"""Whether a Trainer can step an optimizer with a fused kernel."""
+
+from __future__ import annotations
+
+import lightning as L
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+
+
+def may_fuse(trainer: L.Trainer) -> bool:
+    """Tell whether a fused optimizer is safe with a Trainer's precision and strategy.
+
+    Lightning's mixed precision refuses to clip the gradients of a fused optimizer, and unscales those of float16 only
+    inside its step, behind the back of guards; DeepSpeed and FSDP1 hand it flat parameters of their own.
+    """
+    is_mixed = isinstance(trainer.precision_plugin, MixedPrecision)
+    return not is_mixed and not isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy)
