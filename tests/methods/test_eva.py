@@ -124,7 +124,7 @@ class Start:
     def check_labels(self, *args) -> None: ...
 
     @torch.no_grad()
-    def load_into(self, model: nn.Module, methods) -> None:
+    def load_into(self, model: nn.Module, methods, tokenizer) -> None:
         for _, _, adapter in iter_adapters(model):
             for parameter in adapter.parameters():
                 parameter.fill_(0.5)
