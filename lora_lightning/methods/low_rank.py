@@ -146,7 +146,7 @@ class LowRankAdapter(ForwardAdapter):
         if self.kind is not HostKind.LINEAR:
             return None
         # With A frozen the point is not to keep the input, which rebuilding takes.
-        may_rebuild = "lora_A" in self._parameters and not self.is_dropping
+        may_rebuild = "lora_A" not in self._buffers and not self.is_dropping
         return choose_form(host, x, may_rebuild=may_rebuild, recompute=self.recomputes_input)
 
     def update(self, host: Host, x: Tensor) -> Tensor:
