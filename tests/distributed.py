@@ -16,13 +16,19 @@ WORLD = 2
 
 
 def gradients(case: tuple[str, Method], rank: int | None, rows: int = 2 * WORLD) -> dict[str, Tensor]:
-    """Return the adapter gradients of one step on the first rows of a batch, or, under DDP, on this rank's share."""
+    """Return the adapter gradients of one step on the first rows of a batch, or, under DDP, on this rank's share.
+
+    All in float64: adapters that start at a part of the weight take it out again, which cancels in float32.
+    """
     architecture, method = case
-    model = models.build(architecture)
+    model = models.build(architecture).double()
     attach(model, method)
     models.perturb(model).train()
     share = slice(0, rows) if rank is None else slice(2 * rank, 2 * rank + 2)
-    batch = {name: tensor[share] for name, tensor in models.inputs(model, batch=2 * WORLD).items()}
+    inputs = models.inputs(model, batch=2 * WORLD)
+    batch = {
+        name: tensor[share].double() if tensor.is_floating_point() else tensor[share] for name, tensor in inputs.items()
+    }
     # A mean over elements, of which each rank has as many: the mean over ranks is then the mean over the batch.
     wrapped: nn.Module = model if rank is None else nn.parallel.DistributedDataParallel(model)
     wrapped(**batch).logits.square().mean().backward()
