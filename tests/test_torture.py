@@ -27,6 +27,7 @@ def script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("torture", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
+    torch.set_num_threads(1)  # a process with more is not safe to fork
     module = sys.modules["torture"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
@@ -39,14 +40,12 @@ def in_a_fresh_process(act: Callable[..., Any], *arguments: object) -> Any:
 
 
 def torture(num_kills: int, folder: Path) -> tuple[list[str], Counter[str], int]:
-    torch.set_num_threads(1)
     report = script().torture(num_kills, 0, folder)
     return report.failures, report.kills, report.runs
 
 
 def torture_without_resume(num_kills: int, folder: Path) -> tuple[list[str], Counter[str], int]:
     AdapterTask.configure_callbacks = lambda _: []  # type: ignore[method-assign] # without ExactResume
-    torch.set_num_threads(1)
     module = script()
     module.NUM_EPOCHS, module.SHARE_KILLED_AT_START = 1, 0
     report = module.torture(num_kills, 0, folder)
@@ -56,7 +55,6 @@ def torture_without_resume(num_kills: int, folder: Path) -> tuple[list[str], Cou
 def leave_an_orphan(folder: Path) -> tuple[int, int, int, bool]:
     """Run one epoch, leave half a file, and start again twice: with nothing left to train, and with another epoch."""
     adapter_checkpoint.recover = lambda _: None  # type: ignore[attr-defined] # orphans stay
-    torch.set_num_threads(1)
     module = script()
 
     def live(num_epochs: int) -> int:

@@ -124,7 +124,7 @@ class Adapter(nn.Module):
         Returns:
             The new weight, same shape and dtype.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # never called: `changes_weights` is False where a subclass lacks it
 
 
 class ForwardAdapter(Adapter):

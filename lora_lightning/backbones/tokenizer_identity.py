@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,12 +34,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:  # noqa: ANN401 - token
 def tokenizer_of(trainer: Any) -> Any:  # noqa: ANN401 - transformers' tokenizers and Lightning's trainer
     """Return the tokenizer of the data that a Trainer runs on, or None without one."""
     return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-
-
-def fingerprint_in(checkpoint: Mapping[str, Any]) -> str | None:
-    """Return the fingerprint of the tokenizer that a checkpoint was trained with, or None where it does not say."""
-    found: str | None = (checkpoint.get("lora_lightning") or {}).get("tokenizer_fingerprint")
-    return found
 
 
 def check_tokenizer(tokenizer: Any, expected: str | None, source: str) -> None:  # noqa: ANN401 - transformers' tokenizers and Lightning's trainer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters import Adapter, iter_adapters, iter_roles
 from lora_lightning.adapters.head import HeadAdapter
 from lora_lightning.callbacks.places import adapted_model
-from lora_lightning.tasks.backward import describe
+from lora_lightning.tasks.backward import describe_backward
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,7 +63,7 @@ class AdapterSummary(ModelSummary):
         elif trainer.is_global_zero:
             from rich.console import Console
 
-            Console().print(build_table(count_roles(model), caption=describe(pl_module)))
+            Console().print(build_table(count_roles(model), caption=describe_backward(pl_module)))
 
 
 def count_roles(model: nn.Module) -> dict[str, RoleCount]:

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
-SECONDS_BETWEEN_READS = 0.1
+from lora_lightning.tasks.log_pace import SECONDS_BETWEEN_VALUES
 
 
 class PacedProgressBar(RichProgressBar):
@@ -28,6 +28,6 @@ class PacedProgressBar(RichProgressBar):
         is_amid_epoch = trainer.training and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if not is_amid_epoch:
             return dict(super().get_metrics(trainer, pl_module))
-        if time.monotonic() - self._read_at >= SECONDS_BETWEEN_READS:
+        if time.monotonic() - self._read_at >= SECONDS_BETWEEN_VALUES:
             self._read_at, self._metrics = time.monotonic(), super().get_metrics(trainer, pl_module)
         return self._metrics

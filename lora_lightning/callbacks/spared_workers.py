@@ -63,7 +63,7 @@ def _spare(loader: DataLoader[Any], rank: int) -> None:
         with _blocked(signal.SIGTERM):
             return begin()
 
-    loader._get_iterator = begin_blocked  # type: ignore[method-assign]
+    loader._get_iterator = begin_blocked  # type: ignore[method-assign]  # torch has no hook there
 
 
 @contextmanager

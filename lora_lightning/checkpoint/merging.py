@@ -18,7 +18,7 @@ from lora_lightning.adapters.merge import check_mergeable, refuse_unmergeable_ki
 from lora_lightning.backbones.attach import merge
 from lora_lightning.backbones.load import load_tokenizer
 from lora_lightning.backbones.quantized import is_quantized
-from lora_lightning.backbones.tokenizer_identity import check_tokenizer, fingerprint_in
+from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.dense import dequantize as dequantize_base
 from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import fingerprint
@@ -27,7 +27,7 @@ from lora_lightning.checkpoint.merge_report import THRESHOLD, LayerMerge, MergeL
 from lora_lightning.checkpoint.peft_format import is_copy
 from lora_lightning.checkpoint.precision import dtype_of, final_dtypes, name_of, narrow, round_to, widen
 from lora_lightning.checkpoint.probe import Probe, sample_batch
-from lora_lightning.checkpoint.rebuild import read_checkpoint, rebuild_task
+from lora_lightning.checkpoint.rebuild import read_checkpoint, rebuild_task, tokenizer_fingerprint_in
 from lora_lightning.errors import BackboneError, CheckpointError, NotMergeable
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def _describe(task: L.LightningModule, model: nn.Module, checkpoint: dict[str, A
         methods=[class_config(method) for method in attached_methods(model)],
         base=backbone if isinstance(backbone, str) else None,
         base_fingerprint=fingerprint(model),
-        tokenizer_fingerprint=fingerprint_in(checkpoint),
+        tokenizer_fingerprint=tokenizer_fingerprint_in(checkpoint),
         task=f"{type(task).__module__}.{type(task).__qualname__}",
         label_names=[str(name) for name in names] if names else None,
         epoch=int(checkpoint.get("epoch", 0)),
@@ -221,7 +221,7 @@ def _write_tokenizer(name: str, folder: Path, config: Any) -> bool:  # noqa: ANN
 
 def _check_tokenizer(name: str | None, checkpoint: dict[str, Any], ckpt_path: Path) -> None:
     """Refuse a tokenizer that has changed since the training; one that is gone is told of when it is written."""
-    expected = fingerprint_in(checkpoint)
+    expected = tokenizer_fingerprint_in(checkpoint)
     if name is None or expected is None:
         return
     try:

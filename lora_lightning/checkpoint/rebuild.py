@@ -52,6 +52,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return dict(checkpoint)
 
 
+def tokenizer_fingerprint_in(checkpoint: dict[str, Any]) -> str | None:
+    """Return the fingerprint of the tokenizer that a checkpoint was trained with, or None where it does not say."""
+    found: str | None = (checkpoint.get("lora_lightning") or {}).get("tokenizer_fingerprint")
+    return found
+
+
 def load_safely(path: Path, map_location: Any = None) -> Any:  # noqa: ANN401 - as torch.load has them
     """Read what `torch.save` wrote, without running any code that the file might carry.
 

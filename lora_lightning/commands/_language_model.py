@@ -15,11 +15,11 @@ from torch import nn
 from lora_lightning.adapters import is_attached
 from lora_lightning.backbones.load import load_backbone, load_tokenizer
 from lora_lightning.backbones.quantized import is_quantized
-from lora_lightning.backbones.tokenizer_identity import check_tokenizer, fingerprint_in
+from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.folder import is_adapter_folder
 from lora_lightning.checkpoint.manifest import read_manifest
 from lora_lightning.checkpoint.peft_config import CONFIG_NAME, read_peft_config
-from lora_lightning.checkpoint.rebuild import find_task_class, read_checkpoint, rebuild_task
+from lora_lightning.checkpoint.rebuild import find_task_class, read_checkpoint, rebuild_task, tokenizer_fingerprint_in
 from lora_lightning.data.chat_templates import TEMPLATE_NAMES, begins_with_bos, chat_template
 from lora_lightning.errors import BackboneError, CheckpointError, ConfigError
 from lora_lightning.paths import resolve
@@ -243,7 +243,7 @@ def _from_checkpoint(path: Path, backbone: str | None, task_class: str | None) -
     if not isinstance(named, str):
         raise CheckpointError(f"{path} names no backbone and no tokenizer, so there are no words to generate.")
     tokenizer = load_tokenizer(named)
-    check_tokenizer(tokenizer, fingerprint_in(checkpoint), str(path))
+    check_tokenizer(tokenizer, tokenizer_fingerprint_in(checkpoint), str(path))
     recorded = settings.get("template")
     return LanguageModel(
         model,

@@ -10,13 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lightning.adapters.attach import unwrap
-from lora_lightning.backbones.tokenizer_identity import fingerprint_in
 from lora_lightning.checkpoint.folder import CONFIG_NAME, PEFT_WEIGHTS_NAME, RunFacts
 from lora_lightning.checkpoint.merge_report import UpdateLost
 from lora_lightning.checkpoint.merging import merge_checkpoint, refuse_taken
 from lora_lightning.checkpoint.peft_export import export_peft
 from lora_lightning.checkpoint.peft_preflight import TOOLS, preflight
-from lora_lightning.checkpoint.rebuild import read_checkpoint, rebuild_task
+from lora_lightning.checkpoint.rebuild import read_checkpoint, rebuild_task, tokenizer_fingerprint_in
 from lora_lightning.errors import CheckpointError, ConfigError
 
 
@@ -69,7 +68,7 @@ def write_peft(ckpt_path: Path, output_dir: Path, task_class: str | None) -> Non
     backbone, names = getattr(task, "backbone", None), getattr(task, "label_names", None)
     facts = RunFacts(
         base=backbone if isinstance(backbone, str) else None,
-        tokenizer_fingerprint=fingerprint_in(checkpoint),
+        tokenizer_fingerprint=tokenizer_fingerprint_in(checkpoint),
         task=f"{type(task).__module__}.{type(task).__qualname__}",
         label_names=[str(name) for name in names] if names else None,
         epoch=int(checkpoint.get("epoch", 0)),

@@ -80,12 +80,12 @@ def offloaded(task: AdapterTask, compute: Callable[[Any], T]) -> Callable[[Any],
     return compute_offloaded
 
 
-def describe(task: Any) -> str:  # noqa: ANN401 - any LightningModule
+def describe_backward(task: Any) -> str:  # noqa: ANN401 - any LightningModule
     """Say what a task does with the tensors that backward needs; empty where it simply keeps them.
 
     Example:
         >>> from types import SimpleNamespace
-        >>> describe(SimpleNamespace(gradient_checkpointing="activations", offload_activations=True))
+        >>> describe_backward(SimpleNamespace(gradient_checkpointing="activations", offload_activations=True))
         'backward: activations before adapters computed again, the rest kept in host memory'
     """
     again = {True: "every layer computed again", "activations": "activations before adapters computed again"}

@@ -109,7 +109,8 @@ class AdapterTask(CheckedLoading):
         self.base_fingerprint: str | None = None
         self._new_modules: tuple[str, ...] = ()
         self._stages_checked: set[str] = set()
-        self._is_calibrated, self._log_pace = False, LogPace()
+        self._is_calibrated = False
+        self._log_pace = LogPace()
         self._metrics_of: dict[str, MetricCollection] = {}
         specs = [class_config(one) for one in self.methods]
         self.keep_settings(
@@ -390,7 +391,8 @@ class AdapterTask(CheckedLoading):
     def _calibrate(self) -> None:
         if self._is_calibrated or self.model is None or self._trainer is None or self.trainer.state.fn != "fit":
             return
-        self._is_calibrated, calibrating = True, [method for method in self.methods if method.calibrates]
+        self._is_calibrated = True
+        calibrating = [method for method in self.methods if method.calibrates]
         calibrate(self, self.adapted, calibrating, offloaded(self, lambda batch: self.compute_loss(batch).loss))
 
     def _total_steps(self) -> int:

@@ -66,6 +66,9 @@ class _PinnedCopy:
         return self.host.to(self.device, non_blocking=True)
 
 
+_PINNED_MEMORY = PinnedMemory()  # one for all steps, so that their copies queue on one stream of each device
+
+
 def is_on_cuda(tensor: Tensor) -> bool:
     """Tell whether a tensor is on a device whose memory is not the host's."""
     return tensor.device.type == "cuda"
@@ -113,7 +116,7 @@ class OffloadActivations(saved_tensors_hooks):
         super().__init__(self._pack, self._unpack)
         self.num_bytes = 0
         self._model = model
-        self._store = store or PinnedMemory()
+        self._store = store or _PINNED_MEMORY
         self._is_movable, self._min_bytes = is_movable, min_bytes
         self._own: set[int] = set()
         self._known: WeakValueDictionary[tuple[int, int], _Moved] = WeakValueDictionary()

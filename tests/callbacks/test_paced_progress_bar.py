@@ -9,8 +9,9 @@ import lightning as L
 import pytest
 
 from lora_lightning.callbacks import PacedProgressBar, paced_progress_bar
+from lora_lightning.tasks.log_pace import SECONDS_BETWEEN_VALUES
 from tests.callbacks.runs import LIGHTNING_WARNINGS, fit
-from tests.tasks.test_log_pace import Clock
+from tests.clock import Clock
 
 pytestmark = LIGHTNING_WARNINGS
 
@@ -32,7 +33,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(
     ("tick", "expected"),
-    [(0.0, {1, 6, 12}), (2 * paced_progress_bar.SECONDS_BETWEEN_READS, {*range(1, 13)})],
+    [(0.0, {1, 6, 12}), (2 * SECONDS_BETWEEN_VALUES, {*range(1, 13)})],
     ids=["fast", "slow"],
 )
 def test_how_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads, tick, expected) -> None:

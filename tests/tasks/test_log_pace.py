@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from lora_lightning.tasks import log_pace
 from tests.callbacks.runs import LIGHTNING_WARNINGS, LineTask, fit
+from tests.clock import Clock
 
 pytestmark = LIGHTNING_WARNINGS
 STEPS_PER_EPOCH = 6
@@ -32,17 +33,6 @@ class Noting(LineTask):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         del batch, batch_idx
         self.losses.append(outputs["loss"].item())
-
-
-class Clock:
-    """A clock that stands still, or goes on by so many seconds whenever it is read."""
-
-    def __init__(self, tick: float = 0.0) -> None:
-        self.now, self.tick = 0.0, tick
-
-    def monotonic(self) -> float:
-        self.now += self.tick
-        return self.now
 
 
 def logged(folder: Path, monkeypatch: pytest.MonkeyPatch, *callbacks: L.Callback, tick: float = 0.0, **settings: Any):

@@ -351,9 +351,12 @@ def test_sharded_bases_are_refused():
 
 
 def test_what_backward_keeps_is_described():
-    assert backward.describe(Tagger(method=TARGETS)) == ""
+    assert backward.describe_backward(Tagger(method=TARGETS)) == ""
     task = Tagger(method=TARGETS, gradient_checkpointing=True, offload_activations=True)
-    assert backward.describe(task) == "backward: every layer computed again, the layers' inputs kept in host memory"
+    assert (
+        backward.describe_backward(task)
+        == "backward: every layer computed again, the layers' inputs kept in host memory"
+    )
     assert task.hparams["offload_activations"] is True
     task = Tagger(method=TARGETS, offload_activations=True)
-    assert backward.describe(task) == "backward: all it needs kept in host memory"
+    assert backward.describe_backward(task) == "backward: all it needs kept in host memory"
