@@ -45,7 +45,8 @@ def main(arguments: list[str]) -> int:
     console.print(f"test accuracy {frozen:.4f}")
 
     console.rule("4. Check the merged folder with plain transformers")
-    merged_accuracy, difference = check_merged(cli, Path(merged_dir))
+    num_right, num_all, difference = check_merged(cli, Path(merged_dir))
+    merged_accuracy = num_right / num_all
     console.print(f"test accuracy {merged_accuracy:.4f}, largest difference of a logit {difference:.1e}")
 
     adapter_dir = Path(checkpoint).with_suffix("")
@@ -70,7 +71,10 @@ def main(arguments: list[str]) -> int:
     SUMMARY.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     console.rule("Done")
     show(summary)
-    return 0 if difference <= MAX_LOGIT_DIFFERENCE and merged_accuracy == result["test/accuracy"] else 1
+    if difference <= MAX_LOGIT_DIFFERENCE and is_share(result["test/accuracy"], num_right, num_all):
+        return 0
+    print("quickstart: the merged model does not answer as the adapted one did; see above.", file=sys.stderr)
+    return 1
 
 
 def find(cli: AdapterCLI, kind: type[Callback]) -> Any:  # noqa: ANN401 - an instance of `kind`
@@ -107,9 +111,14 @@ def frozen_accuracy(cli: AdapterCLI) -> float:
     return float(max(models, key=lambda model: model.score(*val)).score(*test))
 
 
+def is_share(accuracy: float, num_right: int, num_all: int) -> bool:
+    """Tell whether an accuracy, which metrics compute in float32, is that of so many right answers."""
+    return round(accuracy * num_all) == num_right
+
+
 @torch.inference_mode()
-def check_merged(cli: AdapterCLI, merged_dir: Path) -> tuple[float, float]:
-    """Return the merged folder's test accuracy, and the largest distance of its logits from the adapted model's."""
+def check_merged(cli: AdapterCLI, merged_dir: Path) -> tuple[int, int, float]:
+    """Return how many test rows the merged folder gets right, of how many, and the largest distance of its logits."""
     merged = transformers.AutoModelForSequenceClassification.from_pretrained(merged_dir).eval()
     adapted = cli.model.adapted.cpu().eval()
     num_right, num_all, difference = 0, 0, 0.0
@@ -119,7 +128,7 @@ def check_merged(cli: AdapterCLI, merged_dir: Path) -> tuple[float, float]:
         difference = max(difference, float((logits - adapted(**batch).logits).abs().max()))
         num_right += int((logits.argmax(-1) == labels).sum())
         num_all += len(labels)
-    return num_right / num_all, difference
+    return num_right, num_all, difference
 
 
 def show(summary: dict[str, Any]) -> None:
