@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Mapping
@@ -61,8 +62,8 @@ class Stepper:
         self.contender, self.batch = contender, batch
         trained = contender.trained
         # A rate of zero costs the same and changes nothing, so that every round computes the same.
-        fused = bool(trained) and trained[0].is_cuda
-        self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=fused) if trained else None
+        # Fused, as both our `fit` and transformers' Trainer, which PEFT's users run, step it.
+        self.optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=True) if trained else None
 
     def step(self) -> Tensor:
         """Make one step and return its loss."""
@@ -90,7 +91,9 @@ class Stepper:
 def time_all(
     steppers: Mapping[str, Stepper], peers: Mapping[str, str], *, rounds: int, warm_up: int
 ) -> dict[str, Timing]:
-    """Time all contenders in turn, round after round.
+    """Time all contenders once a round, in an order drawn anew for each.
+
+    What a step costs depends on the memory that the one before it left free, so no contender keeps its neighbour.
 
     Args:
         steppers: The contenders, `bound` among them.
@@ -99,9 +102,10 @@ def time_all(
         warm_up: Rounds before them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    order = random.Random(0)
     for index in range(warm_up + rounds):
-        for name, stepper in steppers.items():
-            taken = stepper.timed()
+        for name in order.sample([*steppers], len(steppers)):
+            taken = steppers[name].timed()
             if index >= warm_up:
                 seconds[name].append(taken)
 

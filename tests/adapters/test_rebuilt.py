@@ -10,11 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lightning.adapters import disabled
 from lora_lightning.adapters.functional import (
-    choose,
+    NOT_REBUILT,
+    Rebuilt,
+    dora,
     find_source,
+    lora,
+    lora_linear,
     rebuilding_pays,
     rebuilt_dora_linear,
-    rebuilt_lora_linear,
 )
 from lora_lightning.adapters.functional.recompute import Source
 from lora_lightning.backbones.attach import attach
@@ -22,24 +25,31 @@ from lora_lightning.methods import DoRA, LoRA, LoRAFA
 from tests.adapters.test_functional import NUM_OUT, SCALING, gradients, plain, problem
 from tests.models import gap, perturb
 
+BOTH, FORWARD, BACKWARD = Rebuilt(True, True), Rebuilt(True, False), Rebuilt(False, True)
+DORA = "dora"
 
-def rebuilt(drawn: dict[str, Tensor | None], *, dora: bool, read: bool = False) -> Tensor:
+
+def rebuilt(drawn: dict[str, Tensor | None], form: Rebuilt | str, *, read: bool = False) -> Tensor:
     x, weight, bias, a, b, magnitude = drawn.values()
     source = (lambda: weight) if read else weight
-    if dora:
+    if isinstance(form, str):
         return rebuilt_dora_linear(x, source, bias, a, b, magnitude, SCALING)
-    return rebuilt_lora_linear(x, source, bias, a, b, SCALING)
+    return lora_linear(x, source, bias, a, b, SCALING, rebuilt=form)
 
 
-CASES = pytest.mark.parametrize(("dora", "bias"), [(d, b) for d in (False, True) for b in (False, True)])
+FORMS = pytest.mark.parametrize(
+    "form", [DORA, BOTH, FORWARD, BACKWARD, NOT_REBUILT], ids=["dora", "both", "forward", "backward", "neither"]
+)
+BIAS = pytest.mark.parametrize("bias", [False, True])
 
 
-@CASES
+@FORMS
+@BIAS
 @pytest.mark.parametrize("read", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_equals_the_plain_formula(dora, bias, read, dtype, tolerance):
-    drawn = problem(dtype, bias=bias)
-    actual, expected = rebuilt(drawn, dora=dora, read=read), plain(drawn, dora=dora)
+def test_equals_the_plain_formula(form, bias, read, dtype, tolerance):
+    drawn, dora = problem(dtype, bias=bias), form == DORA
+    actual, expected = rebuilt(drawn, form, read=read), plain(drawn, dora=dora)
     assert actual.dtype is dtype
     assert gap(actual, expected) <= tolerance
     ours, reference = gradients(actual, drawn, dora=dora), gradients(expected, drawn, dora=dora)
@@ -48,24 +58,27 @@ def test_equals_the_plain_formula(dora, bias, read, dtype, tolerance):
     assert gap(actual, without_update) > 1e-2
 
 
-@CASES
-def test_gradcheck(dora, bias):
+@FORMS
+@BIAS
+def test_gradcheck(form, bias):
     drawn = problem(bias=bias)
     x, weight, b, lora_a, lora_b, magnitude = drawn.values()
-    if dora:  # the norm is a constant in backward, so only x and the magnitude have true derivatives
+    if form == DORA:  # the norm is a constant in backward, so only x and the magnitude have true derivatives
         assert gradcheck(
             lambda *v: rebuilt_dora_linear(v[0], weight, b, lora_a.detach(), lora_b.detach(), v[1], SCALING),
             (x, magnitude),
         )
     else:
-        assert gradcheck(lambda *v: rebuilt_lora_linear(v[0], weight, b, v[1], v[2], SCALING), (x, lora_a, lora_b))
+        assert gradcheck(
+            lambda *v: lora_linear(v[0], weight, b, v[1], v[2], SCALING, rebuilt=form), (x, lora_a, lora_b)
+        )
 
 
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3, 4), (0,)])
-@pytest.mark.parametrize("dora", [False, True])
-def test_any_leading_dimensions(lead, dora):
-    drawn = problem(lead=lead)
-    output = rebuilt(drawn, dora=dora)
+@FORMS
+def test_any_leading_dimensions(lead, form):
+    drawn, dora = problem(lead=lead), form == DORA
+    output = rebuilt(drawn, form)
     assert output.shape == (*lead, NUM_OUT)
     torch.testing.assert_close(output, plain(drawn, dora=dora))
     gradients(output, drawn, dora=dora)
@@ -75,29 +88,39 @@ def test_a_magnitude_of_zero_stays():
     drawn = problem()
     with torch.no_grad():
         drawn["magnitude"][0] = 0
-    rebuilt(drawn, dora=True).sum().backward()
+    rebuilt(drawn, DORA).sum().backward()
     assert drawn["magnitude"].grad[0] == 0
     assert (drawn["magnitude"].grad[1:] != 0).all()
 
 
 @pytest.mark.parametrize(
-    ("tokens", "dtype", "stored", "expected"),
+    ("tokens", "num_out", "dtype", "stored", "expected"),
     [
-        (1024, torch.float32, torch.float32, True),
-        (8, torch.float32, torch.float32, False),
-        (1024, torch.float64, torch.float64, True),
-        (1024, torch.bfloat16, torch.bfloat16, False),
-        (1024, torch.float32, torch.bfloat16, False),
-        (1024, torch.float32, None, False),
+        (1024, 32, torch.float32, torch.float32, BOTH),
+        (65, 64, torch.float32, torch.float32, BOTH),
+        (64, 64, torch.float32, torch.float32, NOT_REBUILT),
+        (100, 128, torch.float32, torch.float32, FORWARD),
+        (50, 32, torch.float32, torch.float32, BACKWARD),
+        (1024, 32, torch.float64, torch.float64, BOTH),
+        (1024, 32, torch.bfloat16, torch.bfloat16, NOT_REBUILT),
+        (1024, 32, torch.float32, torch.bfloat16, NOT_REBUILT),
+        (1024, 32, torch.float32, None, NOT_REBUILT),
     ],
 )
-def test_when_rebuilding_pays(tokens, dtype, stored, expected):
-    assert rebuilding_pays(torch.ones(tokens, 64, dtype=dtype), 32, stored) is expected
+def test_when_rebuilding_pays(tokens, num_out, dtype, stored, expected):
+    assert rebuilding_pays(torch.ones(tokens, 64, dtype=dtype), num_out, stored) == expected
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(22, BOTH), (21, NOT_REBUILT)])
+def test_when_rebuilding_both_passes_at_once_pays(tokens, expected):
+    x = torch.ones(tokens, 64)
+    assert rebuilding_pays(x, 32, torch.float32, at_once=True) == expected
+    assert rebuilding_pays(x, 32, torch.float32) == NOT_REBUILT
 
 
 def test_autocast_never_rebuilds():
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not rebuilding_pays(torch.ones(1024, 64), 32, torch.float32)
+        assert rebuilding_pays(torch.ones(1024, 64), 32, torch.float32) == NOT_REBUILT
 
 
 def one_layer(
@@ -109,26 +132,42 @@ def one_layer(
     attach(model, method)
     perturb(model)
     calls: list[str] = []
-    for name in ("rebuilt_lora_linear", "rebuilt_dora_linear"):
-        function = getattr(choose, name)
+    for module in (lora, dora):
 
-        def noting(*args, _function=function, _name=name, **kwargs):
-            calls.append(_name)
-            return _function(*args, **kwargs)
+        def noting(*args, _function=module.rebuild):
+            calls.append("rebuilt")
+            return _function(*args)
 
-        monkeypatch.setattr(choose, name, noting)
+        monkeypatch.setattr(module, "rebuild", noting)
     return model.train(), calls
 
 
-@pytest.mark.parametrize("method", [LoRA(r=2), DoRA(r=2)], ids=["lora", "dora"])
-def test_both_forms_agree_on_a_layer(method, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "tokens", "in_passes"),
+    [
+        (LoRA(r=2), 64, (1, 1)),
+        (LoRA(r=2), 14, (0, 1)),  # more than the 12 outputs, not more than the 16 inputs
+        (LoRA(r=2), 12, (0, 0)),
+        (DoRA(r=2), 64, (1, 1)),
+    ],
+)
+def test_a_layer_gives_the_same_whichever_pass_rebuilds(method, tokens, in_passes, monkeypatch):
     model, calls = one_layer(method, monkeypatch)
-    x = torch.randn(64, 16)
+    x = torch.randn(tokens, 16, requires_grad=True)
     together = model(x)
-    assert len(calls) == 1
-    apart = torch.cat([model(row[None]) for row in x])
-    assert len(calls) == 1
+    assert len(calls) == in_passes[0]
+    together.square().sum().backward()
+    assert len(calls) == sum(in_passes)
+    gradients = [x.grad, *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)]
+    calls.clear()
+    one_by_one = x.detach().requires_grad_()
+    model.zero_grad()
+    apart = torch.cat([model(row[None]) for row in one_by_one])
+    apart.square().sum().backward()
+    assert not calls
     torch.testing.assert_close(together, apart)
+    references = [one_by_one.grad, *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)]
+    assert all(gap(*both) <= 1e-5 for both in zip(gradients, references, strict=True))
     with disabled(model):
         assert gap(model(x), apart) > 1e-2
 
@@ -136,22 +175,24 @@ def test_both_forms_agree_on_a_layer(method, monkeypatch):
 @pytest.mark.parametrize("method", [LoRA(r=2, dropout=0.5), LoRAFA(r=2)], ids=["dropout", "frozen A"])
 def test_what_is_never_rebuilt(method, monkeypatch):
     model, calls = one_layer(method, monkeypatch)
-    model(torch.randn(64, 16))
+    model(torch.randn(64, 16, requires_grad=True)).sum().backward()
     assert not calls
 
 
 @pytest.mark.parametrize("method", [LoRA(r=2), DoRA(r=2)], ids=["lora", "dora"])
-def test_a_four_bit_host_is_rebuilt_too(method, monkeypatch):
+@pytest.mark.parametrize(("tokens", "in_lora"), [(80, 2), (32, 1)])
+def test_a_four_bit_host_is_rebuilt_too(method, tokens, in_lora, monkeypatch):
     torch.manual_seed(0)
     host = Linear4bit(64, 12, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
     model, calls = one_layer(method, monkeypatch, host)
     stored = host.weight.detach().clone()
-    x = torch.randn(64, 64, requires_grad=True)
+    x = torch.randn(tokens, 64, requires_grad=True)
     together = model(x)
     (grad,) = torch.autograd.grad(together.square().sum(), x)
-    assert len(calls) == 1
+    assert len(calls) == (2 if isinstance(method, DoRA) else in_lora)
+    calls.clear()
     apart = torch.cat([model(row[None]) for row in x])
-    assert len(calls) == 1
+    assert not calls
     (reference,) = torch.autograd.grad(apart.square().sum(), x)
     torch.testing.assert_close(together, apart)
     torch.testing.assert_close(grad, reference)

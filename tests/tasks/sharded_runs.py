@@ -28,7 +28,7 @@ def tagger() -> AdapterTask:
     return Tagger(method=LoRA(r=4, target_modules=["linear1", "linear2"], modules_to_save=["3"]), optim=OPTIM)
 
 
-def speaker(method: Any, dtype: torch.dtype = torch.float32) -> AdapterTask:
+def speaker(method: Any, dtype: torch.dtype = torch.float64) -> AdapterTask:
     return Speaker("llama", dtype, method=method, optim=OPTIM)
 
 

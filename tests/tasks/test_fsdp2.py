@@ -60,7 +60,7 @@ def test_two_ranks_equal_one_process(ranks, name, tmp_path):
     (first, _), _ = ranks
     _, alone = sharded_runs.fit(name, tmp_path)
     reference, start = sharded_runs.state_of(alone), start_of(name)
-    assert gap(first[name]["state"], reference, start) < 1e-5
+    assert gap(first[name]["state"], reference, start) < (1e-5 if name == "head" else 1e-12)  # float32 and float64
     assert gap(start, reference, start) == 1  # the measure notices a run that learnt nothing
 
 

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.adapters.functional import dora_linear, lora_linear, rebuilt_dora_linear, rebuilt_lora_linear
+from lora_lightning.adapters.functional import Rebuilt, dora_linear, lora_linear, rebuilt_dora_linear
 from lora_lightning.backbones.attach import attach
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods import DoRA, LoRA
@@ -147,10 +147,11 @@ def test_a_compiled_model_is_offloaded_too(backend):
     assert not are_equal(gradients(model, Store(damage=1), torch.compile(model, backend=backend)), expected)
 
 
+BOTH = Rebuilt(in_forward=True, in_backward=True)
 LAYERS = {
     "beside": lambda x, weight, a, b, _: lora_linear(x, weight, None, a, b, 0.5),
-    "rebuilt": lambda x, weight, a, b, _: rebuilt_lora_linear(x, weight, None, a, b, 0.5),
-    "read": lambda x, weight, a, b, _: rebuilt_lora_linear(x, lambda: weight, None, a, b, 0.5),
+    "rebuilt": lambda x, weight, a, b, _: lora_linear(x, weight, None, a, b, 0.5, rebuilt=BOTH),
+    "read": lambda x, weight, a, b, _: lora_linear(x, lambda: weight, None, a, b, 0.5, rebuilt=BOTH),
     "dora": lambda x, weight, a, b, m: dora_linear(x, weight, None, a, b, m, m.detach(), 0.5),
     "rebuilt dora": lambda x, weight, a, b, m: rebuilt_dora_linear(x, weight, None, a, b, m, 0.5),
 }

@@ -10,13 +10,15 @@ each parameter. Frozen weights get no gradient.
 from lora_lightning.adapters.functional.choose import Form, adapted_dora_linear, adapted_linear, choose_form
 from lora_lightning.adapters.functional.dora import dora_linear, rebuilt_dora_linear
 from lora_lightning.adapters.functional.dropout import draw_seed, seeded_dropout
-from lora_lightning.adapters.functional.forms import compute_dtype, rebuilding_pays
-from lora_lightning.adapters.functional.lora import lora_linear, low_rank_update, rebuilt_lora_linear
+from lora_lightning.adapters.functional.forms import NOT_REBUILT, Rebuilt, compute_dtype, rebuilding_pays
+from lora_lightning.adapters.functional.lora import lora_linear, low_rank_update
 from lora_lightning.adapters.functional.norms import dora_norm
 from lora_lightning.adapters.functional.recompute import Source, find_source
 
 __all__ = [
+    "NOT_REBUILT",
     "Form",
+    "Rebuilt",
     "Source",
     "adapted_dora_linear",
     "adapted_linear",
@@ -30,6 +32,5 @@ __all__ = [
     "low_rank_update",
     "rebuilding_pays",
     "rebuilt_dora_linear",
-    "rebuilt_lora_linear",
     "seeded_dropout",
 ]

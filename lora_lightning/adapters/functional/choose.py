@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lora_lightning.adapters.functional.dora import dora_linear, rebuilt_dora_linear
-from lora_lightning.adapters.functional.forms import rebuilding_pays
-from lora_lightning.adapters.functional.lora import Read, lora_linear, rebuilt_lora_linear
+from lora_lightning.adapters.functional.forms import NOT_REBUILT, Rebuilt, rebuilding_pays
+from lora_lightning.adapters.functional.lora import Read, lora_linear
 from lora_lightning.adapters.functional.recompute import Source, find_source
 from lora_lightning.adapters.weights import Host, codec_of
 
@@ -21,17 +21,17 @@ class Form(NamedTuple):
     Args:
         weight: W, `[O, I]`, or what reads it out of its storage (only where it is rebuilt).
         bias: b, `[O]`, or None.
-        rebuilt: Whether the weight is rebuilt with the update in it, instead of adding the update to the output.
+        rebuilt: In which passes the update goes into the weight.
         source: What backward keeps instead of the input; None to keep the input.
     """
 
     weight: Tensor | Read
     bias: Tensor | None
-    rebuilt: bool
+    rebuilt: Rebuilt
     source: Source | None
 
 
-def choose_form(host: Host, x: Tensor, *, may_rebuild: bool, recompute: bool) -> Form | None:
+def choose_form(host: Host, x: Tensor, *, may_rebuild: bool, recompute: bool, at_once: bool = False) -> Form | None:
     """Choose the form of a linear host's layer; None where the host has to multiply by its packed weight itself.
 
     Args:
@@ -39,14 +39,16 @@ def choose_form(host: Host, x: Tensor, *, may_rebuild: bool, recompute: bool) ->
         x: Its input, `[..., I]`.
         may_rebuild: Whether W + s B A may take the place of W: not under dropout, which acts on the input of A alone.
         recompute: Whether backward may compute the input again, where that came out of an activation or a product.
+        at_once: Whether a weight rebuilt in one pass has to be rebuilt in the other: see `rebuilding_pays`.
     """
     codec, source = codec_of(host), find_source(x) if recompute else None
     if may_rebuild and (codec.is_view or not torch.compiler.is_compiling()):
         num_out, _ = codec.shape(host)
-        if rebuilding_pays(x, num_out, codec.product_dtype(host, x.dtype)):
+        rebuilt = rebuilding_pays(x, num_out, codec.product_dtype(host, x.dtype), at_once=at_once)
+        if any(rebuilt):
             weight = codec.read(host) if codec.is_view else lambda: codec.read(host).to(x.dtype)
-            return Form(weight, host.bias, rebuilt=True, source=source)
-    return Form(codec.read(host), host.bias, rebuilt=False, source=source) if codec.is_view else None
+            return Form(weight, host.bias, rebuilt, source)
+    return Form(codec.read(host), host.bias, NOT_REBUILT, source) if codec.is_view else None
 
 
 def adapted_linear(
@@ -67,10 +69,7 @@ def adapted_linear(
         The output, `[..., O]`.
     """
     weight, bias, rebuilt, source = form
-    if rebuilt:
-        return rebuilt_lora_linear(x, weight, bias, lora_a, lora_b, scaling, source)
-    assert isinstance(weight, Tensor)
-    return lora_linear(x, weight, bias, lora_a, lora_b, scaling, p, seed, source)
+    return lora_linear(x, weight, bias, lora_a, lora_b, scaling, p, seed, source, rebuilt)
 
 
 def adapted_dora_linear(
@@ -101,7 +100,7 @@ def adapted_dora_linear(
         The output, `[..., O]`.
     """
     weight, bias, rebuilt, source = form
-    if rebuilt:
+    if any(rebuilt):
         return rebuilt_dora_linear(x, weight, bias, lora_a, lora_b, magnitude, scaling, source)
     assert isinstance(weight, Tensor)
     return dora_linear(x, weight, bias, lora_a, lora_b, magnitude, norm(), scaling, p, seed, source)

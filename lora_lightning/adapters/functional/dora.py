@@ -9,12 +9,20 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lora_lightning.adapters.functional.forms import compute_dtype, low_rank_gradients, narrow, project, update_scale
-from lora_lightning.adapters.functional.lora import Read, keep_input, rebuild, restore_input
+from lora_lightning.adapters.functional.forms import (
+    compute_dtype,
+    low_rank_gradients,
+    narrow,
+    project,
+    update_scale,
+    with_known_signature,
+)
+from lora_lightning.adapters.functional.lora import Read, keep_input, read, rebuild, restore_input
 from lora_lightning.adapters.functional.norms import MIN_NORM
 from lora_lightning.adapters.functional.recompute import Source
 
 
+@with_known_signature
 class DoRALinear(Function):
     """y = c (x W^T + s (drop(x) A^T) B^T) + b with c = m / ‖V‖ per output row (Liu et al. 2024, equation 5).
 
@@ -77,6 +85,7 @@ class DoRALinear(Function):
         return dx, None, None, da_ri.to(lora_a.dtype), db_or.to(lora_b.dtype), dm_o, None, None, None, None, None
 
 
+@with_known_signature
 class RebuiltDoRALinear(Function):
     """y = x (c V)^T + b with V = W + s B A and c = m / ‖V‖, the same function with the weight rebuilt.
 
@@ -97,7 +106,7 @@ class RebuiltDoRALinear(Function):
     ) -> tuple[Tensor, Tensor]:
         """Return y [N, O] and ‖V‖ [O]."""
         del source
-        x_ni, v_oi = x.reshape(-1, x.shape[-1]), rebuild(weight, lora_a, lora_b, scaling)
+        x_ni, v_oi = x.reshape(-1, x.shape[-1]), rebuild(read(weight), lora_a, lora_b, scaling)
         norm_o = torch.linalg.vector_norm(v_oi, dim=1).clamp_min_(MIN_NORM)
         v_oi.mul_((magnitude / norm_o).to(v_oi.dtype)[:, None])
         y_no = torch.mm(x_ni, v_oi.t()) if bias is None else torch.addmm(bias.to(x.dtype), x_ni, v_oi.t())
@@ -123,7 +132,7 @@ class RebuiltDoRALinear(Function):
         scale_o1 = (magnitude / norm_o).to(dy_no.dtype)[:, None]
         dx = None
         if ctx.needs_input_grad[0]:
-            v_oi = rebuild(ctx.read or stored, lora_a, lora_b, ctx.scaling).mul_(scale_o1)
+            v_oi = rebuild(read(ctx.read or stored), lora_a, lora_b, ctx.scaling).mul_(scale_o1)
             dx = (dy_no @ v_oi).view(ctx.x_shape)
         da_ri = (narrow(dy_no, (b_or * scale_o1).t()).t() @ x_ni).mul_(ctx.scaling)
         db_or = (narrow(x_ni, a_ri).t() @ dy_no).t() * (scale_o1 * ctx.scaling)

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import NamedTuple, TypeVar
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from lora_lightning.adapters.functional.dropout import seeded_mask
+
+AnyFunction = TypeVar("AnyFunction", bound=type[Function])
+
+
+def with_known_signature(function: AnyFunction) -> AnyFunction:
+    """Keep the signature of a function's forward, which torch would take 15 µs to find out again at every call."""
+    function.forward.__signature__ = inspect.signature(function.forward)  # type: ignore[attr-defined] # inspect reads it
+    return function
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -16,27 +28,48 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def rebuilding_pays(x: Tensor, num_out: int, stored: torch.dtype | None) -> bool:
-    """Tell whether to rebuild W + s B A for this input instead of adding the update to the output.
+class Rebuilt(NamedTuple):
+    """In which passes the update is added to the weight, V = W + s B A, and not to what the product gives.
 
-    Rebuilding costs a pass over the weight; it saves one over the output, and one over the input's gradient. So it
-    pays where tokens · (I + O) > I · O. In half precision it would round small updates away, so there it never does.
+    Args:
+        in_forward: y = x V^T.
+        in_backward: dx = dy V.
+    """
+
+    in_forward: bool
+    in_backward: bool
+
+
+NOT_REBUILT = Rebuilt(in_forward=False, in_backward=False)
+
+
+def rebuilding_pays(x: Tensor, num_out: int, stored: torch.dtype | None, *, at_once: bool = False) -> Rebuilt:
+    """Tell in which passes to rebuild W + s B A for this input.
+
+    Adding the update to the weight touches O · I numbers; adding it to the output, tokens · O, and to the input's
+    gradient, tokens · I. In half precision rebuilding would round small updates away, so there it never pays.
 
     Args:
         x: Input, `[..., I]`.
         num_out: O.
         stored: Dtype in which the host multiplies by its weight; None where it does something else.
+        at_once: Whether one pass can't do without the other: as for DoRA, whose norm comes out of the rebuilt weight.
+            What is known twice is then worth it earlier: where tokens · (I + O) > I · O.
 
     Example:
-        >>> rebuilding_pays(torch.ones(32, 128, 384), 384, torch.float32)
-        True
+        >>> rebuilding_pays(torch.ones(8, 128, 384), 1536, torch.float32)
+        Rebuilt(in_forward=True, in_backward=False)
         >>> rebuilding_pays(torch.ones(1, 1, 384), 384, torch.float32)
-        False
+        Rebuilt(in_forward=False, in_backward=False)
     """
     dtype, num_in = compute_dtype(x), x.shape[-1]
     if dtype is not stored or dtype not in (torch.float32, torch.float64):
-        return False
-    return x.numel() * (num_in + num_out) > num_in * num_in * num_out
+        return NOT_REBUILT
+    num_values = x.numel()
+    if at_once:
+        pays = num_values * (num_in + num_out) > num_in * num_in * num_out
+        return Rebuilt(in_forward=pays, in_backward=pays)
+    return Rebuilt(in_forward=num_values > num_in * num_in, in_backward=num_values > num_in * num_out)
 
 
 def narrow(x_nk: Tensor, m_rk: Tensor) -> Tensor:
