@@ -170,7 +170,8 @@ class AdapterCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunConfig,
-            trainer_defaults={"default_root_dir": DEFAULT_ROOT},
+            # One batch shows whether validation works, and whether its longest rows fit; it delays the first step.
+            trainer_defaults={"default_root_dir": DEFAULT_ROOT, "num_sanity_val_steps": 1},
             seed_everything_default=DEFAULT_SEED,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # tasks keep their own settings, alike in every kind of run
