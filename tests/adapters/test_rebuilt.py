@@ -74,6 +74,13 @@ def test_gradcheck(form, bias):
         )
 
 
+@pytest.mark.parametrize("form", [BOTH, FORWARD, BACKWARD])
+def test_dropout_is_not_lost_in_a_rebuilt_weight(form):
+    x, weight, bias, a, b, _ = problem().values()
+    with pytest.raises(ValueError, match="Dropout acts on the input of A"):
+        lora_linear(x, weight, bias, a, b, SCALING, 0.5, torch.tensor(1), rebuilt=form)
+
+
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3, 4), (0,)])
 @FORMS
 def test_any_leading_dimensions(lead, form):

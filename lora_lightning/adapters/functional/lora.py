@@ -174,10 +174,15 @@ def lora_linear(
     Returns:
         The output, `[..., O]`.
 
+    Raises:
+        ValueError: A pass is to rebuild the weight under dropout, which acts on the input of A alone.
+
     Example:
         >>> lora_linear(torch.ones(2, 3), torch.ones(4, 3), None, torch.ones(1, 3), torch.ones(4, 1), 0.5)[0]
         tensor([4.5000, 4.5000, 4.5000, 4.5000])
     """
+    if seed is not None and any(rebuilt):
+        raise ValueError(f"Dropout acts on the input of A, so W + s B A can't hold it; got {rebuilt} with a seed.")
     y_no, _ = LoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling, p, seed, source, rebuilt)  # type: ignore[no-untyped-call] # torch's
     # Out here, since torch forbids in-place operations (a ReLU, a residual add) on a view made inside a Function.
     return y_no.view(*x.shape[:-1], y_no.shape[1])
