@@ -51,7 +51,7 @@ class DoRAAdapter(LowRankAdapter):
         """Compute m V / ‖V‖ applied to x, plus the host's bias; see `LowRankAdapter.forward`."""
         if self.axis == "input":
             return super().forward(host, x * (self.magnitude / self.norm(host)).to(x.dtype), *args, **kwargs)
-        form = self.form_on(host, x, at_once=True)
+        form = self.form_on(host, x, both_or_neither=True)
         if form is not None:
             norm, dropout = partial(self.norm, host), self.draw_dropout()
             return adapted_dora_linear(x, form, *self.factors(), self.magnitude, norm, self.scaling, *dropout)

@@ -141,13 +141,15 @@ class LowRankAdapter(ForwardAdapter):
         """Return the dropout probability and a fresh seed, or None for no dropout."""
         return self.dropout, draw_seed() if self.is_dropping else None
 
-    def form_on(self, host: Host, x: Tensor, *, at_once: bool = False) -> Form | None:
+    def form_on(self, host: Host, x: Tensor, *, both_or_neither: bool = False) -> Form | None:
         """Return the form to compute a dense layer in, see `choose_form`; None where the host computes its own part."""
         if self.kind is not HostKind.LINEAR:
             return None
         # With A frozen the point is not to keep the input, which rebuilding takes.
         may_rebuild = "lora_A" not in self._buffers and not self.is_dropping
-        return choose_form(host, x, may_rebuild=may_rebuild, recompute=self.recomputes_input, at_once=at_once)
+        return choose_form(
+            host, x, may_rebuild=may_rebuild, recompute=self.recomputes_input, both_or_neither=both_or_neither
+        )
 
     def update(self, host: Host, x: Tensor) -> Tensor:
         """Compute the update's share of the output alone, shape of the host's output."""

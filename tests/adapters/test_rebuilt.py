@@ -1,4 +1,4 @@
-"""The form that rebuilds the weight, and inputs computed again: equal to the formula, and chosen where they pay."""
+"""Weights rebuilt in one pass or both, and inputs computed again: equal to the formula, and chosen where they pay."""
 
 import pytest
 import torch
@@ -121,7 +121,7 @@ def test_when_rebuilding_pays(tokens, num_out, dtype, stored, expected):
 @pytest.mark.parametrize(("tokens", "expected"), [(22, BOTH), (21, NOT_REBUILT)])
 def test_when_rebuilding_both_passes_at_once_pays(tokens, expected):
     x = torch.ones(tokens, 64)
-    assert rebuilding_pays(x, 32, torch.float32, at_once=True) == expected
+    assert rebuilding_pays(x, 32, torch.float32, both_or_neither=True) == expected
     assert rebuilding_pays(x, 32, torch.float32) == NOT_REBUILT
 
 

@@ -21,7 +21,7 @@ class Form(NamedTuple):
     Args:
         weight: W, `[O, I]`, or what reads it out of its storage (only where it is rebuilt).
         bias: b, `[O]`, or None.
-        rebuilt: In which passes the update goes into the weight.
+        rebuilt: In which passes the update goes into the weight instead of the outcome.
         source: What backward keeps instead of the input; None to keep the input.
     """
 
@@ -31,7 +31,9 @@ class Form(NamedTuple):
     source: Source | None
 
 
-def choose_form(host: Host, x: Tensor, *, may_rebuild: bool, recompute: bool, at_once: bool = False) -> Form | None:
+def choose_form(
+    host: Host, x: Tensor, *, may_rebuild: bool, recompute: bool, both_or_neither: bool = False
+) -> Form | None:
     """Choose the form of a linear host's layer; None where the host has to multiply by its packed weight itself.
 
     Args:
@@ -39,12 +41,12 @@ def choose_form(host: Host, x: Tensor, *, may_rebuild: bool, recompute: bool, at
         x: Its input, `[..., I]`.
         may_rebuild: Whether W + s B A may take the place of W: not under dropout, which acts on the input of A alone.
         recompute: Whether backward may compute the input again, where that came out of an activation or a product.
-        at_once: Whether a weight rebuilt in one pass has to be rebuilt in the other: see `rebuilding_pays`.
+        both_or_neither: Whether both passes rebuild the weight or neither: see `rebuilding_pays`.
     """
     codec, source = codec_of(host), find_source(x) if recompute else None
     if may_rebuild and (codec.is_view or not torch.compiler.is_compiling()):
         num_out, _ = codec.shape(host)
-        rebuilt = rebuilding_pays(x, num_out, codec.product_dtype(host, x.dtype), at_once=at_once)
+        rebuilt = rebuilding_pays(x, num_out, codec.product_dtype(host, x.dtype), both_or_neither=both_or_neither)
         if any(rebuilt):
             weight = codec.read(host) if codec.is_view else lambda: codec.read(host).to(x.dtype)
             return Form(weight, host.bias, rebuilt, source)

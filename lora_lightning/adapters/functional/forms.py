@@ -43,7 +43,7 @@ class Rebuilt(NamedTuple):
 NOT_REBUILT = Rebuilt(in_forward=False, in_backward=False)
 
 
-def rebuilding_pays(x: Tensor, num_out: int, stored: torch.dtype | None, *, at_once: bool = False) -> Rebuilt:
+def rebuilding_pays(x: Tensor, num_out: int, stored: torch.dtype | None, *, both_or_neither: bool = False) -> Rebuilt:
     """Tell in which passes to rebuild W + s B A for this input.
 
     Adding the update to the weight touches O · I numbers; adding it to the output, tokens · O, and to the input's
@@ -53,8 +53,8 @@ def rebuilding_pays(x: Tensor, num_out: int, stored: torch.dtype | None, *, at_o
         x: Input, `[..., I]`.
         num_out: O.
         stored: Dtype in which the host multiplies by its weight; None where it does something else.
-        at_once: Whether one pass can't do without the other: as for DoRA, whose norm comes out of the rebuilt weight.
-            What is known twice is then worth it earlier: where tokens · (I + O) > I · O.
+        both_or_neither: Whether both passes rebuild or none, as DoRA's do. Rebuilding spares those what norm and
+            magnitude cost them, too, so it pays earlier: where tokens · (I + O) > I · O.
 
     Example:
         >>> rebuilding_pays(torch.ones(8, 128, 384), 1536, torch.float32)
@@ -66,7 +66,7 @@ def rebuilding_pays(x: Tensor, num_out: int, stored: torch.dtype | None, *, at_o
     if dtype is not stored or dtype not in (torch.float32, torch.float64):
         return NOT_REBUILT
     num_values = x.numel()
-    if at_once:
+    if both_or_neither:
         pays = num_values * (num_in + num_out) > num_in * num_in * num_out
         return Rebuilt(in_forward=pays, in_backward=pays)
     return Rebuilt(in_forward=num_values > num_in * num_in, in_backward=num_values > num_in * num_out)
