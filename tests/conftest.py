@@ -4,6 +4,14 @@ import torch
 torch.set_num_threads(1)  # and in no test more: GNU OpenMP hangs in forks of a process that has used two
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """Let no test read what another run has kept, nor leave anything in the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORA_LIGHTNING_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _reseed():
     torch.manual_seed(0)

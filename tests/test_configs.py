@@ -75,7 +75,9 @@ def stand_in(shape, folder):
     return str(folder)
 
 
-@pytest.mark.filterwarnings("ignore:.*rows of pkg.*are left out", "ignore:.*max_length")  # what the data say of theirs
+@pytest.mark.filterwarnings(
+    "ignore:.*rows of pkg.*are left out", "ignore:.*ignored fields", "ignore:.*max_length"
+)  # what the data say of theirs
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_runs(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

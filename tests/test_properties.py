@@ -19,8 +19,16 @@ from lora_lightning.adapters import Method, adapter_state_dict, folded_state_dic
 from lora_lightning.checkpoint.manifest import class_config
 from lora_lightning.checkpoint.peft_format import from_peft, to_peft
 from lora_lightning.config.strict_yaml import PARSER_MODE, load_text, register
-from lora_lightning.data.batching import LengthGroupedSampler, PadToLongest, even_batch_size
-from lora_lightning.data.packing import UNSUPERVISED, Document, DocumentBatch, DocumentRows, first_fit, pack_stream
+from lora_lightning.data.batches.batching import LengthGroupedSampler, PadToLongest, even_batch_size
+from lora_lightning.data.batches.columns import EncodedRows
+from lora_lightning.data.batches.packing import (
+    UNSUPERVISED,
+    Document,
+    DocumentBatch,
+    DocumentRows,
+    first_fit,
+    pack_stream,
+)
 from lora_lightning.methods import DoRA
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.settings import methods_from
@@ -221,15 +229,19 @@ def documents(draw):
     return found
 
 
+def kept(documents):
+    return EncodedRows({"input_ids": [one.ids for one in documents], "labels": [one.labels for one in documents]})
+
+
 @quick
 @given(documents=documents(), room=st.integers(9, 20), seed=st.integers(0, 9), open_rows=st.integers(1, 4))
 def test_packing_loses_and_cuts_nothing(documents, room, seed, open_rows):
-    packed = DocumentRows(documents, max_length=room, seed=seed)
+    packed = DocumentRows(kept(documents), max_length=room, seed=seed)
     for rows in (list(map(packed.__getitem__, range(len(packed)))), list(pack_stream(documents, room, open_rows))):
         whole = Counter(document.ids.tobytes() for row in rows for document in row)
         assert whole == Counter(document.ids.tobytes() for document in documents)
         assert all(sum(len(document.ids) for document in row) <= room for row in rows)
-    assert sum(packed.lengths) == packed.num_tokens
+    assert sum(packed.lengths) == sum(len(document.ids) for document in documents)
     sizes = [len(document.ids) for document in documents]
     bins = [sum(sizes[place] for place in one) for one in first_fit(sizes, room)]
     assert all(first + second > room for first, second in pairwise(bins))
@@ -239,11 +251,13 @@ def test_packing_loses_and_cuts_nothing(documents, room, seed, open_rows):
 @given(documents=documents(), room=st.integers(9, 20), side=st.sampled_from(["left", "right"]))
 def test_a_packed_batch_keeps_documents_apart(documents, room, side):
     assume(any((document.labels != UNSUPERVISED).any() for document in documents))
-    rows = DocumentRows(documents, max_length=room)
+    rows = DocumentRows(kept(documents), max_length=room)
     batch = DocumentBatch(0, side, packed=True)([rows[index] for index in range(len(rows))])
     real = batch["input_ids"] != 0
     assert int(real.sum()) == sum(len(document.ids) for document in documents)
-    assert int((batch["labels"] != UNSUPERVISED).sum()) == rows.num_trained
+    assert int((batch["labels"] != UNSUPERVISED).sum()) == sum(
+        int((document.labels != UNSUPERVISED).sum()) for document in documents
+    )
     # Every document starts at 0 and counts on; padding is a document of one token each.
     assert int((batch["position_ids"][real] == 0).sum()) == len(documents)
     assert batch["position_ids"][~real].eq(0).all()

@@ -9,6 +9,7 @@ import torch
 from lora_lightning import data, disabled, merge, methods, tasks
 from lora_lightning.backbones.blocks import BLOCKS
 from lora_lightning.tasks import AdapterTask, PerTokenTask
+from lora_lightning.tasks.problems import PROBLEMS
 from lora_lightning.tasks.text_overlap import Overlap
 from tests.tasks.toys import trainer
 
@@ -34,6 +35,9 @@ def logged_by(task: type[AdapterTask]) -> set[str]:
     """Return the names of what a task logs on validation beside its loss."""
     if issubclass(task, PerTokenTask):
         return {"perplexity", "accuracy"} | (set(Overlap._fields) if task is tasks.Seq2SeqLM else set())
+    if task is tasks.SequenceClassification:
+        problems = [task(label_names=["a", "b"], problem=name) for name in PROBLEMS]
+        return set().union(*(one.configure_metrics() for one in problems))
     labels = {} if task is tasks.MultipleChoice else {"label_names": ["O", "B-X"]}
     return set(task(**labels).configure_metrics())
 

@@ -87,7 +87,7 @@ def plan(
     room, room_name = _room(gpu)
     is_sharded = any(word in str(settings.get("strategy", "")).lower() for word in ("fsdp", "modelparallel"))
     if isinstance(model, LabelledTask) and model.label_names is None:
-        model.label_names = ["one", "other"]  # how many there are, only the data know; a head is small
+        model.label_names = model.find_label_names() or list(model.placeholder_names)
     planned = plan_memory(
         model,
         batch_size=rows,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lora_lightning.data.batching import LengthGroupedSampler, even_batch_size
-from lora_lightning.data.loaders import RowLoader, own_generator
+from lora_lightning.data.batches.batching import LengthGroupedSampler, even_batch_size
+from lora_lightning.data.batches.loaders import RowLoader, own_generator
 from lora_lightning.data.model_facts import model_facts
 from lora_lightning.errors import ConfigError, DataError
 
@@ -106,13 +106,15 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
         if not self.counts:
             self._read()
         self._prepare()
-        for split in self._splits_of(stage):
-            if split in self._splits_read and split not in self._encoded:
-                self._encoded[split] = self._encode(split)
-                self._check_encoded(split)
-            elif split not in self._splits_read and stage in ("validate", "test", "predict"):
-                wanted = "val" if split == "val" else "test"
-                raise DataError(f"There are no rows to {stage}: {wanted}_size is 0. Set it, or give a file as {split}.")
+        for kind in self._kinds_of(stage):
+            splits = self._splits_of(kind)
+            if not splits and stage in ("validate", "test", "predict"):
+                wanted = "val" if kind == "val" else "test"
+                raise DataError(f"There are no rows to {stage}: {wanted}_size is 0. Set it, or give a file as {kind}.")
+            for split in splits:
+                if split not in self._encoded:
+                    self._encoded[split] = self._encode(split)
+                    self._check_encoded(split)
 
     def train_dataloader(self) -> Batches:
         """Return the training batches of this rank, in an order of their own for every epoch."""
@@ -131,7 +133,10 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
         return self._loader(rows, self.batch_size, sampler)
 
     def val_dataloader(self) -> Batches | list[Any]:
-        """Return the validation batches of this rank, the longest rows first; an empty list without such rows."""
+        """Return the validation batches of this rank, the longest rows first.
+
+        Without such rows it is an empty list, and with several named sets a list of one loader for each.
+        """
         return self._evaluation_batches("val")
 
     def test_dataloader(self) -> Batches | list[Any]:
@@ -144,10 +149,14 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
 
     # Helpers.
 
-    def _splits_of(self, stage: str | None) -> tuple[str, ...]:
+    def _kinds_of(self, stage: str | None) -> tuple[str, ...]:
         predicted = self.predicted_split
         of_stage = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": (predicted,)}
         return of_stage[stage] if stage else tuple(dict.fromkeys(("train", "val", "test", predicted)))
+
+    def _splits_of(self, kind: str) -> list[str]:
+        """Return the splits of a kind that have rows: several where a kind has more than one."""
+        return [split for split in self._splits_read if split.split("/")[0] == kind]
 
     def _require_at_least(self, **least: int) -> None:
         for name, bound in least.items():
@@ -157,7 +166,7 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
 
     def _check_encoded(self, split: str) -> None:
         """Refuse rows longer than the backbone takes, where its tokenizer did not tell, and fewer rows than ranks."""
-        lengths = getattr(self._encoded[split], "lengths", None) or [0]
+        lengths = getattr(self._encoded[split], "lengths", [0])
         backbone = getattr(self._module(), "backbone", None)
         most = model_facts(backbone).context if isinstance(backbone, str) else None
         if most is not None and max(lengths) > most:
@@ -195,8 +204,11 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
         return self._encoded[split]
 
     def _evaluation_batches(self, split: str) -> Batches | list[Any]:
-        if self.counts and split not in self._splits_read:
-            return []
+        splits = self._splits_of(split) if self.counts else [split]
+        loaders = [self._evaluation_loader(one) for one in splits]
+        return loaders[0] if splits == [split] else loaders
+
+    def _evaluation_loader(self, split: str) -> Batches:
         rows, (num_replicas, rank) = self._encoded_rows(split), self._ranks()
         size = even_batch_size(len(rows), num_replicas, self.eval_batch_size or self.batch_size)
         sampler = LengthGroupedSampler(rows.lengths, size, shuffle=False, num_replicas=num_replicas, rank=rank)

@@ -6,82 +6,78 @@ import hashlib
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lora_lightning.data.base import Batches, TokenizedData
-from lora_lightning.data.chat_templates import chat_template
-from lora_lightning.data.conversations import Sample, sample_from
-from lora_lightning.data.encoder_setup import build_encoder
-from lora_lightning.data.encoding import Encoder
-from lora_lightning.data.grouped_splits import fingerprint_of
+from lora_lightning.data.base import Batches
+from lora_lightning.data.batches.columns import EncodedRows
+from lora_lightning.data.batches.packing import UNSUPERVISED, DocumentBatch, DocumentRows, document_from
+from lora_lightning.data.batches.streaming import StreamedRows, StreamLoader
+from lora_lightning.data.language.chat_templates import chat_template
+from lora_lightning.data.language.conversations import COLUMNS, Sample, sample_from
+from lora_lightning.data.language.encoder_setup import build_encoder
+from lora_lightning.data.language.encoding import Encoder
+from lora_lightning.data.language.samples import sample_of
 from lora_lightning.data.model_facts import model_facts
-from lora_lightning.data.packing import DocumentBatch, DocumentRows, document_from
-from lora_lightning.data.records import files_of, is_hub_source, read_records
-from lora_lightning.data.sample_splits import SampleSplits
-from lora_lightning.data.streaming import StreamedRows, StreamLoader
+from lora_lightning.data.record_data import RecordData, ignored_message
+from lora_lightning.data.rows.row import Example, Row, StoredRow
+from lora_lightning.data.sources import Record, Source, describe, is_hub_name, is_in_memory, read_records, source_files
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.paths import nearest
 
+_IGNORED = "ignored: "
+_DID = {"cut": "cut", "split": "split", "drop": "dropped"}
 _LOOKED_AT_FIRST = 100
 
 
-class InstructionData(TokenizedData):
-    """Reads samples, divides them, encodes them once, and makes batches for `CausalLM`.
+class InstructionData(RecordData):
+    """Reads samples for `CausalLM`; see `RecordData` for sources and splits.
 
-    A source is a `.jsonl` (`.ndjson`, `.json`), `.parquet` or `.yml` (chatterbot's dialogues) file, a folder of such
-    files, either of them inside an installed package (`pkg://package/folder`), or the name of a Hub data set. Each
-    record tells by its fields what it is: `messages` (role and content), `conversations` (from and value), `prompt` and
-    `completion`, `instruction` with `input` and `output`, or `text`.
+    Each record tells by its fields what it is: `messages` (role and content), `conversations` (from and value),
+    `prompt` and `completion`, `instruction` with `input`, `output` and `history`, or `text`; `system` and `tools` may
+    stand beside them. A YAML file holds chatterbot's dialogues.
 
     Conversations are written out by the tokenizer's chat template, or by the one that `template` names. Prompts and
     completions given as texts are too, where there is a template; without one they are plainly joined. Of all this the
     assistant's words are learnt, with the token that ends its turn; plain texts are learnt whole. Each sample ends with
     a token at which the model stops.
 
-    Samples with the same first question stay on one side of a split. Copies of a sample in `train` are dropped. A
-    sample that is too long is cut at its end; one that would have no word of an answer left is left out. Both are
-    counted, and a warning tells.
+    Samples with the same first question stay in one split. Copies of a sample in `train` are dropped. A sample that is
+    too long is cut at its end; one that would have no word of an answer left is left out. Both are counted, and a
+    warning tells.
 
     Batches hold `input_ids` and `labels` `[batch, length]`, labels -100 where nothing is learnt and not shifted, and
     `attention_mask`, or with packing `position_ids`; see `DocumentBatch`.
 
     Args:
-        train: Where the training samples are, and those to split off.
-        val: Where the validation samples are; None splits them off `train`.
-        test: Where the test samples are; None splits them off `train`.
+        train: See `RecordData`.
         batch_size: Rows in a training batch, on each device.
-        eval_batch_size: Rows in any other batch; None means `batch_size`.
-        max_length: Tokens after which a sample is cut, and with packing the length of a row; None means 2,048, or what
-            the model takes if that is less.
+        max_length: Tokens after which a sample is too long, and with packing the length of a row; None means 2,048, or
+            what the model takes if that is less.
         template: Name of a chat template (`alpaca`, `chatml`, `dialogue`, `gemma`, `llama3`, `mistral`, `phi3`,
             `plain`, `zephyr`), or a `.jinja` file; None means the tokenizer's own. With `plain`, prompts and
             completions are plainly joined.
-        train_on: `assistant` learns the assistant's words only, `all` learns every word.
+        template_arguments: Further arguments of the chat template, such as `{enable_thinking: false}`.
+        train_on: `assistant` learns the assistant's words only, `last` only those of its last turn, `all` every word.
         packing: Put several samples into a row of `max_length` tokens, in which none sees another.
         padding_side: `right` or `left`, where shorter rows are padded.
         streaming: Read, encode and shuffle `train` while training, for a file larger than memory. Give a file as `val`
-            (or `val_size` 0), and the trainer a number of steps. Several files of a folder are read in turn.
+            (or `val_size` 0), and the trainer a number of steps. Several files are read in turn. Broken rows are left
+            out and counted, unless `bad_rows` is `refuse`.
         shuffle_buffer: Number of rows among which a streamed row is drawn.
         columns: For our names of fields, the names in the files, such as `{prompt: question, completion: answer}`.
-        subset: Configuration of a Hub data set that has several.
-        train_size: Number (int) or share (float) of the samples to train on; None means all that the others leave.
-        val_size: Number or share of the samples to validate on, where no file is given; None means 0.1, and 0 none.
-        test_size: Number or share of the samples to test on, where no file is given; 0 means none.
-        group_by_length: Put samples of like length into a batch, so that little is padded; not with packing.
-        seed: Seed of the split, of packing and of the order of training, at least 0.
-        num_workers: Processes that make batches; 0 makes them in the main one.
-        tokenizer: Hub name, folder, or `pkg://package/folder` of the tokenizer; None means the backbone's own.
+        bad_rows: See `RecordData`; None means `refuse`, and `skip` when streaming.
+        test_size: See `RecordData`; 0, as here, means none.
+        group_by_length: See `RecordData`; not with packing.
+        **settings: See `RecordData`.
 
     Attributes:
-        samples: The samples of the splits (`train`, `val`, `test`).
-        counts: What became of the rows: `rows_read`, `rows_incomplete` (left out: a blank answer, or none),
-            `duplicates_dropped`, `train`, `val`, `test`, `unused`, `leaked` (rows of sources for `val` and `test` whose
-            first question is in the training samples); of those encoded, `cut` (at `max_length`), `answers_lost` (left
-            out: no answer was left), `tokens` and `tokens_learnt`.
+        counts: See `RecordData`; of those encoded also `cut` (at `max_length`), `answers_lost` (left out: no answer was
+            left), `tokens` and `tokens_learnt`.
         fingerprint: SHA-256 of the samples and their splits; when streaming, of the files' names, sizes and ends.
         tokenizer: The tokenizer, once `setup` has run; its `chat_template` is the one in use.
 
@@ -93,74 +89,220 @@ class InstructionData(TokenizedData):
     """
 
     predicted_split: ClassVar[str] = "test"
+    shared: ClassVar[str] = "first question"
+    needed: ClassVar[str] = "an answer or a text to learn from"
 
     def __init__(
         self,
-        train: str,
-        val: str | None = None,
-        test: str | None = None,
+        train: Source,
+        *,
         batch_size: int = 8,
-        eval_batch_size: int | None = None,
         max_length: int | None = None,
         template: str | None = None,
+        template_arguments: dict[str, Any] | None = None,
         train_on: str = "assistant",
         packing: bool = False,
         padding_side: str = "right",
         streaming: bool = False,
         shuffle_buffer: int = 1000,
         columns: dict[str, str] | None = None,
-        subset: str | None = None,
-        train_size: int | float | None = None,
-        val_size: int | float | None = None,
-        test_size: int | float = 0,
+        bad_rows: str | None = None,
+        test_size: int | float | None = 0,
         group_by_length: bool = True,
-        seed: int = 0,
-        num_workers: int = 0,
-        tokenizer: str | None = None,
+        **settings: Any,  # noqa: ANN401 - those of RecordData
     ) -> None:
         super().__init__(
+            train,
             batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
+            bad_rows=bad_rows or ("skip" if streaming else "refuse"),
+            test_size=test_size,
             group_by_length=group_by_length and not packing,
-            seed=seed,
-            num_workers=num_workers,
-            tokenizer=tokenizer,
+            **settings,
         )
-        self.save_hyperparameters(logger=False)
         self.max_length = max_length
         self.template = template
+        self.template_arguments = template_arguments or {}
         self.train_on = train_on
         self.packing = packing
         self.padding_side = padding_side
         self.streaming = streaming
         self.shuffle_buffer = shuffle_buffer
-        self.samples: dict[str, list[Sample]] = {}
+        self.columns = columns or {}
+        self._encoder: Encoder | None = None
         self._check_settings()
-        if streaming and (train_size is not None or (val is None and val_size != 0) or test_size):
+
+    def _check_settings(self) -> None:
+        self._require_at_least(max_length=2, shuffle_buffer=1)
+        known = {"train_on": ("assistant", "last", "all"), "padding_side": ("right", "left")}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: expected {' or '.join(values)}.")
+        if self.template is not None:
+            chat_template(self.template)
+        unknown = next((name for name in self.columns if name not in COLUMNS), None)
+        if unknown is not None:
+            near = nearest(unknown, COLUMNS, count=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"columns names the field {unknown!r}; expected {', '.join(COLUMNS)}.{hint}")
+        if self.plan.has_own_source("predict"):
+            raise ConfigError("predict is no source of conversations; give it as test.")
+        sizes = self.plan.sizes
+        is_divided = sizes["train"] is not None or sizes["test"]
+        has_val = any(split.startswith("val") and self.plan.has_own_source(split) for split in self.plan.sources)
+        if self.streaming and (is_divided or (not has_val and sizes["val"] != 0)):
             raise ConfigError(
                 "streaming divides nothing: give files as val and test, or set val_size to 0, and leave train_size out."
             )
-        self._splits = SampleSplits(
-            sources={"train": train, "val": val, "test": test},
-            sizes={
-                "train": train_size,
-                "val": 0.1 if val_size is None and val is None else val_size or 0,
-                "test": test_size,
-            },
-            columns=columns or {},
-            subset=subset,
-            seed=seed,
+
+    # Rows.
+
+    def columns_read(self, split: str) -> dict[str, str]:
+        """Return nothing: a record's fields tell what it is."""
+        return {}
+
+    def read_row(self, record: Record, split: str, ignored: Counter[str]) -> Row | None:
+        """Return a sample as a row, and count the fields that it ignores."""
+        sample = sample_from(record, self.columns, ignored)
+        return None if sample is None else Row(sample.content, sample.group)
+
+    def row_of(self, record: Record, split: str) -> Row | None:
+        """Return a sample as a row."""
+        return self.read_row(record, split, Counter())
+
+    def _tell_ignored(self, message: str) -> None:
+        rank_zero_warn(message)
+
+    def _data_key(self) -> str:
+        return super()._data_key() + "".join(f"-{ours}={theirs}" for ours, theirs in sorted(self.columns.items()))
+
+    def _read(self) -> None:
+        """Read what is not streamed."""
+        train = self.plan.sources["train"]
+        if self.streaming:
+            if is_hub_name(train) or is_in_memory(train):
+                what = f"the Hub data set {train!r}" if is_hub_name(train) else describe(train)
+                raise ConfigError(f"streaming reads files, and train is {what}; save it as a file first.")
+            self.plan = replace(self.plan, sources={**self.plan.sources, "train": None})
+        super()._read()
+        if self.streaming:
+            self.plan = replace(self.plan, sources={**self.plan.sources, "train": train})
+            digest = hashlib.sha256(self.fingerprint.encode())
+            for path, _ in source_files(train, self.plan.settings):
+                digest.update(_ends_of(path))
+            self.fingerprint = digest.hexdigest()
+        if self.counts["rows_incomplete"]:
+            rank_zero_warn(
+                f"{self.counts['rows_incomplete']} of {self.counts['rows_read']} rows of "
+                f"{self.plan.source_name('train')} are left out: they have a blank answer or text, or are no question "
+                "with an answer."
+            )
+
+    def _first_samples(self) -> Iterable[Sample]:
+        """Return samples by which a template is chosen."""
+        if not self.streaming:
+            return (sample_of(content, "") for content in itertools.islice(self._rows("train"), _LOOKED_AT_FIRST))
+        return self._stream_first_samples()
+
+    def _stream_first_samples(self) -> Iterator[Sample]:
+        skips = self.plan.bad_rows == "skip"
+        records = read_records(self.plan.sources["train"], self.plan.settings, on_bad=_pass if skips else None)
+        for record in itertools.islice(records, _LOOKED_AT_FIRST):
+            try:
+                sample = sample_from(record, self.columns)
+            except DataError:
+                if not skips:
+                    raise
+                continue  # it is told when the stream comes to it
+            if sample is not None:
+                yield sample
+
+    # The tokenizer and what it makes of the samples.
+
+    def load_tokenizer(self, name: str) -> Any:  # noqa: ANN401 - tokenizers share no public base class
+        """Return the tokenizer with its template, its padding and its end settled."""
+        self._encoder = build_encoder(
+            name,
+            model_facts(self._backbone() or name),
+            template=self.template,
+            template_arguments=self.template_arguments,
+            train_on=self.train_on,
+            max_length=self.max_length,
+            too_long=self.too_long,
+            padding_side=self.padding_side,
+            first_samples=self._first_samples,
         )
-        self._encoder: Encoder | None = None
-        self._encoded_by: tuple[str, str | None] | None = None
+        self.tokenizer = self._encoder.tokenizer
+        if self.streaming:
+            self._try_stream()
+        return self._encoder.tokenizer
 
-    # What Lightning calls.
+    def encoding_key(self) -> list[Any]:
+        """Return the settings of the encoder."""
+        encoder = self._require_encoder()
+        names = [one.name for one in fields(encoder) if one.name != "tokenizer"]
+        return [[name, str(getattr(encoder, name))] for name in names]
 
-    def prepare_data(self) -> None:
-        """Download Hub data sets, in one process."""
-        for role, source in self._splits.sources.items():
-            if source is not None and is_hub_source(source):
-                next(read_records(source, role, self._splits.subset), None)
+    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> dict[str, list[Any]]:
+        """Encode samples, each into one document or several."""
+        encoder = self._require_encoder()
+        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "row": []}
+        for row, (content, place) in enumerate(rows):
+            encoded = encoder.encode(sample_of(content, place))
+            counts["cut"] += encoded.cut
+            counts["answers_lost"] += encoded.num_lost
+            counts.update({f"{_IGNORED}{name}": 1 for name in encoded.ignored})
+            for document in map(document_from, encoded.pieces):
+                columns["input_ids"].append(document.ids)
+                columns["labels"].append(document.labels)
+                columns["row"].append(row)
+                counts["tokens"] += len(document.ids)
+                counts["tokens_learnt"] += int((document.labels != UNSUPERVISED).sum())
+        return columns
+
+    def _encode(self, split: str) -> DocumentRows:  # type: ignore[override]  # rows of documents
+        documents = super()._encode(split)
+        return self._in_rows(split, documents)
+
+    def _in_rows(self, split: str, documents: EncodedRows) -> DocumentRows:
+        max_length = self._require_encoder().max_length if self.packing else None
+        rows = DocumentRows(documents, max_length=max_length, seed=self.seed)
+        self.counts[split] = len(documents)
+        rank_zero_info(f"Data: {len(documents)} {split} samples in {len(rows)} rows.")
+        return rows
+
+    def _documents(self, split: str) -> EncodedRows:
+        rows: DocumentRows = self._encoded_rows(split)
+        return rows.documents
+
+    def tell_lost(self, split: str, lost: Mapping[str, int]) -> None:
+        """Warn of samples that are too long, and of fields that the template leaves out."""
+        ignored = {name.removeprefix(_IGNORED): lost[name] for name in lost if name.startswith(_IGNORED)}
+        if ignored:
+            rank_zero_warn(ignored_message(self.plan.source_name(split), ignored))
+        cut, answers_lost, encoder = lost.get("cut", 0), lost.get("answers_lost", 0), self._require_encoder()
+        if cut or answers_lost:
+            rank_zero_warn(
+                f"{cut} of {len(self._rows(split))} {split} rows of {self.plan.source_name(split)} are longer than "
+                f"{encoder.max_length} tokens and were {_DID[self.too_long]}; {answers_lost} rows were left out "
+                "because no answer was left of them. Set a larger max_length to keep them whole."
+            )
+
+    def _nothing_left(self, split: str, num_rows: int, lost: Mapping[str, int]) -> DataError:
+        return DataError(
+            f"All labels of the {num_rows} {split} rows of {self.plan.source_name(split)} are masked, so there is "
+            f"nothing to learn: no answer lies within the first {self._require_encoder().max_length} tokens "
+            f"({lost.get('cut', 0)} rows are longer). Set a larger max_length, or train_on to all."
+        )
+
+    def describe_content(self, content: list[Any]) -> tuple[str, Any]:
+        """Return nothing: an example's text is its decoded tokens."""
+        return "", None
+
+    def _example(self, columns: Mapping[str, Any], text: str, label: Any, source: str, line: int) -> Example:  # noqa: ANN401 - as RecordData has it
+        decoded = self.tokenizer.decode(columns["input_ids"])
+        return Example(decoded, columns["input_ids"], columns["labels"], label, source, line)
+
+    # Streaming.
 
     def train_dataloader(self) -> Batches:
         """Return the training batches of this rank, in an order of their own for every epoch."""
@@ -171,122 +313,13 @@ class InstructionData(TokenizedData):
         stream = replace(self._stream(), num_replicas=num_replicas, rank=rank, epoch=epoch)
         return StreamLoader(stream, self.batch_size, **self._loading())
 
-    @property
-    def rows(self) -> dict[str, DocumentRows]:
-        """The encoded splits, once `setup` has run."""
-        return self._encoded
-
-    # Samples.
-
-    def _check_settings(self) -> None:
-        self._require_at_least(max_length=2, shuffle_buffer=1)
-        for name, known in (("train_on", ("assistant", "all")), ("padding_side", ("right", "left"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}: expected {' or '.join(known)}.")
-        if self.template is not None:
-            chat_template(self.template)
-
-    @property
-    def _splits_read(self) -> Collection[str]:
-        return self.samples
-
-    def _read(self) -> None:
-        """Read what is not streamed, and tell it apart by a fingerprint."""
-        if not self.streaming:
-            self.samples, self.counts = self._splits.load()
-            self.fingerprint = fingerprint_of(self.samples)
-            return
-        source = str(self._splits.sources["train"])
-        if is_hub_source(source):
-            raise ConfigError(f"streaming reads files, and train is the Hub data set {source!r}; download it first.")
-        given: dict[str, list[Sample]] = {
-            split: [] for split in ("val", "test") if self._splits.sources[split] is not None
-        }
-        counts = Counter(rows_read=0, rows_incomplete=0)
-        for split in given:
-            given[split] = self._splits.read(split, counts)
-        self.samples, self.counts = given, {**counts, **{split: len(those) for split, those in given.items()}}
-        digest = hashlib.sha256(fingerprint_of(given).encode())
-        for path, _ in files_of(source):
-            digest.update(_ends_of(path))
-        self.fingerprint = digest.hexdigest()
-
-    def _first_samples(self) -> Iterable[Sample]:
-        """Return samples by which a template is chosen."""
-        if not self.streaming:
-            return self.samples["train"]
-        records = itertools.islice(read_records(str(self._splits.sources["train"])), _LOOKED_AT_FIRST)
-        found = (sample_from(record, self._splits.columns) for record in records)
-        return [sample for sample in found if sample is not None]
-
-    # The tokenizer and what it makes of the samples.
-
-    def _prepare(self) -> None:
-        """Load the tokenizer, once for each name, and settle template, length, padding and end."""
-        backbone, name = getattr(self._module(), "backbone", None), self._name_of_tokenizer()
-        if self._encoded_by == (name, backbone):
-            return
-        self._encoder = build_encoder(
-            name,
-            model_facts(backbone if isinstance(backbone, str) else name),
-            template=self.template,
-            train_on=self.train_on,
-            max_length=self.max_length,
-            padding_side=self.padding_side,
-            first_samples=self._first_samples,
-        )
-        self.tokenizer = self._encoder.tokenizer
-        self._encoded_by = (name, backbone)
-        self._encoded.clear()
-        if self.streaming:
-            self._try_stream()
-
-    def _encode(self, split: str) -> DocumentRows:
-        """Encode a split; tell what is lost of it."""
-        encoder = self._require_encoder()
-        encoded = [encoder.encode(sample) for sample in self.samples[split]]
-        kept = [one for one in encoded if one.num_trained]
-        cut, lost = sum(one.cut for one in encoded), len(encoded) - len(kept)
-        source = self._splits.sources[split] or self._splits.sources["train"]
-        if not kept:
-            raise DataError(
-                f"All labels of the {len(encoded)} {split} rows of {source} are masked, so there is nothing to learn: "
-                f"no answer lies within the first {encoder.max_length} tokens ({cut} rows are longer). Set a larger "
-                "max_length, or train_on to all."
-            )
-        if cut or lost:
-            rank_zero_warn(
-                f"{cut} of {len(encoded)} {split} rows of {source} are longer than {encoder.max_length} tokens and "
-                f"were cut; {lost} rows were left out because no answer was left of them. Set a larger max_length "
-                "to keep them whole."
-            )
-        rows = DocumentRows(
-            (document_from(one) for one in kept),
-            max_length=encoder.max_length if self.packing else None,
-            seed=self.seed,
-        )
-        self.counts[split] = len(kept)
-        for key, count in (
-            ("cut", cut),
-            ("answers_lost", lost),
-            ("tokens", rows.num_tokens),
-            ("tokens_learnt", rows.num_trained),
-        ):
-            self.counts[key] = self.counts.get(key, 0) + count
-        rank_zero_info(
-            f"Data: {len(kept)} {split} samples in {len(rows)} rows, {rows.num_tokens} tokens, {rows.num_trained} of "
-            f"them learnt; {self.counts['rows_read']} rows read in all, {self.counts['rows_incomplete']} incomplete, "
-            f"{self.counts.get('duplicates_dropped', 0)} duplicates dropped."
-        )
-        return rows
-
-    # Streaming.
-
     def _stream(self) -> StreamedRows:
         return StreamedRows(
-            str(self._splits.sources["train"]),
+            self.plan.sources["train"],
             self._require_encoder(),
-            columns=self._splits.columns,
+            settings=self.plan.settings,
+            columns=self.columns,
+            skips_bad_rows=self.plan.bad_rows == "skip",
             packing=self.packing,
             buffer=self.shuffle_buffer,
             seed=self.seed,
@@ -296,7 +329,7 @@ class InstructionData(TokenizedData):
         """Encode the first samples, so that mistakes in them are told before training starts."""
         first = list(itertools.islice(self._stream().documents(warn=False), _LOOKED_AT_FIRST))
         rank_zero_info(
-            f"Data: {self._splits.sources['train']} is streamed; its first {len(first)} samples have "
+            f"Data: {self.plan.source_name('train')} is streamed; its first {len(first)} samples have "
             f"{sum(len(document.ids) for document in first)} tokens."
         )
 
@@ -313,7 +346,7 @@ class InstructionData(TokenizedData):
         )
 
     def _takes_positions(self) -> bool:
-        """Tell whether the model takes `position_ids`; one that is not there yet is taken to.
+        """Return whether the model takes `position_ids`; one that is not there yet is taken to.
 
         Raises:
             ConfigError: It does not, and packing needs them.
@@ -336,3 +369,7 @@ def _ends_of(path: Path, size: int = 1 << 20) -> bytes:
         first = file.read(size)
         file.seek(max(total - size, 0))
         return f"{path.name} {total}".encode() + first + file.read(size)
+
+
+def _pass(error: DataError, text: str) -> None:
+    """Leave a broken row out; it is told when the stream comes to it."""

@@ -1,60 +1,51 @@
-"""Texts with one label each, from a table, a folder or the Hub."""
+"""Texts with one label each, several labels, or a number."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-from lora_lightning.data.base import TokenizedData
-from lora_lightning.data.batching import EncodedRows, PadToLongest
-from lora_lightning.data.conditions import parse_condition
-from lora_lightning.data.labelled_splits import LabelledSplits
-from lora_lightning.data.rows import Rows, fingerprint, sorted_labels
-from lora_lightning.data.tables import TableReader, is_hub_name
-from lora_lightning.data.tokenizers import padding_tokenizer
+from lora_lightning.data.batches.batching import PadToLongest
+from lora_lightning.data.record_data import RecordData
+from lora_lightning.data.rows.cells import check_known, sorted_labels, text_of
+from lora_lightning.data.rows.conditions import is_missing
+from lora_lightning.data.rows.pool import fingerprint
+from lora_lightning.data.rows.row import Row, StoredRow
+from lora_lightning.data.rows.targets import PROBLEMS, check_single_labels, targets_from
+from lora_lightning.data.sources import Record, Source
+from lora_lightning.data.tokenizers import Shortener, padding_tokenizer, tell_too_long, tokenize
+from lora_lightning.errors import ConfigError, DataError
 
-_TOKENIZED_TOGETHER = 1000
 
+class TextClassificationData(RecordData):
+    """Reads labelled texts for `SequenceClassification`; see `RecordData` for sources and splits.
 
-class TextClassificationData(TokenizedData):
-    """Reads labelled texts, divides them, tokenizes them once, and makes batches of like length.
+    Rows without a text or a label are left out and counted. Where each text has one label, further copies of a text in
+    `train` are dropped, and every copy of a text that stands there with different labels; each class has its share of
+    each split. Where texts have several labels or numbers, rows with the same text stay in one split. Sources given for
+    `val` and `test` keep their copies, so that figures stay comparable, and a warning tells how many of their texts
+    stand in the training rows as well. A folder with one sub-folder of `.txt` files for each class is a source too.
 
-    A source is a `.csv`, `.tsv`, `.jsonl` (`.ndjson`, `.json`) or `.parquet` file, a folder with one sub-folder of
-    `.txt` files for each class, either of them inside an installed package (`pkg://package/folder/file.csv`), or the
-    name of a Hub data set. Rows without a text or a label are dropped. In `train`, so are further copies of a text, and
-    every copy of a text that stands there with different labels; sources given for `val` and `test` keep their copies,
-    so that figures stay comparable, and a warning tells how many of their texts stand in the training rows as well.
+    Batches hold `input_ids` and `attention_mask` `[batch, length]` and `labels`: class indices `[batch]`, 0 and 1 for
+    each class `[batch, classes]`, or numbers `[batch]` or `[batch, targets]`.
 
     Args:
-        train: Where the training rows are, and those to split off.
-        val: Where the validation rows are; None splits them off `train`.
-        test: Where the test rows are; None splits them off `train`.
-        predict: Where the texts to predict are (no labels needed, no row is dropped); None predicts the test rows.
+        train: See `RecordData`.
         text_column: Column with the texts.
-        label_column: Column with the labels: texts, whole numbers, or true and false.
-        encoding: Encoding of the files.
-        separator: Separator of a `.csv` or `.tsv` file; None means a comma and a tab.
-        subset: Configuration of a Hub data set that has several.
-        where: Conditions that every row of `train`, `val` and `test` must meet, such as `confidence >= 0.6` or
-            `lang == 'en'`.
-        max_length: Tokens after which a text is cut.
-        batch_size: Rows in a training batch, on each device.
-        eval_batch_size: Rows in any other batch; None means `batch_size`.
-        train_size: Number (int) or share (float) of the rows to train on; None means all that the others leave.
-        val_size: Number or share of the rows to validate on, where no file is given; None means 0.1, and 0 none.
-        test_size: Number or share of the rows to test on, where no file is given; None means 0.1, and 0 none.
-        group_by_length: Put texts of like length into a batch, so that little is padded.
-        seed: Seed of the split and of the order of training, at least 0.
-        num_workers: Processes that make batches; 0 makes them in the main one, which is fast enough for texts.
-        tokenizer: Hub name, folder, or `pkg://package/folder` of the tokenizer; None means the backbone's own.
+        label_column: Column with the labels: texts, whole numbers, or true and false; lists of them or separated text
+            for several labels; numbers for a regression. A list of columns holds 0 or 1 for each class (the columns
+            name the classes), or several numbers.
+        problem: `single_label`, `multi_label` or `regression`; None takes that of the task.
+        label_separator: What separates several labels in a text; None means `;`, `|` or a comma.
+        label_names: Names of the classes by index; None takes the model's, else those found, sorted.
+        max_length: Tokens after which a text is too long.
+        **settings: See `RecordData`.
 
     Attributes:
-        rows: Texts and labels of the splits (`train`, `val`, `test`, `predict`), in the order of their file.
-        label_names: Name of each class by its index: in the order that the model has them, if it has; otherwise sorted.
-        counts: What became of the rows: `rows_read`, `rows_filtered` (by `where`), `rows_incomplete` (no text or
-            label), `duplicates_dropped`, `contradictions_dropped`, `train`, `val`, `test`, `unused`, and `leaked` (rows
-            of sources for `val` and `test` whose text is in the training rows).
-        fingerprint: SHA-256 of the rows, their splits and the label names.
-        tokenizer: The tokenizer, once `setup` has run.
+        label_names: Name of each class by its index.
+        label_counts: How many training rows have each label.
 
     Raises:
         ConfigError: A setting is out of its range, or contradicts another.
@@ -63,105 +54,147 @@ class TextClassificationData(TokenizedData):
         >>> data = TextClassificationData("tweets.csv", where=["confidence >= 0.6"], test_size=2000)
     """
 
+    needed = "a text and a label"
+
     def __init__(
         self,
-        train: str,
-        val: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: Source,
+        *,
         text_column: str = "text",
-        label_column: str = "label",
-        encoding: str = "utf-8",
-        separator: str | None = None,
-        subset: str | None = None,
-        where: list[str] | None = None,
+        label_column: str | list[str] = "label",
+        problem: str | None = None,
+        label_separator: str | None = None,
+        label_names: list[str] | None = None,
         max_length: int = 128,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        train_size: int | float | None = None,
-        val_size: int | float | None = None,
-        test_size: int | float | None = None,
-        group_by_length: bool = True,
-        seed: int = 0,
-        num_workers: int = 0,
-        tokenizer: str | None = None,
+        **settings: Any,  # noqa: ANN401 - those of RecordData
     ) -> None:
-        super().__init__(
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            group_by_length=group_by_length,
-            seed=seed,
-            num_workers=num_workers,
-            tokenizer=tokenizer,
-        )
-        self.save_hyperparameters(logger=False)
+        super().__init__(train, **settings)
+        if problem is not None and problem not in PROBLEMS:
+            raise ConfigError(f"problem is {problem!r}: expected {', '.join(PROBLEMS)}.")
+        self.text_column = text_column
+        self.label_columns = [label_column] if isinstance(label_column, str) else list(label_column)
+        self.label_separator = label_separator
         self.max_length = max_length
+        self.problem = problem
+        self._given_names = label_names
         self._require_at_least(max_length=1)
-        self.rows: dict[str, Rows] = {}
-        self.label_names: list[str] = []
-        self._splits = LabelledSplits(
-            sources={"train": train, "val": val, "test": test, "predict": predict},
-            sizes={"train": train_size, "val": val_size, "test": test_size},
-            reader=TableReader(
-                text_column=text_column,
-                label_column=label_column,
-                encoding=encoding,
-                separator=separator,
-                subset=subset,
-            ),
-            conditions=tuple(map(parse_condition, where or [])),
-            seed=seed,
-        )
-        self._encoded_by = ""
+        read = replace(self.plan.settings, text_column=text_column, label_column=self.label_columns[0])
+        self.plan = replace(self.plan, settings=read)
 
-    # What Lightning calls.
-
-    def prepare_data(self) -> None:
-        """Download Hub data sets, in one process."""
-        for role, source in self._splits.sources.items():
-            if source is not None and is_hub_name(source):
-                self._splits.reader.read(source, role)
-
-    # Labels, tokens and batches.
-
-    @property
-    def _splits_read(self) -> Collection[str]:
-        return self.rows
+    # Rows.
 
     def _read(self) -> None:
-        self.rows, self.counts = self._splits.load()
+        self.problem = self.problem or getattr(self._module(), "problem", None) or "single_label"
+        self.plan = replace(self.plan, stratified=self.problem == "single_label")
+        super()._read()
 
-    def _prepare(self) -> None:
-        self._name_labels()
-        name = self._name_of_tokenizer()
-        if name != self._encoded_by:
-            self.tokenizer = padding_tokenizer(name, self.max_length)
-            self._encoded_by = name
-            self._encoded.clear()
+    def columns_read(self, split: str) -> dict[str, str]:
+        """Return the columns of texts and labels; rows to predict need no labels."""
+        labels = {} if split == "predict" else dict.fromkeys(self.label_columns, "label_column")
+        return {self.text_column: "text_column", **labels}
 
-    def _name_labels(self) -> None:
-        """Take the model's label names if it has some, else those of the training rows."""
+    def row_of(self, record: Record, split: str) -> Row | None:
+        """Return text and target, None where one of them is missing; texts to predict may be empty."""
+        cell = record.fields.get(self.text_column)
+        if split == "predict":
+            text = "" if is_missing(cell) else text_of(cell, record.place, self.text_column)
+            return Row([text, None], text)
+        if is_missing(cell):
+            return None
+        text = text_of(cell, record.place, self.text_column)
+        problem = self.problem or "single_label"
+        columns = self.label_columns[0] if len(self.label_columns) == 1 else self.label_columns
+        target = targets_from(record.fields, columns, problem, self.label_separator, record.place)
+        if target is None:
+            return None
+        if problem == "regression":
+            return Row([text, target], text)
+        labels = [target] if isinstance(target, str) else target
+        return Row([text, target], text, tuple(map(str, labels)))  # type: ignore[arg-type]  # no number, of classes
+
+    def check_labels(self, labels: Mapping[str, tuple[int, str]], num_rows: int) -> None:
+        """Refuse training rows of a single class, and labels that are no classes.
+
+        Raises:
+            DataError: They are.
+        """
+        source = self.plan.source_name("train")
+        if self.problem == "regression":
+            return
+        if len(labels) < 2 and self.problem == "single_label":
+            only = f"only the label {next(iter(labels))!r}" if labels else "no row left"
+            raise DataError(
+                f"{source} has {only} in the column {self.label_columns[0]!r} (after conditions and duplicates); a "
+                "classifier needs at least two."
+            )
+        if self.problem == "single_label":
+            counts = {name: count for name, (count, _) in labels.items()}
+            check_single_labels(counts, source, self._given_names is not None, num_rows)
+
+    # Labels and tokens.
+
+    def _settle_labels(self) -> None:
+        """Take the model's label names if it has some, else those given, else those of the training source."""
         saved = getattr(self._module(), "label_names", None)
-        names = list(saved) if saved else sorted_labels(self.rows["train"].labels)
+        if self.problem == "regression":
+            self.label_names = list(saved or self._given_names or self._target_names())
+            return
+        found = sorted_labels(self._about.labels.get("train", {}))
+        given = self._given_names or (self.label_columns if len(self.label_columns) > 1 else found)
+        names = list(saved) if saved else list(given)
         if names == self.label_names:
             return
-        self._splits.check_labels(self.rows, names, "the model does" if saved else "the training rows do")
+        whose = "the model does" if saved else "the training rows do"
+        for split, labels in self._about.labels.items():
+            if split != "predict":
+                check_known(labels, names, self.plan.source_name(split), split, whose)
         self.label_names = names
-        self.fingerprint = fingerprint({name: rows for name, rows in self.rows.items() if name != "predict"}, names)
-        self._encoded.clear()
+        if self._folder is not None:
+            self.fingerprint = fingerprint(self._folder, self._about.num_rows, names)
 
-    def _encode(self, split: str) -> EncodedRows:
-        rows = self.rows[split]
-        encodings: dict[str, list[list[int]]] = {}
-        # Without special tokens an empty text has no tokens at all, and no model takes that.
-        of_nothing = {"input_ids": [self.tokenizer.pad_token_id], "attention_mask": [1]}
-        for start in range(0, len(rows), _TOKENIZED_TOGETHER):
-            texts = rows.texts[start : start + _TOKENIZED_TOGETHER]
-            encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length)
-            for name, lists in encoded.items():
-                encodings.setdefault(name, []).extend(tokens or of_nothing.get(name, [0]) for tokens in lists)
-        index_of = {name: index for index, name in enumerate(self.label_names)}
-        return EncodedRows(encodings, [index_of[label] for label in rows.labels] or None)
+    def _target_names(self) -> list[str]:
+        return self.label_columns if len(self.label_columns) > 1 else ["score"]
+
+    def load_tokenizer(self, name: str) -> Any:  # noqa: ANN401 - tokenizers share no public base class
+        """Return a tokenizer that can pad."""
+        return padding_tokenizer(name, self.max_length)
+
+    def encoding_key(self) -> list[Any]:
+        """Return the length, and what becomes of longer texts."""
+        return [self.max_length, self.too_long]
+
+    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> dict[str, list[Any]]:
+        """Tokenize texts."""
+        columns: dict[str, list[Any]] = {"input_ids": [], "row": []}
+        tokens = tokenize(self.tokenizer, [row.content[0] for row in rows], self.max_length)
+        too_long = "cut" if split == "predict" else self.too_long
+        for index, piece in Shortener(too_long, counts).pieces(tokens):
+            # Without special tokens an empty text has no tokens at all, and no model takes that.
+            columns["input_ids"].append(piece.ids or [self.tokenizer.pad_token_id])
+            columns["row"].append(index)
+            if "token_type_ids" in self.tokenizer.model_input_names:
+                columns.setdefault("token_type_ids", []).append(piece.type_ids or [0])
+            if split != "predict":
+                columns.setdefault("labels", []).append(self._target(rows[index].content[1]))
+        return columns
+
+    def _target(self, target: Any) -> Any:  # noqa: ANN401 - as it stands in the row
+        """Return what is learnt: a class's index, 0 and 1 for each class, or numbers."""
+        if self.problem == "single_label":
+            return self.label_names.index(target)
+        if self.problem == "multi_label":
+            return [float(name in target) for name in self.label_names]
+        return target
+
+    def tell_lost(self, split: str, lost: Mapping[str, int]) -> None:
+        """Warn of texts that are too long."""
+        whose = f"{split} texts of {self.plan.source_name(split)}"
+        tell_too_long(lost, len(self._rows(split)), whose, self.max_length)
+
+    def describe_content(self, content: list[Any]) -> tuple[str, Any]:
+        """Return a text and its label, labels or numbers."""
+        text, target = content
+        return text, tuple(target) if isinstance(target, list) else target
 
     def _collate(self) -> PadToLongest:
         padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}

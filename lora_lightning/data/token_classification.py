@@ -1,73 +1,55 @@
-"""Sentences with one tag for each word, from CoNLL-style files, tables or the Hub."""
+"""Sentences with one tag for each word."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.data.batching import EncodedRows, PadToLongest
-from lora_lightning.data.packing import UNSUPERVISED
-from lora_lightning.data.rows import sorted_labels
-from lora_lightning.data.table_data import TableData, TableSplits, usual_sizes
-from lora_lightning.data.tables import Table, TableReader
-from lora_lightning.data.tagged_sentences import (
-    Column,
-    TaggedSentence,
-    check_tags,
-    is_conll,
-    read_conll,
-    sentences_from,
-)
-from lora_lightning.data.tokenizers import padding_tokenizer
-from lora_lightning.errors import DataError
+from lora_lightning.data.batches.batching import PadToLongest
+from lora_lightning.data.batches.packing import UNSUPERVISED
+from lora_lightning.data.record_data import RecordData
+from lora_lightning.data.rows.cells import cell_of, check_known, sorted_labels, text_of
+from lora_lightning.data.rows.row import Row, StoredRow
+from lora_lightning.data.sources import Record, Source
+from lora_lightning.data.sources.files import CONLL
+from lora_lightning.data.sources.text import kind_of_file
+from lora_lightning.data.tokenizers import Tokens, padding_tokenizer, tokenize
+from lora_lightning.errors import ConfigError, DataError
 
-_TOKENIZED_TOGETHER = 1000
 _NOT_A_START = -1
+_TOKENS, _TAGS = "tokens", "tags"
 
 
-class TokenClassificationData(TableData[TaggedSentence]):
-    """Reads tagged sentences, divides them, tokenizes them once, and makes batches for `TokenClassification`.
+class TokenClassificationData(RecordData):
+    """Reads tagged sentences for `TokenClassification`; see `RecordData` for sources and splits.
 
-    A source is a file with one word and its tag a line and an empty line between sentences (`.conll`, `.conllu`,
-    `.iob`, `.bio`, `.txt`), a `.jsonl` (`.ndjson`, `.json`), `.parquet`, `.csv` or `.tsv` file with a column of word
-    lists and one of tag lists, either of them inside an installed package (`pkg://package/file`), or the name of a Hub
-    data set. Copies of a sentence in `train` are dropped, and sentences of the same words stay on one side of a split.
+    A source has a column of word lists and one of tag lists, or is a file with one word and its tag a line and an empty
+    line between sentences (`.conll`, `.conllu`, `.iob`, `.bio`, `.txt`). Copies of a sentence in `train` are dropped,
+    and sentences of the same words stay in one split.
 
     Batches hold `input_ids` and `attention_mask`, `labels` (the tag's index at the first token of each word, -100
-    elsewhere) and `words` (the word's place in its sentence at its first token, -1 elsewhere), `[batch, length]` each,
+    elsewhere) and `words` (the word's index in its sentence at its first token, -1 elsewhere), `[batch, length]` each,
     padded on the right.
 
     Args:
-        train: Where the training sentences are, and those to split off.
-        val: Where the validation sentences are; None splits them off `train`.
-        test: Where the test sentences are; None splits them off `train`.
-        predict: Where the sentences to predict are (no tags needed); None predicts the test sentences.
+        train: See `RecordData`.
         token_column: Column with the words: its number from 0 in a file with one word a line (None means 0), else its
             name (None means `tokens`).
         tag_column: Column with the tags: its number, negative from the end (None means the last), else its name (None
             means `tags`).
-        encoding: Encoding of the files.
-        subset: Configuration of a Hub data set that has several.
-        max_length: Tokens after which a sentence is cut; words beyond are neither learnt nor scored.
-        batch_size: Rows in a training batch, on each device.
-        eval_batch_size: Rows in any other batch; None means `batch_size`.
-        train_size: Number (int) or share (float) of the sentences to train on; None means all that the others leave.
-        val_size: Number or share to validate on, where no file is given; None means 0.1, and 0 none.
-        test_size: Number or share to test on, where no file is given; None means 0.1, and 0 none.
-        group_by_length: Put sentences of like length into a batch, so that little is padded.
-        seed: Seed of the split and of the order of training, at least 0.
-        num_workers: Processes that make batches; 0 makes them in the main one, which is fast enough for texts.
-        tokenizer: Hub name, folder, or `pkg://package/folder` of the tokenizer; None means the backbone's own.
+        tag_names: Names of the tags by their number, where the source has numbers.
+        max_length: Tokens after which a sentence is too long; words beyond are neither learnt nor scored.
+        **settings: See `RecordData`.
 
     Attributes:
-        rows: The sentences of the splits (`train`, `val`, `test`, `predict`), in the order of their file.
         label_names: Name of each tag by its index: in the order that the model has them, if it has; otherwise sorted.
-        counts: See `TableData`; of the sentences encoded also `cut` (at `max_length`) and `words_lost` (beyond it, or
-            of no token).
-        fingerprint: SHA-256 of the sentences and their splits.
-        tokenizer: The tokenizer, once `setup` has run.
+        counts: See `RecordData`; of the sentences encoded also `cut` (or `dropped`, `split`) and `words_lost` (beyond
+            the maximum, or of no token).
 
     Raises:
         ConfigError: A setting is out of its range, or contradicts another.
@@ -76,125 +58,178 @@ class TokenClassificationData(TableData[TaggedSentence]):
         >>> data = TokenClassificationData("train.conll", val="valid.conll", tag_column=3)
     """
 
+    needed = "words"
+
     def __init__(
         self,
-        train: str,
-        val: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: Source,
+        *,
         token_column: int | str | None = None,
         tag_column: int | str | None = None,
-        encoding: str = "utf-8",
-        subset: str | None = None,
+        tag_names: list[str] | None = None,
         max_length: int = 128,
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        train_size: int | float | None = None,
-        val_size: int | float | None = None,
-        test_size: int | float | None = None,
-        group_by_length: bool = True,
-        seed: int = 0,
-        num_workers: int = 0,
-        tokenizer: str | None = None,
+        **settings: Any,  # noqa: ANN401 - those of RecordData
     ) -> None:
-        sources = {"train": train, "val": val, "test": test, "predict": predict}
-        super().__init__(
-            TableSplits(
-                sources=sources,
-                sizes=usual_sizes(sources, {"train": train_size, "val": val_size, "test": test_size}),
-                seed=seed,
-                read_table=self._read_table,
-                rows_from=self._sentences_from,
-            ),
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            group_by_length=group_by_length,
-            seed=seed,
-            num_workers=num_workers,
-            tokenizer=tokenizer,
-        )
-        self.save_hyperparameters(logger=False)
+        super().__init__(train, **settings)
         self.max_length = max_length
+        self.tag_names = tag_names
         self._require_at_least(max_length=1)
-        self.label_names: list[str] = []
-        self._columns: tuple[Column | None, Column | None] = (token_column, tag_column)
-        self._reader = TableReader(encoding=encoding, subset=subset)
-        self._encoded_by: tuple[str, list[str]] | None = None
+        self._named = (
+            token_column if isinstance(token_column, str) else _TOKENS,
+            tag_column if isinstance(tag_column, str) else _TAGS,
+        )
+        read = replace(self.plan.settings, conll=True, token_column=token_column, tag_column=tag_column)
+        self.plan = replace(self.plan, settings=read)
 
-    def _read_table(self, source: str, role: str) -> Table:
-        if is_conll(source):
-            return read_conll(source, *self._columns, self._reader.encoding, tagged=role != "predict")
-        return self._reader.read(source, role)
+    # Rows.
 
-    def _sentences_from(self, table: Table, tagged: bool) -> list[TaggedSentence]:
-        columns = (None, None) if is_conll(table.source) else self._columns
-        return sentences_from(table, *columns, tagged=tagged)
+    def columns_read(self, split: str) -> dict[str, str]:
+        """Return nothing: a CoNLL file's columns have no names, and `row_of` asks for each."""
+        return {}
 
-    def _check_rows(self, rows: Mapping[str, list[TaggedSentence]]) -> None:
-        """Name the tags, by the model if it knows them, else by the whole training source."""
-        of_train = [split for split in ("train", "val", "test") if self._splits.sources[split] is None]
-        seen = {tag for split in ("train", *of_train) for row in rows.get(split, ()) for tag in row.tags}
-        self.label_names = sorted_labels(seen)
-        if len(seen) < 2:
-            only = f"only the tag {self.label_names[0]!r}" if seen else "no tags"
-            raise DataError(f"{self._splits.sources['train']} has {only}; a tagger needs at least two.")
-        self._check_tags(rows, "the training rows do")
+    def _fields_read(self, split: str) -> set[str]:
+        return {*self._named, _TOKENS, _TAGS, *(one.column for one in self.plan.conditions)}
 
-    def _check_tags(self, rows: Mapping[str, list[TaggedSentence]], whose: str) -> None:
-        for split, sentences in rows.items():
-            source = str(self._splits.sources[split] or self._splits.sources["train"])
-            check_tags(split, source, sentences, self.label_names, whose)
+    def row_of(self, record: Record, split: str) -> Row:
+        """Return words and tags.
 
-    def _prepare(self) -> None:
-        saved = getattr(self._module(), "label_names", None)
-        if saved and list(saved) != self.label_names:
-            self.label_names = list(saved)
-            self._check_tags(self.rows, "the model does")
-        by = (self._name_of_tokenizer(), self.label_names)
-        if by != self._encoded_by:
-            self.tokenizer = padding_tokenizer(by[0], self.max_length, of_words=True)
-            self._encoded_by = by
-            self._encoded.clear()
-
-    def _encode(self, split: str) -> EncodedRows:
-        """Tokenize sentences, and put each word's tag at its first token."""
-        sentences = self.rows[split]
-        encodings: dict[str, list[list[int]]] = {}
-        for start in range(0, len(sentences), _TOKENIZED_TOGETHER):
-            words = [list(sentence.tokens) for sentence in sentences[start : start + _TOKENIZED_TOGETHER]]
-            encoded = self.tokenizer(words, is_split_into_words=True, truncation=True, max_length=self.max_length)
-            for name, lists in encoded.items():
-                encodings.setdefault(name, []).extend(lists)
-            encodings.setdefault("words", []).extend(_starts(encoded.word_ids(row)) for row in range(len(words)))
-        self._tell_lost(split, encodings["words"])
-        index_of = {name: index for index, name in enumerate(self.label_names)}
-        labels = [
-            [index_of[sentence.tags[word]] if word != _NOT_A_START else UNSUPERVISED for word in words]
-            for sentence, words in zip(sentences, encodings["words"], strict=True)
-            if sentence.tags
-        ]
-        return EncodedRows(encodings, labels or None)
-
-    def _tell_lost(self, split: str, starts: list[list[int]]) -> None:
-        """Count the words that have no token, and warn of them."""
-        sentences, kept = self.rows[split], [{*words} - {_NOT_A_START} for words in starts]
-        empty = next((row for row, words in zip(sentences, kept, strict=True) if not words), None)
-        if empty is not None:
+        Raises:
+            DataError: There are no words, or not as many tags as words.
+        """
+        tokens = self._words(record, 0)
+        if not tokens:
             raise DataError(
-                f"{empty.place}: no word of the sentence has a token within the first {self.max_length}; set a larger "
+                f"{record.place}: the sentence has no tokens; take this row out, or give it at least one word."
+            )
+        group = " ".join(tokens).casefold()
+        if split == "predict":
+            return Row([tokens, []], group)
+        tags = [self._tag(tag, record.place) for tag in self._words(record, 1)]
+        if len(tags) != len(tokens):
+            raise DataError(
+                f"{record.place}: {len(tokens)} tokens and {len(tags)} tags; each token needs one tag (the sentence "
+                f"begins with {' '.join(tokens)[:40]!r})."
+            )
+        return Row([tokens, tags], group, tuple(dict.fromkeys(tags)))
+
+    def _words(self, record: Record, which: int) -> list[str]:
+        setting, usual = (("token_column", _TOKENS), ("tag_column", _TAGS))[which]
+        given = (self.plan.settings.token_column, self.plan.settings.tag_column)[which]
+        # A file with one word a line has its own names, whatever the settings say.
+        is_conll = kind_of_file(Path(record.source)) in CONLL
+        if isinstance(given, int) and not is_conll:
+            raise ConfigError(f"{setting} is {given}, and the columns of {record.source} have names; give one.")
+        column = usual if is_conll else self._named[which]
+        return _words(cell_of(record, column, setting), record.place, column)
+
+    def _tag(self, tag: str, place: str) -> str:
+        """Return a tag by its name, where the source has its number."""
+        if self.tag_names is None or tag in self.tag_names:
+            return tag
+        if tag.isdigit() and int(tag) < len(self.tag_names):
+            return self.tag_names[int(tag)]
+        raise DataError(
+            f"{place}: the tag {tag!r} is neither among tag_names nor the number of one; expected 0 to "
+            f"{len(self.tag_names) - 1}, or one of {', '.join(map(repr, self.tag_names[:30]))}."
+        )
+
+    def check_labels(self, labels: Mapping[str, tuple[int, str]], num_rows: int) -> None:
+        """Refuse training sentences of a single tag, and tags that are numbers without names.
+
+        Raises:
+            DataError: They are.
+        """
+        source = self.plan.source_name("train")
+        if len(labels) < 2:
+            only = f"only the tag {next(iter(labels))!r}" if labels else "no tags"
+            raise DataError(f"{source} has {only}; a tagger needs at least two.")
+        has_names = self.tag_names or getattr(self._module(), "label_names", None)
+        if not has_names and all(name.isdigit() for name in labels):
+            shown = ", ".join(sorted_labels(labels)[:10])
+            raise DataError(
+                f"{source} has numbers for tags ({shown}), and it is not known which of them stands for no entity. "
+                "Set tag_names to the names by number, such as [O, B-PER, I-PER]; where the numbers are the names, to "
+                "those."
+            )
+
+    # Labels and tokens.
+
+    def _settle_labels(self) -> None:
+        """Name the tags: by the model if it knows them, else by `tag_names`, else by the training source."""
+        saved = getattr(self._module(), "label_names", None)
+        self.label_names = list(saved or self.tag_names or sorted_labels(self._about.labels.get("train", {})))
+        whose = "the model does" if saved else "the training rows do"
+        for split, labels in self._about.labels.items():
+            check_known(labels, self.label_names, self.plan.source_name(split), split, whose, "tags")
+
+    def load_tokenizer(self, name: str) -> Any:  # noqa: ANN401 - tokenizers share no public base class
+        """Return a tokenizer that can pad and takes words."""
+        return padding_tokenizer(name, self.max_length, of_words=True)
+
+    def encoding_key(self) -> list[Any]:
+        """Return the length, and what becomes of longer sentences."""
+        return [self.max_length, self.too_long]
+
+    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> dict[str, list[Any]]:
+        """Tokenize sentences, and put each word's tag at its first token."""
+        index_of = {name: index for index, name in enumerate(self.label_names)}
+        columns: dict[str, list[Any]] = {"input_ids": [], "words": [], "row": []}
+        tokens = tokenize(self.tokenizer, [row.content[0] for row in rows], self.max_length, of_words=True)
+        for row, pieces in enumerate(tokens):
+            tags = rows[row].content[1]
+            for piece, starts in self._kept_pieces(pieces, rows[row], split, counts):
+                columns["row"].append(row)
+                columns["input_ids"].append(piece.ids)
+                columns["words"].append(starts)
+                if piece.type_ids:
+                    columns.setdefault("token_type_ids", []).append(piece.type_ids)
+                if split != "predict":
+                    labels = [UNSUPERVISED if word == _NOT_A_START else index_of[tags[word]] for word in starts]
+                    columns.setdefault("labels", []).append(labels)
+        return columns
+
+    def _kept_pieces(
+        self, pieces: Sequence[Tokens], row: StoredRow, split: str, counts: Counter[str]
+    ) -> list[tuple[Tokens, list[int]]]:
+        """Return the pieces of a sentence that stay, with their words' starts; count what is lost."""
+        too_long = "cut" if split == "predict" else self.too_long
+        started: set[int] = set()
+        found = []
+        for piece in pieces if too_long == "split" else pieces[:1]:
+            starts = _starts(piece.word_ids, started)
+            started.update(starts)
+            found.append((piece, starts))
+        kept = started - {_NOT_A_START}
+        if not kept:
+            raise DataError(
+                f"{row.place}: no word of the sentence has a token within the first {self.max_length}; set a larger "
                 "max_length, or take the sentence out."
             )
-        if split == "predict" and self._splits.sources["predict"] is None:
-            return  # the test sentences, told of already
-        lost = sum(len(row.tokens) - len(words) for row, words in zip(sentences, kept, strict=True))
-        cut = sum(len(row.tokens) - 1 not in words for row, words in zip(sentences, kept, strict=True))
-        self.counts.update(cut=self.counts.get("cut", 0) + cut, words_lost=self.counts.get("words_lost", 0) + lost)
-        if lost:
+        num_words = len(row.content[0])
+        # Words of no token, such as control characters, are lost without a cut.
+        is_long = len(pieces) > 1
+        if is_long and too_long == "drop":
+            counts["dropped"] += 1
+            return []
+        counts["split"] += int(is_long and too_long == "split")
+        counts["cut"] += int(num_words - 1 not in kept)
+        counts["words_lost"] += num_words - len(kept)
+        return found
+
+    def tell_lost(self, split: str, lost: Mapping[str, int]) -> None:
+        """Warn of words that have no token, and of sentences that are left out."""
+        whose = f"{len(self._rows(split))} {split} sentences of {self.plan.source_name(split)}"
+        if lost.get("dropped"):
+            rank_zero_warn(f"{lost['dropped']} of {whose} are longer than {self.max_length} tokens and were left out.")
+        if lost.get("words_lost"):
             rank_zero_warn(
-                f"{lost} words of {len(sentences)} {split} sentences of "
-                f"{self._splits.sources[split] or self._splits.sources['train']} are neither learnt nor scored: they "
-                f"stand beyond the first {self.max_length} tokens, or have none. Set a larger max_length to keep them."
+                f"{lost['words_lost']} words of {whose} are neither learnt nor scored: they stand beyond the first "
+                f"{self.max_length} tokens, or have none. Set a larger max_length to keep them."
             )
+
+    def describe_content(self, content: list[Any]) -> tuple[str, Any]:
+        """Return the words, joined by spaces, and the tags."""
+        return " ".join(content[0]), tuple(content[1])
 
     def _collate(self) -> PadToLongest:
         padding = {
@@ -205,14 +240,26 @@ class TokenClassificationData(TableData[TaggedSentence]):
         return PadToLongest(padding)
 
 
-def _starts(word_ids: list[Any]) -> list[int]:
-    """Return the word's place at its first token, -1 elsewhere.
+def _starts(word_ids: Sequence[int | None], started: set[int]) -> list[int]:
+    """Return the word's index at its first token, -1 elsewhere; not of words that have started before.
 
     Example:
-        >>> _starts([None, 0, 1, 1, 3, None])
+        >>> _starts([None, 0, 1, 1, 3, None], set())
         [-1, 0, 1, -1, 3, -1]
     """
-    before = [None, *word_ids]
-    return [
-        _NOT_A_START if word is None or word == last else word for last, word in zip(before, word_ids, strict=False)
-    ]
+    starts, last = [], None
+    for word in word_ids:
+        is_start = word is not None and word != last and word not in started
+        starts.append(word if is_start and word is not None else _NOT_A_START)
+        last = word
+    return starts
+
+
+def _words(cell: Any, place: str, column: str) -> list[str]:  # noqa: ANN401 - whatever a record holds
+    if isinstance(cell, str):
+        return cell.split()
+    if not isinstance(cell, list):
+        raise DataError(f"{place}: the column {column!r} holds {str(cell)[:40]!r}; expected a list of words or tags.")
+    if any(one is None for one in cell):
+        raise DataError(f"{place}: the column {column!r} holds an empty entry; each token needs a text and a tag.")
+    return [text_of(one, place, column) for one in cell]

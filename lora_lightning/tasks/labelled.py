@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.base import AdapterTask
+from lora_lightning.tasks.class_weights import ClassWeights, balanced_weights, weights_by_name
 from lora_lightning.tasks.settings import Recomputing
 from lora_lightning.tasks.step_output import StepOutput
 
@@ -25,7 +26,8 @@ class LabelledTask(AdapterTask, abc.ABC):
         method: See `AdapterTask`.
         optim: See `AdapterTask`.
         label_names: Names of the classes by index; None takes those that the data module finds.
-        class_weights: Weight of each class in the loss by its name; classes left out weigh 1.
+        class_weights: Weight of each class in the loss by its name; classes left out weigh 1. `balanced` weighs each
+            class by n / (number of classes x its rows), from the data module's `label_counts` of the training rows.
         dtype: See `AdapterTask`.
         gradient_checkpointing: See `AdapterTask`.
         offload_activations: See `AdapterTask`.
@@ -37,14 +39,16 @@ class LabelledTask(AdapterTask, abc.ABC):
     """
 
     loss_weights: Tensor | None
+    placeholder_names: ClassVar[tuple[str, ...]] = ("one", "other")
+    """Names for a model that is only counted: how many there are, only the data know, and a head is small."""
 
     def __init__(
         self,
         backbone: str | None = None,
         method: Method | list[Method] | None = None,
         optim: Optim | None = None,
-        label_names: list[str] | None = None,
-        class_weights: dict[str, float] | None = None,
+        label_names: list[str | int] | None = None,
+        class_weights: ClassWeights | None = None,
         dtype: str = "auto",
         gradient_checkpointing: Recomputing = False,
         offload_activations: bool = False,
@@ -61,12 +65,28 @@ class LabelledTask(AdapterTask, abc.ABC):
             quantization=quantization,
             adapter=adapter,
         )
-        if label_names is not None and len(set(label_names)) < max(len(label_names), 2):
-            raise ConfigError(f"label_names must be at least two different names, got {label_names!r}.")
-        self.label_names = label_names
+        self.label_names = None if label_names is None else [str(name) for name in label_names]
+        if self.label_names is not None:
+            self.check_label_names(self.label_names)
+        if isinstance(class_weights, str) and class_weights != "balanced":
+            raise ConfigError(f"class_weights takes weights by label, or balanced; got {class_weights!r}.")
         self.class_weights = class_weights
         self.register_buffer("loss_weights", None, persistent=False)
-        self.keep_settings(label_names=label_names, class_weights=class_weights)
+        self.keep_settings(label_names=self.label_names, class_weights=class_weights)
+
+    def check_label_names(self, names: list[str]) -> None:
+        """Refuse names that no head can be built for.
+
+        Raises:
+            ConfigError: They are fewer than two, or not all different.
+        """
+        if len(set(names)) < max(len(names), 2):
+            raise ConfigError(f"label_names must be at least two different names, got {names!r}.")
+
+    def find_label_names(self) -> list[str]:
+        """Return the names that the data module has found; an empty list if there are none."""
+        data = getattr(self._trainer, "datamodule", None)
+        return list(getattr(data, "label_names", None) or [])
 
     def configure_model(self) -> None:
         """Take the label names from the data where none were given, then build the model."""
@@ -74,13 +94,13 @@ class LabelledTask(AdapterTask, abc.ABC):
             super().configure_model()  # it may have been built before there was a Trainer
             return
         if self.label_names is None:
-            data = getattr(self._trainer, "datamodule", None)
-            self.label_names = getattr(data, "label_names", None)
-            if not self.label_names:
+            names = self.find_label_names()
+            if not names:
                 raise ConfigError(
                     f"{type(self).__name__} needs label_names: give them, or a data module that finds them."
                 )
-            self.keep_settings(label_names=self.label_names)
+            self.label_names = names
+            self.keep_settings(label_names=names)
         self.loss_weights = self._loss_weights(self.label_names)
         super().configure_model()
 
@@ -94,11 +114,13 @@ class LabelledTask(AdapterTask, abc.ABC):
         """Return the loss of a batch, and what the metrics need."""
 
     def _loss_weights(self, names: list[str]) -> Tensor | None:
+        """Return the weights by index; they are stored by name, since a checkpoint has no data module to count."""
         if not self.class_weights:
             return None
-        unknown = [name for name in self.class_weights if name not in names]
-        if unknown or any(weight < 0 for weight in self.class_weights.values()):
-            raise ConfigError(
-                f"class_weights must be at least 0, for labels among {', '.join(names)}; got {self.class_weights!r}."
-            )
-        return torch.tensor([float(self.class_weights.get(name, 1.0)) for name in names])
+        if isinstance(self.class_weights, str):
+            data = getattr(self._trainer, "datamodule", None)
+            weights = balanced_weights(getattr(data, "label_counts", None), names)
+        else:
+            weights = weights_by_name(self.class_weights, names)
+        self.keep_settings(class_weights=weights)
+        return torch.tensor([weights.get(name, 1.0) for name in names])

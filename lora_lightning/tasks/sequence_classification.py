@@ -1,14 +1,22 @@
-"""One label for each text."""
+"""Labels or numbers for each text."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from lora_lightning.adapters import Method
+from lora_lightning.backbones.quantization import Quantization
+from lora_lightning.errors import ConfigError
+from lora_lightning.optim import Optim
+from lora_lightning.tasks.class_weights import ClassWeights
 from lora_lightning.tasks.labelled import LabelledTask
+from lora_lightning.tasks.problems import PROBLEMS, ProblemName
+from lora_lightning.tasks.settings import Recomputing
 from lora_lightning.tasks.step_output import StepOutput
 
 if TYPE_CHECKING:
@@ -18,14 +26,99 @@ log = logging.getLogger(__name__)
 
 
 class SequenceClassification(LabelledTask):
-    """Classifies texts with the architecture's own classification head, trained beside the adapters.
+    """Classifies or scores texts with the architecture's own classification head, trained beside the adapters.
 
-    Batches hold `input_ids` and `attention_mask` `[batch, length]` and `labels` `[batch]`. Logged: `train/loss`, and
-    `val/…` and `test/…` of `loss`, `accuracy` (share of right answers) and `f1` (mean over the classes).
-    Settings: see `LabelledTask`.
+    Batches hold `input_ids` and `attention_mask` `[batch, length]`, and `labels`. `problem` says what these are:
+
+    - `single_label`: one class for each text, int64 `[batch]`; cross-entropy. Logged are `accuracy` (share of right
+      answers) and `f1` (mean over the classes). `predict` returns `label` and `probabilities`.
+    - `multi_label`: any number of classes, float32 `[batch, classes]` of 0 and 1; binary cross-entropy. Logged are `f1`
+      (mean over the classes), `f1_micro` (over all rows and classes together) and `average_precision` (mean over the
+      classes that occur). `predict` returns `labels` and `probabilities`. A label applies if its probability reaches a
+      threshold: during `fit`, each validation chooses the one with the largest micro-F1 on the validation rows and logs
+      it as `val/threshold`; `test` and `predict` use it, also from a checkpoint. Before the first validation it is 0.5.
+    - `regression`: one or more numbers, float32 `[batch]` or `[batch, targets]`; mean squared error. Logged are `mse`,
+      `pearson` and `spearman` (means over the targets). `predict` returns `value`, or `values` by the target's name.
+
+    Each is logged as `val/…` and `test/…`, beside `loss`; training logs `train/loss`. The metrics of `multi_label` and
+    `regression` keep the logits of all rows until the end of the epoch.
+
+    Args:
+        backbone: See `AdapterTask`.
+        method: See `AdapterTask`.
+        optim: See `AdapterTask`.
+        label_names: Names of the classes by index, or of the targets of `regression`; None takes those that the data
+            module finds, and for `regression` else `score`.
+        class_weights: See `LabelledTask`. With `multi_label`, the loss is the weighted mean over the classes of each
+            class's own loss.
+        dtype: See `AdapterTask`.
+        gradient_checkpointing: See `AdapterTask`.
+        offload_activations: See `AdapterTask`.
+        quantization: See `AdapterTask`.
+        adapter: See `AdapterTask`.
+        problem: `single_label`, `multi_label` or `regression`.
+
+    Attributes:
+        threshold: The threshold of `multi_label`, scalar float32.
     """
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    threshold: Tensor
+
+    def __init__(
+        self,
+        backbone: str | None = None,
+        method: Method | list[Method] | None = None,
+        optim: Optim | None = None,
+        label_names: list[str | int] | None = None,
+        class_weights: ClassWeights | None = None,
+        dtype: str = "auto",
+        gradient_checkpointing: Recomputing = False,
+        offload_activations: bool = False,
+        quantization: Quantization | None = None,
+        adapter: str | None = None,
+        problem: ProblemName = "single_label",
+    ) -> None:
+        if problem not in PROBLEMS:
+            raise ConfigError(f"problem must be one of {', '.join(PROBLEMS)}, got {problem!r}.")
+        if problem == "regression" and class_weights:
+            raise ConfigError("class_weights are for classes, and `problem: regression` has none; leave them out.")
+        self._problem = PROBLEMS[problem]  # the label names are checked by it
+        super().__init__(
+            backbone=backbone,
+            method=method,
+            optim=optim,
+            label_names=label_names,
+            class_weights=class_weights,
+            dtype=dtype,
+            gradient_checkpointing=gradient_checkpointing,
+            offload_activations=offload_activations,
+            quantization=quantization,
+            adapter=adapter,
+        )
+        self.problem: ProblemName = problem
+        # Only a chosen threshold belongs into checkpoints.
+        self.register_buffer("threshold", torch.tensor(0.5), persistent=problem == "multi_label")
+        self.keep_settings(problem=problem)
+
+    def check_label_names(self, names: list[str]) -> None:
+        """Refuse names that no head can be built for.
+
+        Raises:
+            ConfigError: They are too few for the problem, or not all different.
+        """
+        least = self._problem.min_names
+        if len(set(names)) < max(len(names), least):
+            number = "two different names" if least == 2 else "one name, and all must differ"
+            raise ConfigError(f"label_names must be at least {number}, got {names!r}.")
+
+    def find_label_names(self) -> list[str]:
+        """Return the names that the data module has found, else those that the problem always has."""
+        return super().find_label_names() or list(self._problem.default_names)
+
+    def backbone_config(self) -> dict[str, Any]:
+        """Return the label names and the problem, as transformers keeps them."""
+        return {**super().backbone_config(), "problem_type": self._problem.problem_type}
 
     def configure_backbone(self) -> nn.Module:
         """Load the backbone with its classification head, and tell it which token pads.
@@ -47,34 +140,73 @@ class SequenceClassification(LabelledTask):
         return model
 
     def compute_loss(self, batch: dict[str, Tensor]) -> StepOutput:
-        """Return the cross-entropy, weighted by class where asked, with logits `[batch, classes]` and labels."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = self(inputs).logits.float()
-        labels = batch["labels"]
-        return StepOutput(F.cross_entropy(logits, labels, weight=self.loss_weights), logits, labels)
+        """Return the problem's loss, weighted by class where asked, with logits `[batch, classes]` and labels.
+
+        Raises:
+            DataError: The labels are of another kind or shape than the problem's.
+        """
+        logits, labels = self._logits(batch), batch["labels"]
+        return StepOutput(self._problem.loss(logits, labels, self.loss_weights), logits, labels)
 
     def configure_metrics(self) -> MetricCollection:
-        """Return accuracy and macro-F1."""
-        from torchmetrics import MetricCollection
-        from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
-
-        num_classes = len(self.label_names or [])
-        return MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-                "f1": MulticlassF1Score(num_classes, average="macro"),
-            }
-        )
+        """Return the problem's metrics."""
+        return self._problem.metrics(len(self.label_names or []))
 
     def predict(self, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
-        """Return `label` and `probabilities` (by label name) for each text of a batch."""
+        """Return the label, the labels or the numbers of each text of a batch; see the class."""
+        return self._problem.answers(self._logits(batch), self.label_names or [], self.threshold.item())
+
+    # The threshold of several labels.
+
+    def on_validation_epoch_start(self) -> None:
+        """Let the metrics of a fit choose the threshold by their rows."""
+        super().on_validation_epoch_start()
+        chooses = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        self._set_threshold_of("val", chooses=chooses)
+
+    def on_validation_epoch_end(self) -> None:
+        """Take the threshold that the metrics have chosen."""
+        super().on_validation_epoch_end()
+        for metric in self._threshold_metrics("val")[:1]:
+            metric.compute()  # Lightning has done it, before this hook: the value is at hand
+            self.threshold.fill_(metric.threshold)
+            self._tell_config()
+            self.log("val/threshold", self.threshold, sync_dist=True)
+
+    def on_test_epoch_start(self) -> None:
+        """Compute the metrics at the threshold."""
+        super().on_test_epoch_start()
+        self._set_threshold_of("test", chooses=False)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401 - torch's own signature
+        """Load an adapter state and, with several labels, the threshold."""
+        loaded = super().load_state_dict(state_dict, strict, assign)
+        self._tell_config()
+        return loaded
+
+    # Helpers.
+
+    def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return float32 logits `[batch, classes]`."""
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        names = self.label_names or []
-        rows = self(inputs).logits.float().softmax(-1).tolist()
-        return [
-            {
-                "label": names[max(range(len(row)), key=row.__getitem__)],
-                "probabilities": dict(zip(names, row, strict=True)),
-            }
-            for row in rows
-        ]
+        return self(inputs).logits.float()
+
+    def _set_threshold_of(self, stage: str, *, chooses: bool) -> None:
+        for metric in self._threshold_metrics(stage):
+            metric.threshold, metric.chooses = self.threshold.item(), chooses
+
+    def _threshold_metrics(self, stage: str) -> list[Any]:
+        """Return the metrics of a stage that have a threshold; a subclass may have none."""
+        metrics = self._metrics_of.get(stage)
+        if self.problem != "multi_label" or metrics is None:
+            return []
+        from lora_lightning.tasks.row_metrics import MultilabelF1
+
+        found = metrics.values(copy_state=False)
+        return [metric for metric in found if isinstance(metric, MultilabelF1)]
+
+    def _tell_config(self) -> None:
+        """Write the threshold into the model's config, so that a merged model's folder names it."""
+        config: Any = getattr(self.model, "config", None)
+        if self.problem == "multi_label" and config is not None:
+            config.decision_threshold = self.threshold.item()

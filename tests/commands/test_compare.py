@@ -386,6 +386,7 @@ def test_the_study_of_lora_plus(in_process, tmp_path):
     assert "times sooner" in (tmp_path / "out" / "comparison.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:.*texts of pkg.*are longer than")  # the test makes them so
 @pytest.mark.filterwarnings("ignore:.*rows of pkg.*are left out")  # what the data say of theirs
 @pytest.mark.parametrize(
     "path", sorted((Path(__file__).parents[2] / "configs").glob("compare_*.yaml")), ids=lambda p: p.stem

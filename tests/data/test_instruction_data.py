@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from lora_lightning.data import InstructionData
-from lora_lightning.data.chat_templates import chat_template
-from lora_lightning.data.streaming import StreamedRows
+from lora_lightning.data.batches.streaming import StreamedRows
+from lora_lightning.data.language.chat_templates import chat_template
+from lora_lightning.data.language.samples import sample_of
 from lora_lightning.errors import ConfigError, DataError, UserError
 from tests.data.talk import learnt, llama_config, save_tokenizer, turns, write_lines
 
@@ -40,7 +41,7 @@ def build(tmp_path, folder):
 
 def texts(data, split="train"):
     """Each sample as text and what of it is learnt, in the order of the file."""
-    rows = data.rows[split]
+    rows = data._encoded[split]
     return [
         (data.tokenizer.decode(one.ids), learnt(data.tokenizer, one.ids, one.labels))
         for index in range(len(rows))
@@ -56,7 +57,7 @@ def test_prompts_and_completions_are_plainly_joined(build):
     assert texts(data) == [("the question is yes<eos>", ["yes<eos>"]), ("1+1=2<eos>", ["2<eos>"])]
     # The blank before "yes" would be one token with it, and the model's prompt ends with the blank.
     alone = data.tokenizer("the question is ")["input_ids"]
-    assert data.rows["train"][0][0].ids[: len(alone)].tolist() == alone
+    assert data._encoded["train"][0][0].ids[: len(alone)].tolist() == alone
     assert data.tokenizer("the question is yes")["input_ids"][: len(alone)] != alone  # control
 
 
@@ -80,7 +81,8 @@ def test_a_template_without_markers_gives_the_same_as_one_with_them(build, tmp_p
     for name, template in {"marked": chat_template("chatml"), "unmarked": UNMARKED}.items():
         (tmp_path / name).mkdir()
         save_tokenizer(tmp_path / name, template=template, config=llama_config(eos_token_id=[2, 4]))
-    marked, unmarked = (build(records, tokenizer=str(tmp_path / name)) for name in ("marked", "unmarked"))
+    with pytest.warns(UserWarning, match=r"ignored fields: turns after the last learnt answer \(1 rows\)"):
+        marked, unmarked = (build(records, tokenizer=str(tmp_path / name)) for name in ("marked", "unmarked"))
     assert texts(marked) == texts(unmarked)
     # Where the model stops at <|im_end|> itself, no further end is learnt; what follows the last answer is left out.
     assert texts(marked)[0][1] == ["Hello<|im_end|>", "B<|im_end|>"]
@@ -100,7 +102,7 @@ def test_a_template_that_hides_the_answers_is_refused(build, tmp_path):
     with pytest.raises(DataError, match="marks 0 answers where the conversation has 1"):
         build([{"messages": turns("Hi", "Hello")}], tokenizer=source)
     with pytest.raises(DataError, match="refuses this conversation: it takes the roles system, user and assistant"):
-        build([{"messages": [*turns("Hi", "Hello"), {"role": "tool", "content": "x"}]}], template="chatml")
+        build([{"messages": [{"role": "tool", "content": "x"}, *turns("Hi", "Hello")]}], template="chatml")
 
 
 def test_which_template_is_taken(build, tmp_path):
@@ -160,6 +162,34 @@ def test_what_is_cut_is_counted_and_told(build):
         build(records[2:], max_length=8)
 
 
+def test_what_is_too_long_is_split_or_dropped(build):
+    records = [{"prompt": "a", "completion": "bcdfghjklmnpqrtvwx"}, {"prompt": "a", "completion": "b"}]
+    with pytest.warns(UserWarning, match="1 of 2 train rows of .* longer than 8 tokens and were split; 0 rows"):
+        data = build(records, max_length=8, too_long="split")
+    assert [text for text, _ in texts(data)] == ["abcdfghj", "klmnpqrt", "vwx<eos>", "ab<eos>"]
+    with pytest.warns(UserWarning, match="were dropped; 1 rows were left out"):
+        assert [text for text, _ in texts(build(records, max_length=8, too_long="drop"))] == ["ab<eos>"]
+    with pytest.raises(ConfigError, match="too_long is 'keep': expected cut or drop or split"):
+        build(too_long="keep")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ignored_fields_are_named_once(build, streaming):
+    rows = [{"messages": turns(f"q{index}", "a"), "topic": "x"} for index in range(3)]
+    with pytest.warns(UserWarning, match=r"train\.jsonl: ignored fields: topic \(3 rows\)\.") as told:
+        list(build(rows, template="chatml", streaming=streaming).train_dataloader())
+    assert len(told) == 1
+
+
+def test_template_arguments_reach_the_template(build, tmp_path):
+    (tmp_path / "mine.jinja").write_text("{{ mood }} " + UNMARKED)
+    settings = {"template": str(tmp_path / "mine.jinja"), "records": [{"messages": turns("q", "a")}]}
+    assert texts(build(**settings, template_arguments={"mood": "merry"}))[0][0].startswith("merry ")
+    assert not texts(build(**settings))[0][0].startswith("merry")
+    with pytest.raises(ConfigError, match=r"template_arguments sets 'moood', which the chat template .* does not read"):
+        build(**settings, template_arguments={"moood": "merry"})
+
+
 def test_the_models_limits(build, folder, tmp_path):
     with pytest.raises(ConfigError, match=r"max_length is 1024, but .* takes at most 512 tokens"):
         build(max_length=1024)
@@ -183,7 +213,7 @@ def test_the_models_limits(build, folder, tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_bad_lines_end_in_one_sentence(build, record, message, streaming):
     with pytest.raises(UserError, match=rf"train\.jsonl, {message}") as caught:
-        build([PAIRS[0], record, PAIRS[1]], streaming=streaming)
+        build([PAIRS[0], record, PAIRS[1]], streaming=streaming, bad_rows="refuse")
     assert "\n" not in str(caught.value)
 
 
@@ -192,7 +222,7 @@ def test_bad_lines_end_in_one_sentence(build, record, message, streaming):
     [
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_length": 1}, "max_length is 1: expected a whole number of at least 2"),
-        ({"train_on": "user"}, "train_on is 'user': expected assistant or all"),
+        ({"train_on": "user"}, "train_on is 'user': expected assistant or last or all"),
         ({"padding_side": "top"}, "padding_side is 'top'"),
         ({"template": "chatlm"}, "Did you mean 'chatml'"),
         ({"val": "v.jsonl", "val_size": 3}, "val_size is 3, but val names rows of its own"),
@@ -211,7 +241,7 @@ def test_settings_are_checked_before_anything_is_read(settings, message):
 def test_questions_stay_on_one_side(build):
     records = [{"prompt": f"Question {index % 12}", "completion": f"answer {index}"} for index in range(60)]
     data = build([*records, records[0]], val_size=0.2, test_size=10, stage=None)
-    groups = {split: {one.group for one in those} for split, those in data.samples.items()}
+    groups = {split: {sample_of(one, "").group for one in data._rows(split)} for split in ("train", "val", "test")}
     assert not groups["train"] & groups["val"]
     assert not groups["val"] & groups["test"]
     assert [data.counts[key] for key in ("train", "val", "test", "unused", "duplicates_dropped")] == [40, 10, 10, 0, 1]
@@ -228,16 +258,20 @@ def test_leaks_from_sources_of_their_own_are_warned_of(build, tmp_path):
     with pytest.warns(UserWarning, match=r"2 of 3 rows of .*val\.jsonl have a first question .* trained on too"):
         data = build(val=other, val_size=None)
     assert data.counts["leaked"] == 2
-    assert len(data.rows["val"]) == 3
+    assert data.counts["val"] == 3
 
 
 def test_chatterbots_pairs(tmp_path):
     tokenizer = save_tokenizer(tmp_path, config=llama_config(max_position_embeddings=4096))
     data = InstructionData(CHATTERBOT, tokenizer=tokenizer, template="dialogue")
-    with pytest.warns(UserWarning, match="1 of 2026 rows"):
+    with (
+        pytest.warns(UserWarning, match="1 of 2026 rows"),
+        pytest.warns(UserWarning, match=r"ignored fields: a last statement without an answer \(43 rows\)"),
+    ):
         data.setup("fit")
     assert (data.counts["rows_read"], data.counts["train"] + data.counts["val"]) == (2026, 898)
-    assert not {one.group for one in data.samples["train"]} & {one.group for one in data.samples["val"]}
+    train, val = ({sample_of(one, "").group for one in data._rows(split)} for split in ("train", "val"))
+    assert not train & val
     assert re.fullmatch(r"User: .*\nAssistant: .*<eos>", texts(data, "val")[0][0], re.DOTALL)
 
 
@@ -322,12 +356,12 @@ def test_models_without_positions(build, folder):
 
 def test_nothing_is_done_twice(build, monkeypatch):
     data = build(test_size=5)
-    rows = data.rows["train"]
-    monkeypatch.setattr("lora_lightning.data.sample_splits.read_records", None)
+    rows = data._encoded["train"]
+    monkeypatch.setattr("lora_lightning.data.rows.road.read_records", None)
     data.setup("fit")
     data.setup("test")
-    assert data.rows["train"] is rows
-    assert len(data.rows["test"]) == 5
+    assert data._encoded["train"] is rows
+    assert len(data._encoded["test"]) == 5
     assert len(list(data.predict_dataloader())) == 2
     with pytest.raises(DataError, match=r"no rows to validate: val_size is 0\. Set it, or give a file as val"):
         data.setup("validate")
@@ -362,7 +396,7 @@ def test_ranks_and_workers_share_a_stream(build, monkeypatch, packing):
 
     def rows(rank, worker):
         info = type("Info", (), {"id": worker, "num_workers": 2})
-        monkeypatch.setattr("lora_lightning.data.streaming.get_worker_info", lambda: info)
+        monkeypatch.setattr("lora_lightning.data.batches.streaming.get_worker_info", lambda: info)
         stream = StreamedRows(**{**vars(data._stream()), "num_replicas": 2, "rank": rank})
         return [tuple(one.ids.tolist() for one in row) for row in stream]
 
@@ -387,10 +421,26 @@ def test_streams_tell_what_they_lose(build):
 
 
 def test_mistakes_in_workers_are_told_in_one_sentence(build):
-    data = build([*PAIRS * 3, "{broken"], streaming=True, num_workers=1)
+    data = build([*PAIRS * 3, "{broken"], streaming=True, num_workers=1, bad_rows="refuse")
     with pytest.raises(DataError, match=r"^\S+train\.jsonl, line 121: this is no valid JSON") as caught:
         list(data.train_dataloader())
     assert "\n" not in str(caught.value)
+
+
+def rows_seen(data):
+    return sum(len(batch["input_ids"]) for batch in data.train_dataloader())
+
+
+def test_streams_leave_broken_rows_out(build):
+    records = [*PAIRS, "{broken", {"messages": []}, *PAIRS]
+    with (
+        pytest.warns(UserWarning, match=r"A broken row is left out: \S+train\.jsonl, line 41: this is no valid JSON"),
+        pytest.warns(UserWarning, match="of 81 rows, 0 were cut .* 2 broken rows were left out"),
+    ):
+        seen = rows_seen(build(records, streaming=True, shuffle_buffer=1))
+    assert seen == 80
+    with pytest.raises(DataError, match="line 41"):  # control
+        build(records, streaming=True, bad_rows="refuse")
 
 
 def test_hub_data_sets(monkeypatch, folder):

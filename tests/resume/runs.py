@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 from lora_lightning import AdapterTask, LoRA, Optim, PerTokenTask, StepOutput, TokenSums, adapter_state_dict
 from lora_lightning.adapters import Method
 from lora_lightning.data.base import TokenizedData
-from lora_lightning.data.batching import EncodedRows, PadToLongest
+from lora_lightning.data.batches.batching import PadToLongest
+from lora_lightning.data.batches.columns import EncodedRows
 
 NUM_ROWS, BATCH_SIZE, NUM_EPOCHS = 26, 4, 3
 NUM_BATCHES = 7  # in an epoch, the last one with two rows
@@ -89,7 +90,7 @@ class Tokens(TokenizedData):
 
     def _encode(self, split: str) -> EncodedRows:
         rows = token_rows(self.counts[split])
-        return EncodedRows({"input_ids": rows}, [sum(row) % 2 for row in rows])
+        return EncodedRows({"input_ids": rows, "labels": [sum(row) % 2 for row in rows]})
 
     def _collate(self) -> PadToLongest:
         return PadToLongest()

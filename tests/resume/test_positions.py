@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lightning.data.batching import LengthGroupedSampler
-from lora_lightning.data.encoding import Encoded
-from lora_lightning.data.streaming import StreamedRows, StreamLoader
+from lora_lightning.data.batches.batching import LengthGroupedSampler
+from lora_lightning.data.batches.streaming import StreamedRows, StreamLoader
+from lora_lightning.data.language.encoding import Encoded, EncodedSample
 from lora_lightning.resume import Layout, Position
 
 LENGTHS = np.random.default_rng(0).integers(3, 90, size=203).tolist()
@@ -72,7 +72,7 @@ class Letters:
 
     def encode(self, sample):
         ids = [ord(letter) for letter in sample.text]
-        return Encoded(ids, [True] * len(ids))
+        return EncodedSample((Encoded(ids, [True] * len(ids)),))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from lora_lightning.backbones.skeleton import without_weights
 from lora_lightning.commands._compare.ends import trainable_counts
 from lora_lightning.errors import ConfigError, UserError
 from lora_lightning.tasks import AdapterTask
+from lora_lightning.tasks.labelled import LabelledTask
 
 MAX_SIZE = 1 << 16
 _PROBE = 64
@@ -49,8 +50,8 @@ class Skeleton:
     """
 
     def __init__(self, task: AdapterTask) -> None:
-        if getattr(task, "label_names", ()) is None and task.auto_class == "AutoModelForSequenceClassification":
-            task.label_names = ["one", "other"]  # how many there are, only the data know; the head is not counted
+        if isinstance(task, LabelledTask) and task.label_names is None:
+            task.label_names = task.find_label_names() or list(task.placeholder_names)
         try:
             with torch.device("meta"), without_weights():
                 self.model = task.configure_backbone()

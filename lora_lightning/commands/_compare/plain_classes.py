@@ -45,7 +45,9 @@ def data_spec(data: L.LightningDataModule) -> Spec:
         ConfigError: It does not keep the arguments that it was built with.
     """
     cls, kept = type(data), dict(data.hparams)
-    lost = [name for name in inspect.signature(cls.__init__).parameters if name != "self" and name not in kept]
+    parameters = inspect.signature(cls.__init__).parameters
+    named = [name for name, one in parameters.items() if name != "self" and one.kind is not one.VAR_KEYWORD]
+    lost = [name for name in named if name not in kept]
     if lost:
         raise ConfigError(
             f"{cls.__name__} does not keep its arguments ({', '.join(lost)}), so that no trial could build it again; "

@@ -1,0 +1,191 @@
+"""Batches of texts of like length: which rows go together, and how they are padded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
+
+from lora_lightning.data.batches.packing import UNSUPERVISED
+from lora_lightning.resume.position import Layout, Position
+
+# At most so many batches are sorted by length together; more would pad less and mix less.
+_BATCHES_SORTED_TOGETHER = 50
+
+
+_Places = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True)
+class PadToLongest:
+    """Makes a batch: pads each text to the longest one in the batch.
+
+    Args:
+        padding: What each of the tokenizer's outputs is padded with; outputs not named here get 0, labels of tokens
+            -100.
+        side: `right` or `left`, where the padding goes.
+
+    Example:
+        >>> batch = PadToLongest({"input_ids": 9})([{"input_ids": [1, 2]}, {"input_ids": [3]}])
+        >>> batch["input_ids"].tolist()
+        [[1, 2], [3, 9]]
+    """
+
+    padding: Mapping[str, int] = field(default_factory=dict)
+    side: str = "right"
+
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the tensors of a batch.
+
+        Numbers give `[batch]`, lists `[batch, the longest]`, beside `input_ids` their `attention_mask`.
+        """
+        batch = {}
+        for name in items[0]:
+            values = [item[name] for item in items]
+            is_list = isinstance(values[0], list | np.ndarray)
+            batch[name] = self._padded(name, values) if is_list else torch.from_numpy(_of_kind(np.asarray(values)))
+        if "input_ids" in items[0] and "attention_mask" not in items[0]:
+            ones = [np.ones(len(item["input_ids"]), np.int64) for item in items]
+            batch["attention_mask"] = self._padded("attention_mask", ones)
+        return batch
+
+    def _padded(self, name: str, values: Sequence[Any]) -> Tensor:
+        width = max(map(len, values))
+        fill = self.padding.get(name, UNSUPERVISED if name == "labels" else 0)
+        arrays = [_of_kind(np.asarray(value)) for value in values]
+        padded = np.full((len(arrays), width), fill, dtype=arrays[0].dtype)
+        for row, array in zip(padded, arrays, strict=True):
+            start = 0 if self.side == "right" else width - len(array)
+            row[start : start + len(array)] = array
+        return torch.from_numpy(padded)
+
+
+def _of_kind(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return numbers in the type that models take: whole ones as int64, others as float32."""
+    is_fraction = np.issubdtype(values.dtype, np.floating) and values.size > 0
+    return values.astype(np.float32 if is_fraction else np.int64)
+
+
+class LengthGroupedSampler(DistributedSampler[Any]):
+    """Orders rows so that consecutive ones, cut into batches, are of like length.
+
+    The order depends on the seed and the epoch alone. Rows are shuffled, sorted by length within some dozens of
+    batches, and the batches shuffled; the one that is not full stays last. Over several ranks, the order is that of
+    batches `num_replicas` times as large, dealt out in turn: the ranks together see the same batches as one process
+    with the larger batch size, texts of like length at the same time. Each row is seen by one rank, and every rank gets
+    the same number of batches; only where that is impossible are fewer than `num_replicas` rows repeated.
+
+    It derives from torch's DistributedSampler, by which Lightning knows that it must not shard once more, and a loader
+    of the same batch size must cut it.
+
+    Args:
+        lengths: Number of tokens of each row.
+        batch_size: Rows in a batch, on each rank.
+        seed: Seed of the order, at least 0.
+        shuffle: False gives the same order in every epoch: the longest first, or that of the rows.
+        group_by_length: False shuffles without regard to length.
+        num_replicas: Number of ranks.
+        rank: This process's rank.
+
+    Example:
+        >>> sampler = LengthGroupedSampler([5, 1, 5, 1], batch_size=2, shuffle=False)
+        >>> list(sampler)
+        [0, 2, 1, 3]
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        group_by_length: bool = True,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(range(len(lengths)), num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]  # any sized sequence does
+        self.lengths = np.asarray(lengths, dtype=np.int64)
+        self.batch_size = batch_size
+        self.group_by_length = group_by_length
+        self.seek(Position())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the next iteration is for; what has passed of another epoch is forgotten."""
+        if epoch != self.epoch:
+            self.seek(Position(epoch))
+
+    def seek(self, position: Position) -> None:
+        """Go to a position: the next iteration leaves out the rows that have passed.
+
+        They may have been shared out differently. Then those that are left keep their order, and are dealt to the
+        present ranks as a whole epoch is.
+        """
+        self.epoch = position.epoch
+        self._passed = Position(position.epoch)
+        for num_batches, layout in position.passed:
+            self._passed = self._passed.after(num_batches, layout._replace(num_workers=1))
+        self.num_batches_passed = position.num_batches
+        self.num_samples = len(self._dealt(np.arange(len(self.lengths))))
+        self.total_size = self.num_samples * self.num_replicas
+
+    def __iter__(self) -> Iterator[int]:
+        """Return the places of this rank's rows in this epoch, from the present position on."""
+        return iter(self._dealt(self._order()).tolist())
+
+    def _dealt(self, order: _Places) -> _Places:
+        """Return this rank's share of what is left of an order."""
+        here, left, start = Layout(self.num_replicas, self.batch_size), order, 0
+        for num_batches, layout in self._passed.passed:
+            left = left[start:]
+            start = num_batches * layout.batch_size * layout.num_replicas
+        if not self._passed.passed or self._passed.passed[-1].layout != here:
+            left, start = left[start:], 0
+        self.num_repeated = _num_repeated(len(left), self.num_replicas, self.batch_size)
+        repeated = np.resize(left, self.num_repeated)
+        return np.concatenate([left, repeated])[start + self.rank :: self.num_replicas]
+
+    def _order(self) -> _Places:
+        """Return the order of all rows, over all ranks, as it was when the epoch began."""
+        places = np.arange(len(self.lengths))
+        if not self.shuffle:
+            return np.argsort(-self.lengths, kind="stable") if self.group_by_length else places
+        generator = np.random.default_rng([self.seed, self.epoch])
+        places = generator.permutation(places)
+        if not self.group_by_length:
+            return places
+        first = self._passed.passed[0].layout if self._passed.passed else Layout(self.num_replicas, self.batch_size)
+        together = first.batch_size * first.num_replicas
+        num_full = len(places) // together
+        full, last = np.split(places, [num_full * together])
+        # Few batches are sorted in at least four parts, so that they are not the same ones in every epoch.
+        part = together * max(min(num_full // 4, _BATCHES_SORTED_TOGETHER), 1)
+        parts = [full[start : start + part] for start in range(0, len(full), part)]
+        by_length = [one[np.argsort(-self.lengths[one], kind="stable")] for one in (*parts, last)]
+        batches = np.concatenate([*by_length[:-1], full[:0]]).reshape(num_full, together)
+        return np.concatenate([generator.permutation(batches).reshape(-1), by_length[-1]])
+
+
+def even_batch_size(num_rows: int, num_replicas: int, batch_size: int) -> int:
+    """Return the largest batch size, up to one given, at which no row must be repeated to keep ranks in step.
+
+    Evaluation uses it, where the batch size changes no result but a repeated row would. Where there is none (few rows
+    and a small batch), it is the one given.
+
+    Example:
+        >>> even_batch_size(13, num_replicas=2, batch_size=6), even_batch_size(13, num_replicas=1, batch_size=6)
+        (5, 6)
+    """
+    sizes = range(batch_size, 0, -1)
+    return next((size for size in sizes if not _num_repeated(num_rows, num_replicas, size)), batch_size)
+
+
+def _num_repeated(num_rows: int, num_replicas: int, batch_size: int) -> int:
+    """Return how many rows must be repeated for all ranks to have equally many batches."""
+    each, left = divmod(num_rows, num_replicas)
+    return num_replicas - left if left and each % batch_size == 0 else 0

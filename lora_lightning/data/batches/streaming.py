@@ -1,0 +1,229 @@
+"""Samples of a file that is larger than memory: read, encoded and packed while the model trains."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from lora_lightning.data.batches.packing import Document, document_from, pack_stream
+from lora_lightning.data.language.conversations import sample_from
+from lora_lightning.data.language.encoding import EncodedSample, Encoder
+from lora_lightning.data.sources import ReadSettings, Record, Source, describe, read_records
+from lora_lightning.errors import DataError
+from lora_lightning.resume.position import Layout, Passed, Position
+
+_Row = list[Document]
+_PassedBefore = tuple[Passed, ...]
+
+
+@dataclass(eq=False)
+class StreamedRows(IterableDataset[list[Document]]):
+    """Rows of documents, in the order of the file but for a buffer in which they are shuffled.
+
+    Worker processes share the lines. Every rank reads them all and takes its turn of the rows that come out, so that
+    all ranks get the same number of rows, and none waits for another at the end; up to `num_replicas - 1` rows of each
+    worker are left out for that.
+
+    Args:
+        source: The files; see `Source`.
+        encoder: Encodes the samples.
+        settings: How files are read.
+        columns: For our names of fields, the names that the file has instead.
+        skips_bad_rows: Whether broken rows are left out and counted, instead of ending the run.
+        packing: Whether documents are packed into rows of the encoder's `max_length` tokens.
+        buffer: Number of rows in the buffer; 1 keeps the order of the file.
+        seed: Seed of the order.
+        num_replicas: Number of ranks.
+        rank: This process's rank.
+        epoch: The epoch that the next iteration is for; every epoch has an order of its own.
+        passed: Batches that have passed of this epoch in other layouts. What is left of it keeps its order and is dealt
+            anew; for that, each process goes through the streams of all former ranks and workers.
+    """
+
+    source: Source
+    encoder: Encoder
+    settings: ReadSettings = field(default_factory=ReadSettings)
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skips_bad_rows: bool = False
+    packing: bool = False
+    buffer: int = 1000
+    seed: int = 0
+    num_replicas: int = 1
+    rank: int = 0
+    epoch: int = 0
+    passed: _PassedBefore = ()
+
+    def __iter__(self) -> Iterator[_Row]:
+        """Return the rows of this rank and worker."""
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        layout = Layout(self.num_replicas, num_workers=num_workers)
+        groups = self._groups(layout, worker, self.epoch, self.passed)
+        return self._of_rank(groups, self.rank, worker, self.epoch, is_shuffled=not self.passed)
+
+    def documents(self, worker: int = 0, num_workers: int = 1, *, warn: bool = True) -> Iterator[Document]:
+        """Return the documents of one worker's share of the lines; `warn` at the end of what is lost.
+
+        Raises:
+            DataError: A line is malformed, or no line can be learnt from.
+        """
+        became: Counter[str] = Counter()
+        ignored: Counter[str] = Counter()
+        for record in self._records(worker, num_workers, became):
+            became["read"] += 1
+            encoded = self._encoded(record, became, ignored)
+            became["cut"] += encoded.cut
+            became["dropped"] += not encoded.pieces
+            ignored.update(encoded.ignored)
+            yield from map(document_from, encoded.pieces)
+        if became["read"] and became["dropped"] == became["read"]:
+            raise DataError(
+                f"{describe(self.source)}: nothing can be learnt from any of {became['read']} rows: their answers are "
+                f"blank, or beyond the first {self.encoder.max_length} tokens. Set a larger max_length."
+            )
+        if warn and ignored:
+            fields = ", ".join(f"{name} ({count} rows)" for name, count in ignored.items())
+            rank_zero_warn(f"{describe(self.source)}: ignored fields: {fields}.")
+        if warn and (became["cut"] or became["dropped"] or became["bad"]):
+            rank_zero_warn(
+                f"{describe(self.source)}: of {became['read']} rows, {became['cut']} were cut at "
+                f"{self.encoder.max_length} tokens, and {became['dropped']} were left out because no answer was left "
+                f"of them; {became['bad']} broken rows were left out."
+            )
+
+    def _records(self, worker: int, num_workers: int, became: Counter[str]) -> Iterator[Record]:
+        """Return one worker's share of the records."""
+
+        def note(error: DataError, text: str) -> None:  # noqa: ARG001 - as OnBad has it
+            if not became["bad"]:
+                rank_zero_warn(f"A broken row is left out: {error}")
+            became["bad"] += 1
+
+        on_bad = note if self.skips_bad_rows else None
+        return read_records(self.source, self.settings, on_bad=on_bad, share=(worker, num_workers))
+
+    def _encoded(self, record: Record, became: Counter[str], ignored: Counter[str]) -> EncodedSample:
+        try:
+            sample = sample_from(record, self.columns, ignored)
+            return EncodedSample(()) if sample is None else self.encoder.encode(sample)
+        except DataError as error:
+            if not self.skips_bad_rows:
+                raise
+            if not became["bad"]:
+                rank_zero_warn(f"A broken row is left out: {error}")
+            became["bad"] += 1
+            return EncodedSample(())
+
+    # A group is one row for each rank: only whole groups are dealt, so that all ranks get as many rows.
+
+    def _groups(self, layout: Layout, worker: int, epoch: int, passed: _PassedBefore) -> Iterator[tuple[_Row, ...]]:
+        """Return the groups of one worker, of all rows or of those that are left."""
+        if passed:
+            return itertools.islice(
+                _in_groups(self._left(epoch, passed), layout.num_replicas), worker, None, layout.num_workers
+            )
+        documents = self.documents(worker, layout.num_workers)
+        rows = pack_stream(documents, self.encoder.max_length) if self.packing else ([one] for one in documents)
+        return _in_groups(rows, layout.num_replicas)
+
+    def _of_rank(
+        self, groups: Iterator[tuple[_Row, ...]], rank: int, worker: int, epoch: int, *, is_shuffled: bool
+    ) -> Iterator[_Row]:
+        rows = (group[rank] for group in groups)
+        if not is_shuffled:
+            return rows
+        return self._shuffled(rows, np.random.default_rng([self.seed, epoch, rank, worker]))
+
+    def _left(self, epoch: int, passed: _PassedBefore) -> Iterator[_Row]:
+        """Return the rows that are left after batches have passed: each step's, rank by rank."""
+        *earlier, (num_batches, layout) = passed
+        by_worker = [
+            itertools.tee(self._groups(layout, worker, epoch, tuple(earlier)), layout.num_replicas)
+            for worker in range(layout.num_workers)
+        ]
+        by_rank = [
+            _in_turn(
+                [
+                    self._of_rank(groups[rank], rank, worker, epoch, is_shuffled=not earlier)
+                    for worker, groups in enumerate(by_worker)
+                ],
+                layout.batch_size,
+            )
+            for rank in range(layout.num_replicas)
+        ]
+        for batches in itertools.islice(zip(*by_rank, strict=True), num_batches, None):
+            yield from itertools.chain(*batches)
+
+    def _shuffled(self, rows: Iterator[list[Document]], order: np.random.Generator) -> Iterator[list[Document]]:
+        held: list[list[Document]] = []
+        for row in rows:
+            held.append(row)
+            if len(held) >= self.buffer:
+                place = int(order.integers(len(held)))
+                held[place], held[-1] = held[-1], held[place]
+                yield held.pop()
+        yield from (held[place] for place in order.permutation(len(held)).tolist())
+
+
+def _in_groups(rows: Iterator[_Row], size: int) -> Iterator[tuple[_Row, ...]]:
+    """Return consecutive rows in whole groups; what is left at the end is dropped."""
+    return zip(*[rows] * size, strict=False)
+
+
+def _in_turn(workers: list[Iterator[_Row]], batch_size: int) -> Iterator[list[_Row]]:
+    """Return batches as a loader takes them from its workers: from each in turn, passing over those that are done."""
+    while workers:
+        for worker in list(workers):
+            batch = list(itertools.islice(worker, batch_size))
+            if batch:
+                yield batch
+            else:
+                workers.remove(worker)
+
+
+class StreamLoader(DataLoader[Any]):
+    """A loader of `StreamedRows` that begins a new epoch with every iteration, and tells mistakes in one sentence.
+
+    It starts at any batch of an epoch (see `SeekableLoader`) by reading and encoding what comes before.
+    """
+
+    dataset: StreamedRows
+    _num_skipped = 0
+
+    @property
+    def layout(self) -> Layout:
+        """How it shares out the rows."""
+        return Layout(self.dataset.num_replicas, self.batch_size or 1, max(self.num_workers, 1))
+
+    def seekable(self) -> bool:
+        """Tell that `seek` works."""
+        return True
+
+    def seek(self, position: Position) -> None:
+        """Let the next iteration begin at a position."""
+        passed, self._num_skipped = position.passed, 0
+        if passed and passed[-1].layout == self.layout:
+            passed, self._num_skipped = passed[:-1], passed[-1].num_batches
+        self.dataset.epoch, self.dataset.passed = position.epoch, passed
+
+    def __iter__(self) -> Any:  # noqa: ANN401 - torch's iterator class is private
+        """Return the batches of the next epoch."""
+        batches = super().__iter__()
+        num_skipped, self._num_skipped = self._num_skipped, 0
+        self.dataset.epoch, self.dataset.passed = self.dataset.epoch + 1, ()
+        return self._told(batches, num_skipped)
+
+    def _told(self, batches: Iterator[Any], num_skipped: int) -> Iterator[Any]:
+        try:
+            yield from itertools.islice(batches, num_skipped, None)
+        except DataError as error:
+            # From a worker process, torch brings the message with the whole traceback around it.
+            last = str(error).strip().splitlines()[-1]
+            raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: ")) from None

@@ -1,0 +1,1 @@
+"""What conversations, prompts and texts become for a language model: learnt tokens."""

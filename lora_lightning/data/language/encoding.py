@@ -1,0 +1,213 @@
+"""Turn conversations, prompts and texts into token ids, and tell which of them are to be learnt."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from lora_lightning.data.language.answers import AnswerFinder
+from lora_lightning.data.language.conversations import Sample
+from lora_lightning.data.language.coverage import Coverage
+from lora_lightning.data.language.rendering import Renderer, Span
+from lora_lightning.errors import DataError
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A sample as tokens.
+
+    Args:
+        ids: The token ids.
+        trained: For each of them, whether it is to be learnt.
+        cut: Whether it is a piece of a longer text.
+    """
+
+    ids: list[int]
+    trained: list[bool]
+    cut: bool = False
+
+    @property
+    def num_trained(self) -> int:
+        """Number of tokens to be learnt; nothing stands before the first one, from which it could be predicted."""
+        return sum(self.trained[1:])
+
+
+@dataclass(frozen=True)
+class EncodedSample:
+    """What became of a sample.
+
+    Args:
+        pieces: Its token sequences, each with something to be learnt: one, or several where the template writes earlier
+            turns anew, or where what is too long is split.
+        cut: Whether one of its texts was longer than the maximum length.
+        num_lost: Number of texts, or of pieces of a text, that were left out: nothing of them is to be learnt, or they
+            are too long and dropped.
+        ignored: Names of fields that no text holds.
+    """
+
+    pieces: tuple[Encoded, ...]
+    cut: bool = False
+    num_lost: int = 0
+    ignored: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Encodes samples with one tokenizer and one template.
+
+    Args:
+        tokenizer: The tokenizer.
+        tokenizer_name: What messages call it.
+        template: The chat template as Jinja; None where there is none: prompts and completions are plainly joined.
+        max_length: Number of tokens that a piece has at most.
+        too_long: What becomes of a longer text: `cut` keeps its beginning, `split` makes consecutive pieces of it,
+            `drop` leaves it out.
+        train_on: `assistant` learns the assistant's words, with the token that ends its turn; `last` those of its last
+            turn; `all` learns all.
+        template_arguments: Further arguments of the template, such as `enable_thinking`.
+        begin: Tokens that stand before every text that no template frames.
+        end_id: The token that ends a text; None where there is none.
+        stop_ids: The tokens at which the model stops to generate, `end_id` among them.
+        turn_end_ids: Tokens that end a turn, `stop_ids` among them.
+        join_plainly: Whether prompts and completions given as texts are joined even where there is a template.
+        vocabulary: Number of tokens that the model knows; None where that is not known.
+
+    Raises:
+        ConfigError: The template does not read one of its arguments, or the data sets it.
+    """
+
+    tokenizer: Any
+    tokenizer_name: str
+    template: str | None
+    max_length: int
+    too_long: str = "cut"
+    train_on: str = "assistant"
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    begin: tuple[int, ...] = ()
+    end_id: int | None = None
+    stop_ids: frozenset[int] = frozenset()
+    turn_end_ids: frozenset[int] = frozenset()
+    join_plainly: bool = False
+    vocabulary: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the template's arguments."""
+        assert self._answers is not None
+
+    def encode(self, sample: Sample) -> EncodedSample:
+        """Return a sample's tokens; see `Encoder`.
+
+        Raises:
+            DataError: A conversation has no template, or the template refuses it, hides where the answers are or leaves
+                something out, or a token lies beyond the model's vocabulary.
+        """
+        if not sample.messages:
+            return self._fitted([self._tokens(sample.text, [(0, len(sample.text))], sample.place, begin=self.begin)])
+        if sample.plain and (self.template is None or self.join_plainly):
+            prompt, completion = sample.plain
+            answer = (len(prompt), len(prompt) + len(completion))
+            return self._fitted([self._tokens(prompt + completion, [answer], sample.place, begin=self.begin)])
+        views = self._answers.views(sample)
+        ignored = self._coverage.check(sample, views)
+        ends = self.train_on != "all" or sample.messages[-1].role == "assistant"
+        texts = [self._tokens(view.text, view.spans, sample.place, ends=ends) for view in views]
+        return self._fitted(texts, frozenset(ignored))
+
+    @cached_property
+    def _answers(self) -> AnswerFinder:
+        renderer = Renderer(
+            tokenizer_name=self.tokenizer_name,
+            template=self.template,
+            special_tokens=self.tokenizer.special_tokens_map,
+            arguments=self.template_arguments,
+        )
+        end_marks = self.tokenizer.convert_ids_to_tokens(sorted(self.turn_end_ids))
+        return AnswerFinder(renderer, self.train_on, tuple(end_marks))
+
+    @cached_property
+    def _coverage(self) -> Coverage:
+        return Coverage(self._answers.renderer)
+
+    # Length.
+
+    def _fitted(self, texts: Sequence[Encoded], ignored: frozenset[str] = frozenset()) -> EncodedSample:
+        """Return the texts in pieces that are no longer than allowed."""
+        is_cut = any(len(text.ids) > self.max_length for text in texts)
+        pieces = list(itertools.chain.from_iterable(map(self._pieces, texts)))
+        kept = tuple(piece for piece in pieces if piece.num_trained)
+        # A text without pieces was dropped, and a sample without texts has no answer to be learnt.
+        num_dropped = sum(not self._pieces(text) for text in texts) + (not texts)
+        return EncodedSample(kept, is_cut, len(pieces) - len(kept) + num_dropped, ignored)
+
+    def _pieces(self, text: Encoded) -> list[Encoded]:
+        length = len(text.ids)
+        if length <= self.max_length:
+            return [text]
+        if self.too_long == "drop":
+            return []
+        num_kept = length if self.too_long == "split" else self.max_length
+        starts = range(0, num_kept, self.max_length)
+        parts = [slice(start, start + self.max_length) for start in starts]
+        return [Encoded(text.ids[part], text.trained[part], cut=True) for part in parts]
+
+    # From text to tokens.
+
+    def _tokens(
+        self, text: str, spans: Sequence[Span], place: str, *, begin: tuple[int, ...] = (), ends: bool = True
+    ) -> Encoded:
+        """Return a text's tokens up to the last one to be learnt, and with `ends` a token at which the model stops."""
+        ids, trained = self._tokenize(text, spans)
+        last = max((index for index, is_trained in enumerate(trained) if is_trained), default=-1)
+        if last >= 0:
+            del ids[last + 1 :], trained[last + 1 :]
+        if ends and last >= 0 and self.end_id is not None and ids[-1] not in self.stop_ids:
+            ids.append(self.end_id)
+            trained.append(True)
+        self._require_known(ids, place)
+        return Encoded([*begin, *ids], [*(False for _ in begin), *trained])
+
+    def _tokenize(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
+        """Return the tokens of a text, none of which reaches over the edge of a span.
+
+        A token over such an edge would hold the end of a prompt and the begin of its answer; the model never gets it
+        when it answers, as its prompt ends there. The text is cut at these edges, and only at these.
+        """
+        edges = {edge for edge in itertools.chain(*spans) if 0 < edge < len(text)}
+        if self.tokenizer.is_fast:
+            ids, ends = self._with_ends(text)
+            starts = [0, *ends[:-1]]
+            crossed = {edge for edge in edges for start, end in zip(starts, ends, strict=True) if start < edge < end}
+        else:
+            crossed = edges
+        if not self.tokenizer.is_fast or crossed:
+            cuts = [0, *sorted(crossed), len(text)]
+            ids, ends = [], []
+            for start, end in itertools.pairwise(cuts):
+                piece_ids, piece_ends = self._with_ends(text[start:end])
+                ids += piece_ids
+                ends += [start + place for place in piece_ends]
+        return ids, [any(start < place <= end for start, end in spans) for place in ends]
+
+    def _with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Return a text's tokens and where each ends, in ascending order; a slow tokenizer's all end with the text."""
+        if not self.tokenizer.is_fast:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            return ids, [len(text)] * len(ids)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ends, last = [], 0
+        for _, end in encoded["offset_mapping"]:
+            last = max(last, end)
+            ends.append(last)
+        return list(encoded["input_ids"]), ends
+
+    def _require_known(self, ids: list[int], place: str) -> None:
+        beyond = max(ids, default=0)
+        if self.vocabulary is not None and beyond >= self.vocabulary:
+            raise DataError(
+                f"{place}: token {beyond} ({self.tokenizer.convert_ids_to_tokens(beyond)!r}) of the tokenizer of "
+                f"{self.tokenizer_name} is beyond the vocabulary of the model, which knows {self.vocabulary} tokens; "
+                "use the model's own tokenizer, or a template without this token."
+            )

@@ -1,0 +1,416 @@
+"""Data modules that read records: one road from their sources to encoded rows."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import inspect
+import json
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, ClassVar
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lora_lightning.data.base import TokenizedData
+from lora_lightning.data.batches.columns import EncodedRows, write_columns
+from lora_lightning.data.cache import cached, key_of
+from lora_lightning.data.rows.conditions import parse_condition
+from lora_lightning.data.rows.plan import Plan
+from lora_lightning.data.rows.pool import About, SplitRows, kind_of, load_about, save_about
+from lora_lightning.data.rows.row import Example, Row, StoredRow
+from lora_lightning.data.sources import (
+    ReadSettings,
+    Record,
+    Source,
+    describe,
+    download,
+    is_hub_name,
+    is_in_memory,
+    source_fingerprint,
+)
+from lora_lightning.data.tokenizers import tokenizer_key
+from lora_lightning.errors import ConfigError, DataError
+
+_VERSIONED = ("lora-lightning", "transformers", "tokenizers")
+
+
+class RecordData(TokenizedData, abc.ABC):
+    """Reads records, checks and divides them, encodes each split once, and makes batches of rows of like length.
+
+    A source is a `.csv`, `.tsv`, `.jsonl` (`.ndjson`, `.json`), `.parquet` or `.yml` file (also compressed: `.gz`,
+    `.bz2`, `.xz`, `.zst`), a list of files, a glob, a folder of such files or of texts, a folder that `datasets` saved,
+    any of them inside an installed package (`pkg://package/path`), or the name of a Hub data set; from Python also a
+    `pandas.DataFrame`, a `datasets.Dataset` or a list of dicts.
+
+    What is read and encoded is kept in the cache folder (see `lora-lightning cache`) and read through a memory map by
+    all ranks and by later runs.
+
+    Args:
+        train: Source of the training rows, and of those to split off.
+        val: Source of the validation rows; None splits them off `train`.
+        test: Source of the test rows; None splits them off `train`.
+        predict: Source of the rows to predict, which need no target; None predicts the test rows.
+        batch_size: Rows in a training batch, on each device.
+        eval_batch_size: Rows in any other batch; None means `batch_size`.
+        encoding: Encoding of text files.
+        separator: Separator of a `.csv` or `.tsv` file; None means a comma and a tab.
+        subset: Configuration of a Hub data set that has several.
+        where: Conditions that every row of `train`, `val` and `test` must meet, such as `confidence >= 0.6` or
+            `lang == 'en'`.
+        duplicates: `drop` leaves out further copies of a row in `train`, `keep` keeps them, all in one split.
+        bad_rows: `refuse` ends with the first broken row, `skip` leaves broken rows out, counts them, and writes them
+            to `bad_rows.jsonl` in the run's folder.
+        too_long: What becomes of a row longer than the maximum: `cut` at its end, `drop`, or `split` into several.
+        cache: Whether rows and tokens may be kept in the cache folder; False for private data.
+        train_size: Number (int) or share (float) of the rows to train on; None means all that the others leave.
+        val_size: Number or share of the rows to validate on, where no source is given; None means 0.1, and 0 none.
+        test_size: Number or share of the rows to test on, where no source is given; None means 0.1, and 0 none.
+        group_by_length: Put rows of like length into a batch, so that little is padded.
+        seed: Seed of the split and of the order of training, at least 0.
+        num_workers: Processes that make batches; 0 makes them in the main one, which is fast enough for texts.
+        tokenizer: Hub name, folder, or `pkg://package/folder` of the tokenizer; None means the backbone's own.
+
+    Attributes:
+        counts: What became of the rows: `rows_read`, `rows_filtered` (by `where`), `rows_incomplete` (nothing to learn
+            from), `rows_bad` (broken, skipped), `duplicates_dropped`, `contradictions_dropped` (texts with different
+            labels), `train`, `val`, `test`, `unused`, and `leaked` (rows of sources for `val` and `test` that are like
+            one trained on).
+        ignored_fields: How many records hold each field that nothing reads.
+        fingerprint: SHA-256 of the rows and their splits.
+        tokenizer: The tokenizer, once `setup` has run.
+
+    Raises:
+        ConfigError: A setting is out of its range, or contradicts another.
+    """
+
+    shared: ClassVar[str] = "text"
+    """What rows of one group have in common, for messages."""
+    needed: ClassVar[str] = "a text"
+    """What a row must have, for messages."""
+    lengths_allowed: ClassVar[tuple[str, ...]] = ("cut", "drop", "split")
+    """What may become of rows that are too long."""
+
+    def __init__(
+        self,
+        train: Source,
+        val: Source | None = None,
+        test: Source | None = None,
+        predict: Source | None = None,
+        *,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        encoding: str = "utf-8",
+        separator: str | None = None,
+        subset: str | None = None,
+        where: list[str] | None = None,
+        duplicates: str = "drop",
+        bad_rows: str = "refuse",
+        too_long: str = "cut",
+        cache: bool = True,
+        train_size: int | float | None = None,
+        val_size: int | float | None = None,
+        test_size: int | float | None = None,
+        group_by_length: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            group_by_length=group_by_length,
+            seed=seed,
+            num_workers=num_workers,
+            tokenizer=tokenizer,
+        )
+        sources = {"train": train, "val": val, "test": test, "predict": predict}
+        # The settings of the subclass are found too. Data would not fit into a checkpoint; settings do.
+        in_memory = [split for split, source in sources.items() if is_in_memory(source)]
+        self.save_hyperparameters(logger=False, ignore=in_memory)
+        if too_long not in self.lengths_allowed:
+            raise ConfigError(f"too_long is {too_long!r}: expected {' or '.join(self.lengths_allowed)}.")
+        self.too_long = too_long
+        self.cache = cache
+        self.label_names: list[str] = []
+        self.plan = Plan(
+            sources=sources,
+            sizes={"train": train_size, "val": val_size, "test": test_size},
+            settings=ReadSettings(encoding=encoding, separator=separator, subset=subset),
+            seed=seed,
+            conditions=tuple(map(parse_condition, where or [])),
+            duplicates=duplicates,
+            bad_rows=bad_rows,
+            shared=self.shared,
+            needed=self.needed,
+        )
+        self._about = About()
+        self._folder: Path | None = None
+        self._encoded_by: Any = None
+
+    # What a subclass defines.
+
+    @abc.abstractmethod
+    def columns_read(self, split: str) -> Mapping[str, str]:
+        """Return for each column that the records of a split must have the setting that names it."""
+
+    @abc.abstractmethod
+    def row_of(self, record: Record, split: str) -> Row | None:
+        """Check a record and return what is learnt from it; None if there is nothing.
+
+        Raises:
+            DataError: The record is malformed.
+        """
+
+    @abc.abstractmethod
+    def load_tokenizer(self, name: str) -> Any:  # noqa: ANN401 - tokenizers share no public base class
+        """Return the tokenizer of this name, ready to encode."""
+
+    @abc.abstractmethod
+    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Mapping[str, list[Any]]:
+        """Encode rows.
+
+        Args:
+            rows: The rows.
+            split: Their split; rows of `predict` have no target.
+            counts: Takes what is lost, by name.
+
+        Returns:
+            For each column one list or number an encoded row; the column `row` is the index of its row in `rows`.
+        """
+
+    @abc.abstractmethod
+    def describe_content(self, content: list[Any]) -> tuple[str, Any]:
+        """Return the text of a row and what is to be learnt of it, for `examples`."""
+
+    def encoding_key(self) -> list[Any]:
+        """Return the settings that decide how rows are encoded, beside the tokenizer, in plain types."""
+        return []
+
+    def tell_lost(self, split: str, lost: Mapping[str, int]) -> None:
+        """Warn of what is lost of a split in encoding."""
+
+    def check_labels(self, labels: Mapping[str, tuple[int, str]], num_rows: int) -> None:
+        """Refuse labels of the training source that cannot be learnt."""
+
+    # The public view.
+
+    def examples(self, split: str) -> Iterator[Example]:
+        """Iterate over the encoded rows of a split, in the order of their source.
+
+        Args:
+            split: `train`, `val`, `test` or `predict`.
+
+        Raises:
+            ConfigError: `setup` has not run for this split.
+        """
+        encoded = self._documents(split)
+        rows = self._rows(split)
+        for index in range(len(encoded)):
+            columns = encoded[index]
+            row = int(encoded.origins[index])
+            source, _, line = rows.place(row)
+            text, label = self.describe_content(rows.content(row))
+            has_target = kind_of(split) != "predict"
+            yield self._example(columns, text, label if has_target else None, source, line)
+
+    def _example(self, columns: Mapping[str, Any], text: str, label: Any, source: str, line: int) -> Example:  # noqa: ANN401 - a label of any kind
+        return Example(text, columns["input_ids"], columns.get("labels"), label, source, line)
+
+    @property
+    def ignored_fields(self) -> dict[str, int]:
+        """How many records hold each field that nothing reads."""
+        return dict(self._about.ignored)
+
+    @property
+    def label_counts(self) -> dict[str, int]:
+        """How many training rows have each label."""
+        return self._about.train_labels
+
+    # What Lightning calls.
+
+    def prepare_data(self) -> None:
+        """Download Hub data sets, in one process."""
+        for split, source in self.plan.sources.items():
+            if is_hub_name(source):
+                download(source, self.plan.settings, kind_of(split))
+
+    # The road.
+
+    def read_row(self, record: Record, split: str, ignored: Counter[str]) -> Row | None:
+        """Return what is learnt from a record, and count its fields that nothing reads."""
+        read = self._fields_read(split)
+        for name in record.fields:
+            if name not in read:
+                ignored[name] += 1
+        return self.row_of(record, split)
+
+    def _fields_read(self, split: str) -> Collection[str]:
+        return {*self.columns_read("train"), *(one.column for one in self.plan.conditions)}
+
+    @property
+    def _splits_read(self) -> Collection[str]:
+        splits = list(self._about.num_rows)
+        is_test_predicted = "test" in splits and "predict" not in splits
+        return [*splits, "predict"] if is_test_predicted else splits
+
+    def _read(self) -> None:
+        """Read and divide the rows, or find them in the cache."""
+        key = self._data_key()
+        self._folder = self._kept(f"rows-{key}", self._lay)
+        self._about = load_about(self._folder)
+        self.counts = dict(self._about.counts)
+        self.fingerprint = self._about.fingerprint
+        self._tell_read()
+        self._write_bad_rows()
+
+    def _lay(self, folder: Path) -> None:
+        # Not at the top: what only starts a parser does without Arrow.
+        from lora_lightning.data.rows.road import lay
+
+        save_about(lay(self.plan, folder, self), folder)
+
+    def _tell_read(self) -> None:
+        counts = self.counts
+        rank_zero_info(
+            f"Data: {counts['rows_read']} rows read, {counts['rows_filtered']} filtered out by where, "
+            f"{counts['rows_incomplete']} without {self.needed}, {counts['rows_bad']} broken and skipped, "
+            f"{counts['duplicates_dropped']} duplicates and {counts['contradictions_dropped']} rows with "
+            f"contradictory labels dropped; {counts['train']} train, {counts['val']} val, {counts['test']} test, "
+            f"{counts['unused']} not used."
+        )
+        if self._about.ignored:
+            self._tell_ignored(ignored_message(self.plan.source_name("train"), self._about.ignored))
+
+    def _tell_ignored(self, message: str) -> None:
+        rank_zero_info(message)
+
+    def _write_bad_rows(self) -> None:
+        """Write what was left out as broken to a file beside the run."""
+        bad = self._about.bad
+        if not bad:
+            return
+        folder = getattr(self.trainer, "log_dir", None) or getattr(self.trainer, "default_root_dir", None)
+        where = ""
+        if folder is not None and self.trainer is not None and self.trainer.is_global_zero:
+            path = Path(folder) / "bad_rows.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps({"reason": reason, "text": text}) + "\n" for reason, text in bad]
+            path.write_text("".join(lines), "utf-8")
+            where = f" They are written to {path}."
+        rank_zero_warn(f"{len(bad)} broken rows are left out; the first: {bad[0][0]}{where}")
+
+    def _prepare(self) -> None:
+        """Load the tokenizer and settle the names of labels; forget what was encoded by others."""
+        self._settle_labels()
+        name = self._name_of_tokenizer()
+        by = [name, self.label_names, self._backbone()]
+        if by != self._encoded_by:
+            self.tokenizer = self.load_tokenizer(name)
+            self._encoded_by = by
+            self._encoded.clear()
+
+    def _settle_labels(self) -> None:
+        """Settle the names of labels, where there are some."""
+
+    def _backbone(self) -> str | None:
+        backbone = getattr(self._module(), "backbone", None)
+        return backbone if isinstance(backbone, str) else None
+
+    def _encode(self, split: str) -> EncodedRows:
+        """Encode a split, or find it in the cache; tell what is lost."""
+        rows = self._rows(split)
+        key = key_of(self._data_key(), split, tokenizer_key(self.tokenizer), self.label_names, self.encoding_key())
+        folder = self._kept(f"tokens-{key}", lambda folder: self._write_encoded(rows, split, folder))
+        lost = json.loads((folder / "lost.json").read_text("utf-8"))
+        if not (split == "predict" and rows.split != split):  # of the test rows, it was told already
+            counted = {name: count for name, count in lost.items() if name.isidentifier()}
+            for name, count in counted.items():
+                self.counts[name] = self.counts.get(name, 0) + count
+            self.tell_lost(split, lost)
+        return EncodedRows(folder / "tokens.arrow")
+
+    def _write_encoded(self, rows: SplitRows, split: str, folder: Path) -> None:
+        lost: Counter[str] = Counter()
+        write_columns(folder / "tokens.arrow", self._batches(rows, split, lost))
+        if not (folder / "tokens.arrow").exists():
+            raise self._nothing_left(split, len(rows), lost)
+        (folder / "lost.json").write_text(json.dumps(lost), "utf-8")
+
+    def _batches(self, rows: SplitRows, split: str, lost: Counter[str]) -> Iterable[Mapping[str, list[Any]]]:
+        for start, some in rows.batches():
+            columns = dict(self.encode(some, split, lost))
+            columns["row"] = [start + row for row in columns["row"]]
+            if columns["row"]:
+                yield columns
+
+    def _nothing_left(self, split: str, num_rows: int, lost: Mapping[str, int]) -> DataError:
+        """Return the error for a split of which every row was dropped."""
+        return DataError(
+            f"All {num_rows} {split} rows of {self.plan.source_name(split)} are longer than the maximum and were "
+            "dropped; set a larger max_length, or too_long to cut."
+        )
+
+    def _rows(self, split: str) -> SplitRows:
+        if self._folder is None:
+            raise ConfigError(f"The {split} rows are not there: call setup() first (the Trainer does).")
+        found = "test" if split == "predict" and "predict" not in self._about.num_rows else split
+        return SplitRows(self._folder, found, self._about)
+
+    def _documents(self, split: str) -> EncodedRows:
+        """Return the encoded rows of a split, one by one."""
+        return self._encoded_rows(split)
+
+    # The cache.
+
+    def _kept(self, name: str, build: Callable[[Path], None]) -> Path:
+        """Return the folder of what is built once: in the cache, or in one that ends with this object."""
+        if self.cache and _source_of(type(self)) is not None:
+            return cached(name, build)
+        folder = Path(tempfile.mkdtemp(prefix="lora-lightning-"))
+        weakref.finalize(self, rmtree, folder, ignore_errors=True)
+        build(folder)
+        return folder
+
+    def _data_key(self) -> str:
+        """Return what tells apart the rows: the sources' content, how they are read, and the code that reads them."""
+        plan = dataclasses.replace(self.plan, sources={})
+        sources = {
+            split: [describe(source), source_fingerprint(source, self.plan.settings, kind_of(split))]
+            for split, source in self.plan.sources.items()
+            if source is not None
+        }
+        versions = [version(name) for name in _VERSIONED]
+        return key_of(versions, _source_of(type(self)), repr(plan), sources, self.columns_read("train"))
+
+
+def ignored_message(source: str, ignored: Mapping[str, int]) -> str:
+    """Return the sentence about fields that nothing reads.
+
+    Example:
+        >>> ignored_message("a.jsonl", {"history": 120})
+        'a.jsonl: ignored fields: history (120 rows).'
+    """
+    fields = ", ".join(f"{name} ({count} rows)" for name, count in ignored.items())
+    return f"{source}: ignored fields: {fields}."
+
+
+def _source_of(cls: type) -> str | None:
+    """Return a digest of the code that a class and its bases are made of; None where it cannot be read."""
+    digest = hashlib.sha256()
+    for base in cls.__mro__:
+        if base is object or base.__module__.split(".")[0] in ("lightning", "abc", "typing", "lightning_utilities"):
+            continue
+        try:
+            digest.update(Path(inspect.getfile(base)).read_bytes())
+        except (OSError, TypeError):
+            return None
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""From records to divided rows: checked, without copies, in one file a split."""

@@ -1,0 +1,72 @@
+"""Where the rows of a data module come from, and how they are divided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lora_lightning.data.rows.conditions import Condition
+from lora_lightning.data.rows.splits import Size, check_size
+from lora_lightning.data.sources import ReadSettings, Source, describe
+from lora_lightning.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where rows come from and how they are divided.
+
+    Args:
+        sources: The source of `train`, and of each other split that has one of its own.
+        sizes: Sizes of `train`, `val` and `test`; None takes all that the others leave.
+        settings: How files are read.
+        seed: Seed of the split.
+        conditions: What every record with a target must meet.
+        duplicates: `drop` leaves out copies in `train`, `keep` keeps them, in one split.
+        bad_rows: `refuse` ends with the first record that is broken, `skip` leaves it out.
+        stratified: Whether each class gets its share of each split, and texts with contradictory labels are dropped;
+            else rows of one group stay in one split.
+        shared: What rows of one group have in common, for messages.
+        needed: What a row must have, for messages.
+
+    Raises:
+        ConfigError: A setting is out of its range, or a size is given for a split that has a source of its own.
+    """
+
+    sources: Mapping[str, Source]
+    sizes: Mapping[str, Size | None]
+    settings: ReadSettings
+    seed: int = 0
+    conditions: tuple[Condition, ...] = ()
+    duplicates: str = "drop"
+    bad_rows: str = "refuse"
+    stratified: bool = False
+    shared: str = "text"
+    needed: str = "a text"
+
+    def __post_init__(self) -> None:
+        """Check the settings."""
+        for name, known in (("duplicates", ("drop", "keep")), ("bad_rows", ("refuse", "skip"))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: expected {' or '.join(known)}.")
+        for split, size in self.sizes.items():
+            check_size(f"{split}_size", size, zero=split != "train")
+            if split != "train" and size and self.has_own_source(split):
+                raise ConfigError(f"{split}_size is {size}, but {split} names rows of its own; give one of the two.")
+
+    def has_own_source(self, split: str) -> bool:
+        """Return whether a split has a source of its own."""
+        return self.sources.get(split) is not None
+
+    def source_name(self, split: str) -> str:
+        """Return the name of the source that a split's rows come from, for messages."""
+        return describe(self.sources[split] if self.has_own_source(split) else self.sources["train"])
+
+    def shares(self) -> dict[str, Size | None]:
+        """Return the sizes of the splits that are taken from the training source."""
+        shares: dict[str, Size | None] = {}
+        for split, size in self.sizes.items():
+            if split == "train":
+                shares[split] = size
+            elif not self.has_own_source(split):
+                shares[split] = 0.1 if size is None else size
+        return shares

@@ -1,0 +1,26 @@
+"""The one reader: every kind of source, as records in plain types with their places."""
+
+from lora_lightning.data.sources.hub import is_hub_name
+from lora_lightning.data.sources.read import (
+    describe,
+    download,
+    is_in_memory,
+    read_records,
+    source_files,
+    source_fingerprint,
+)
+from lora_lightning.data.sources.record import OnBad, ReadSettings, Record, Source
+
+__all__ = [
+    "OnBad",
+    "ReadSettings",
+    "Record",
+    "Source",
+    "describe",
+    "download",
+    "is_hub_name",
+    "is_in_memory",
+    "read_records",
+    "source_files",
+    "source_fingerprint",
+]

@@ -1,0 +1,141 @@
+"""CSV and TSV files, read as text: every cell is what stands in the file."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lora_lightning.data.sources.record import OnBad, ReadSettings, Record, Takes
+from lora_lightning.data.sources.tables import named_apart
+from lora_lightning.data.sources.text import kind_of_file, text_lines
+from lora_lightning.errors import ConfigError, DataError
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+# A quotation mark that is never closed would otherwise be searched for to the end of the file, from every such mark.
+_LONGEST_ROW = 1 << 24
+
+
+def read_csv(path: Path, name: str, settings: ReadSettings, on_bad: OnBad, takes: Takes) -> Iterator[Record]:
+    """Read the rows of a file one by one; `number` is the line in which a row begins.
+
+    Raises:
+        ConfigError: The separator is no single character.
+        DataError: The file is empty, or not in the encoding.
+    """
+    csv.field_size_limit(sys.maxsize)
+    separator = settings.separator or _SEPARATORS[kind_of_file(path)]
+    if len(separator) != 1 or separator in '"\r\n':
+        raise ConfigError(f"separator is {separator!r}: expected one character, such as a comma or a semicolon.")
+    lines = _Lines(text_lines(path, name, settings.encoding))
+    columns: list[str] = []
+
+    def note(error: DataError, text: str) -> None:
+        if not columns:  # without the names of the columns no row can be read
+            raise error
+        # Each process that shares the rows with others tells of its own broken ones.
+        if takes():
+            on_bad(error, text)
+
+    rows = _rows(lines, separator, name, note)
+    first = next(rows, None)
+    if first is None:
+        raise DataError(f"{name} is empty: it has not even a line with column names.")
+    columns += named_apart([column.strip() for column in first[1]])
+    has_warned = False
+    for number, cells in rows:
+        if not takes():
+            continue
+        place = f"{name}, line {number}"
+        if len(cells) > len(columns):
+            error = DataError(
+                f"{place}: expected {len(columns)} fields, as the first line has, and found {len(cells)}. Check for a "
+                "separator that is not in quotation marks."
+            )
+            on_bad(error, separator.join(cells))
+            continue
+        if not has_warned and _hides_rows(cells, separator, len(columns)):
+            has_warned = True
+            rank_zero_warn(
+                f"{place}: a quoted text holds lines that look like rows of their own; check that its quotation mark "
+                "is closed where it should be."
+            )
+        yield Record(name, number, "line", dict(zip(columns, cells, strict=False)))
+
+
+class _Lines:
+    """Lines that can be given back, and their numbers."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines, self._back = lines, deque[str]()
+        self.number = 0
+        self.of_row: list[str] = []
+        self._length = 0
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._back.popleft() if self._back else next(self._lines)
+        self.number += 1
+        self.of_row.append(line)
+        self._length += len(line)
+        if self._length > _LONGEST_ROW:
+            raise csv.Error("unexpected end of data")
+        return line
+
+    def start_row(self) -> None:
+        """Forget the lines of the row before."""
+        self.of_row, self._length = [], 0
+
+    def give_back(self) -> str:
+        """Go back behind the first line of this row; return that line."""
+        first, *others = self.of_row
+        self._back.extendleft(reversed(others))
+        self.number -= len(others)
+        return first
+
+
+def _rows(lines: _Lines, separator: str, name: str, on_bad: OnBad) -> Iterator[tuple[int, list[str]]]:
+    """Return the rows and the lines in which they begin; a broken one ends with its first line."""
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    while True:
+        lines.start_row()
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            text = lines.give_back()
+            on_bad(_malformed(name, lines.number, str(error)), text)
+            # A reader that has failed may keep what it has read of the row.
+            reader = csv.reader(lines, delimiter=separator, strict=True)
+            continue
+        if cells is None:
+            return
+        # A line with a separator, or with an empty field in quotation marks, is a row.
+        is_blank = len(cells) < 2 and not "".join(lines.of_row).strip()
+        if not is_blank:
+            yield lines.number - len(lines.of_row) + 1, cells
+
+
+def _malformed(name: str, line: int, reason: str) -> DataError:
+    if "unexpected end" in reason:
+        what = "a quotation mark that opens a field is not closed"
+    elif "expected after" in reason:
+        what = "text follows the quotation mark that closes a field"
+    else:
+        what = reason
+    return DataError(
+        f"{name}, line {line}: {what}. Write a quotation mark inside a quoted field twice, and quote a field that "
+        "holds a separator or begins with a quotation mark."
+    )
+
+
+def _hides_rows(cells: list[str], separator: str, num_columns: int) -> bool:
+    """Return whether at least two lines inside a cell have as many separators as a row."""
+    inner = itertools.chain.from_iterable(cell.split("\n")[1:] for cell in cells if "\n" in cell)
+    return num_columns > 1 and sum(line.count(separator) == num_columns - 1 for line in inner) >= 2

@@ -1,0 +1,136 @@
+"""Typed tables: Parquet files, folders that `datasets` saved, and data in memory."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_lightning.data.sources.record import Record
+from lora_lightning.data.sources.text import COMPRESSED, open_bytes
+from lora_lightning.errors import DataError
+
+_READ_TOGETHER = 1000
+
+
+def read_parquet(path: Path, name: str) -> Iterator[Record]:
+    """Read the rows of a Parquet file.
+
+    Raises:
+        DataError: It is none.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(_seekable(path, name)) as file:
+            batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=_READ_TOGETHER))
+            yield from numbered(name, (fields for batch in batches for fields in batch))
+    except (OSError, ValueError, pa.ArrowException) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise DataError(f"{name} cannot be read as Parquet: {reason}") from error
+
+
+def read_dataset(rows: Any, name: str) -> Iterator[Record]:  # noqa: ANN401 - a datasets.Dataset
+    """Read the rows of a data set, its classes by their names."""
+    named = {column: names for column, feature in rows.features.items() if (names := _class_names(feature))}
+    batches = rows.with_format(None).iter(_READ_TOGETHER)
+    yield from numbered(name, (_with_names(row, named) for batch in batches for row in _rows_of(batch)))
+
+
+def read_frame(frame: Any, name: str) -> Iterator[Record]:  # noqa: ANN401 - a pandas.DataFrame
+    """Read the rows of a data frame; NaN is an absent cell, and whole numbers are not fractions."""
+    columns = named_apart([str(column) for column in frame.columns])
+    are_whole = [_is_whole(frame.iloc[:, index]) for index in range(len(columns))]
+    for number, cells in enumerate(frame.itertuples(index=False, name=None), start=1):
+        values = [plain(cell) for cell in cells]
+        for index, is_whole in enumerate(are_whole):
+            if is_whole and values[index] is not None:
+                values[index] = int(values[index])
+        yield Record(name, number, "row", dict(zip(columns, values, strict=True)))
+
+
+def numbered(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
+    """Return rows as records in plain types, counted from 1."""
+    for number, fields in enumerate(rows, start=1):
+        yield Record(name, number, "row", {str(column): plain(cell) for column, cell in fields.items()})
+
+
+def named_apart(columns: list[str]) -> list[str]:
+    """Return names of columns, those that stand there twice with their numbers, so that neither is taken unasked.
+
+    Example:
+        >>> named_apart(["label", "text", "label"])
+        ['label (column 1)', 'text', 'label (column 3)']
+    """
+    times = Counter(columns)
+    return [f"{name} (column {n})" if times[name] > 1 else name for n, name in enumerate(columns, start=1)]
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401 - whatever a table holds
+    """Return a cell in plain types.
+
+    Keys that are null in a nested object are left out: typed tables give each object the keys of all others.
+
+    Example:
+        >>> plain([{"city": "Rome", "zone": None}])
+        [{'city': 'Rome'}]
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    if hasattr(value, "tolist"):  # numpy's arrays and numbers
+        return plain(value.tolist())
+    is_absent = value is None or type(value).__name__ in ("NAType", "NaTType")
+    if is_absent or (isinstance(value, float) and math.isnan(value)):
+        return None
+    is_time = isinstance(value, datetime.date | datetime.time | datetime.timedelta)
+    return str(value) if is_time else value
+
+
+def _seekable(path: Path, name: str) -> Path | io.BytesIO:
+    """Return what Arrow can read out of order; of a compressed file, its content."""
+    if path.suffix.lower() not in COMPRESSED:
+        return path
+    with open_bytes(path, name) as file:
+        return io.BytesIO(file.read())
+
+
+def _rows_of(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
+    for cells in zip(*batch.values(), strict=True):
+        yield dict(zip(batch, cells, strict=True))
+
+
+def _class_names(feature: Any) -> Callable[[Any], Any] | None:  # noqa: ANN401 - a feature of datasets
+    """Return what turns a cell of class numbers into names; None for another column."""
+    inner = getattr(feature, "feature", None)
+    if type(feature).__name__ == "ClassLabel":
+        return lambda cell: _name_of(feature.names, cell)
+    if type(inner).__name__ == "ClassLabel":
+        names = getattr(inner, "names", [])
+        return lambda cell: None if cell is None else [_name_of(names, one) for one in cell]
+    return None
+
+
+def _with_names(row: dict[str, Any], named: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
+    return {column: named[column](cell) if column in named else cell for column, cell in row.items()}
+
+
+def _name_of(names: list[str], index: float | None) -> str | None:
+    """Return the name of a class; None and -1 stand for rows without one."""
+    return names[int(index)] if index is not None and index >= 0 else None
+
+
+def _is_whole(column: Any) -> bool:  # noqa: ANN401 - a pandas.Series
+    """Return whether a column of fractions holds whole numbers only, as pandas keeps those with gaps."""
+    if column.dtype.kind != "f" or not column.isna().any():
+        return False
+    present = column.dropna()
+    return len(present) > 0 and bool((present == present.round()).all()) and bool(abs(present).max() < 2**53)

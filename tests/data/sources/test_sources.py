@@ -1,0 +1,207 @@
+"""Which files a source consists of, and what they hold together."""
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from lora_lightning.data.sources import ReadSettings, describe, read_records, source_files
+from lora_lightning.errors import ConfigError, DataError, UserError
+from tests.data.sources.conftest import compress, fields_of, read
+
+TAGGED = "Anna NN B-PER\nruns VB O\n\n\nHi UH O\n"
+
+
+def names_of(source, **settings):
+    return [name for _, name in source_files(source, ReadSettings(**settings))]
+
+
+# Folders, lists and patterns.
+
+
+def test_folder_of_texts_takes_classes_from_its_sub_folders(tmp_path, write):
+    for kind, texts in {"pos": ["good", "fine"], "neg": ["bad\n"], ".cache": ["no"]}.items():
+        for index, text in enumerate(texts):
+            write(f"{kind}/{index}.txt", text)
+    write("pos/.hidden.txt", "no")
+    (tmp_path / "notes").mkdir()
+    records = read(str(tmp_path), text_column="words", label_column="kind")
+    assert [record.fields for record in records] == [
+        {"words": "bad\n", "kind": "neg"},
+        {"words": "good", "kind": "pos"},
+        {"words": "fine", "kind": "pos"},
+    ]
+    assert records[1].place == f"{tmp_path}/pos/0.txt, line 1"
+    write("pos/0.txt", "café".encode("latin-1"))
+    with pytest.raises(DataError, match=r"pos/0\.txt is not utf-8"):
+        fields_of(tmp_path)
+    assert fields_of(tmp_path, encoding="latin-1")[1]["text"] == "café"
+
+
+def test_folders_of_files_of_several_kinds(tmp_path, write):
+    write("data/b.csv", "text\nb\n")
+    write("data/a.jsonl.gz", compress(b'{"text": "a"}\n', ".gz"))
+    write("data/notes.md", "no")
+    write("data/.hidden.csv", "no")
+    assert fields_of(tmp_path / "data") == [{"text": "a"}, {"text": "b"}]
+    assert [record.place for record in read(f"{tmp_path}/data/")] == [
+        f"{tmp_path}/data/a.jsonl.gz, line 1",
+        f"{tmp_path}/data/b.csv, line 2",
+    ]
+    write("words/readme.md", "no")
+    with pytest.raises(DataError, match=r"holds no texts: expected one sub-folder .* files that end in \.csv"):
+        fields_of(tmp_path / "words")
+
+
+def test_lists_and_patterns(tmp_path, write, monkeypatch):
+    for name in ("a.csv", "b.csv", "c.tsv", "deep/d.csv"):
+        write(name, f"text\n{name}\n")
+    monkeypatch.chdir(tmp_path)
+    assert [row["text"] for row in fields_of(["c.tsv", "a.csv"])] == ["c.tsv", "a.csv"]
+    assert names_of("*.csv") == ["a.csv", "b.csv"]
+    assert names_of("**/*.csv") == ["a.csv", "b.csv", "deep/d.csv"]
+    assert names_of(f"{tmp_path}/[bc].?sv") == [f"{tmp_path}/b.csv", f"{tmp_path}/c.tsv"]
+    assert names_of(["deep/*", "a.csv"]) == ["deep/d.csv", "a.csv"]
+    assert [record.place for record in read("deep/*.csv")] == ["deep/d.csv, line 2"]
+    with pytest.raises(DataError, match=r"No file matches \*\.cvs; the nearest names there: [ab]\.csv"):
+        names_of("*.cvs")
+    write("[odd].csv", "text\nodd\n")
+    assert fields_of("[odd].csv") == [{"text": "odd"}]
+
+
+def test_shares_are_of_all_files_together(write):
+    paths = [write("a.jsonl", '{"n": 0}\n{"n": 1}\n'), write("b.csv", "n\n2\n3\n"), write("c.json", '[{"n": 4}]')]
+    paths.append(write("d/e/0.txt", "5").rpartition("/e")[0])
+    every = [int(row.get("n", row.get("text"))) for row in fields_of(paths)]
+    assert every == [0, 1, 2, 3, 4, 5]
+    for mine in range(3):
+        found = [int(row.get("n", row.get("text"))) for row in fields_of(paths, share=(mine, 3))]
+        assert found == every[mine::3]
+    frame = pd.DataFrame({"n": range(5)})
+    assert [row["n"] for row in fields_of(frame, share=(1, 2))] == [1, 3]
+
+
+def test_files_in_packages(tmp_path, write, monkeypatch):
+    write("some_package_of_rows/__init__.py", "raise ImportError")
+    write("some_package_of_rows/rows/a.csv", "text\nx\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for source in ("rows/a.csv", "rows"):
+        (record,) = read(f"pkg://some_package_of_rows/{source}")
+        assert record.place == "pkg://some_package_of_rows/rows/a.csv, line 2"
+    with pytest.raises(UserError, match="not installed"):
+        read("pkg://no_such_package_here/a.csv")
+
+
+def test_missing_and_unknown_files(tmp_path, write):
+    write("tweets.csv", "text,label\n")
+    with pytest.raises(DataError, match=r"tweet\.csv does not exist; the nearest names there: tweets\.csv"):
+        read(str(tmp_path / "tweet.csv"))
+    with pytest.raises(DataError, match=r"book\.xlsx is of an unknown kind: expected a name that ends in \.csv"):
+        read(write("book.xlsx", "x"))
+    with pytest.raises(DataError, match=r"empty\.csv is empty \(0 bytes\)"):
+        read(write("empty.csv", ""))
+    with pytest.raises(DataError, match="of an unknown kind"):
+        read(write("a.gz", "x"))
+
+
+@pytest.mark.parametrize("source", [3, None, [], ("a.csv",), ["a.csv", {"text": "x"}], [{"text": "x"}, 7], {"a": "x"}])
+def test_other_sources_are_refused(source):
+    with pytest.raises(DataError, match=r"is of an unknown kind: expected a file .*, a folder, a list of files"):
+        read(source)
+
+
+def test_data_in_memory_without_rows_is_refused():
+    with pytest.raises(DataError, match=r"a DataFrame of 0 rows holds no rows"):
+        read(pd.DataFrame({"text": []}))
+
+
+def test_lists_of_dicts_are_records():
+    rows = [{"text": "x", "n": None}, {"text": "y"}]
+    assert fields_of(rows) == rows
+    assert [record.place for record in read(rows)] == ["a list of 2 rows, row 1", "a list of 2 rows, row 2"]
+    assert describe(["a.csv"]) == "a.csv"
+    assert source_files(rows, ReadSettings()) == source_files("imdb", ReadSettings()) == []
+
+
+def test_reading_text_imports_neither_arrow_nor_datasets(write):
+    path = write("a.csv", "text\nx\n")
+    program = (
+        "import sys; from lora_lightning.data.sources import read_records;"
+        f"[*read_records({path!r})]; print([n for n in ('datasets', 'pyarrow') if n in sys.modules])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True).strip() == "[]"
+
+
+def test_records_are_given_one_by_one(write):
+    records = read_records(write("a.jsonl", '{"n": 1}\n' * 3))
+    assert [next(records).number, next(records).number] == [1, 2]
+    records.close()
+
+
+# Dialogues and words with tags.
+
+
+def test_yaml_dialogues_keep_texts_as_written(write):
+    path = write("a.yml", "categories:\n- a\nconversations:\n- - Is it?\n  - Yes\n- - How many?\n  - 2.50\n- lost\n")
+    assert [one["dialogue"] for one in fields_of(path)] == [["Is it?", "Yes"], ["How many?", "2.50"], ["lost"]]
+    assert [record.place for record in read(path)] == [f"{path}, line {number}" for number in (4, 6, 8)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"conversations: [a\n", "line .*: this is no valid YAML"),
+        (b"conversations: \x00\n", "this is no valid YAML"),
+        (b"- a\n", "holds no dialogues"),
+        (b"conversations: []\n", "holds no rows"),
+        (b"a: b\nc: \xff\n", "is not utf-8 .byte 8, line 2"),
+        # These two would crash the process inside libyaml.
+        (b"conversations:\n- " + b"[" * 200_000, "line 2: nested more than 64 levels deep"),
+        (b"{conversations: " * 30_000, "line 1: nested more than 64 levels deep"),
+    ],
+)
+def test_yaml_that_cannot_be_read(write, content, message):
+    with pytest.raises(DataError, match=message) as caught:
+        fields_of(write("a.yml", content))
+    assert "\n" not in str(caught.value)
+
+
+def test_conll_files_give_sentences(write):
+    path = write("a.conll", "-DOCSTART- -X- O\n\n" + TAGGED)
+    first, second = read(path, conll=True)
+    assert (first.place, second.place) == (f"{path}, line 3", f"{path}, line 7")
+    assert second.fields == {"tokens": ["Hi"], "tags": ["O"]}
+    assert read(path, conll=True, tag_column=1)[0].fields["tags"] == ["NN", "VB"]
+    assert read(path, conll=True, token_column=-2)[0].fields["tokens"] == ["NN", "VB"]
+    tabs = write("a.txt", "New York\tB-LOC\n")
+    assert fields_of(tabs, conll=True) == [{"tokens": ["New York"], "tags": ["B-LOC"]}]
+    with pytest.raises(DataError, match="of an unknown kind"):
+        fields_of(tabs)
+
+
+def test_universal_files_have_columns_of_their_own(write):
+    lines = ["# sent_id = 1", "1-2\tisn't\t_\t_", "1\tis\tbe\tAUX", "2\tn't\tnot\tPART", "2.1\t_\t_\t_", ""]
+    path = write("a.conllu", "\n".join(lines))
+    assert fields_of(path, conll=True) == [{"tokens": ["is", "n't"], "tags": ["AUX", "PART"]}]
+    other = write("b.conll", "\n".join(lines[1:]))
+    assert fields_of(other, conll=True) != fields_of(path, conll=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        (b"a O\n\nb\nc O\n", {}, r"line 3: the token 'b' has no tag"),
+        (b"a O\nb\n", {"tag_column": 1}, r"line 2: 1 columns \('b'\), and tag_column is 1"),
+        (b"a O\n\xff O\n", {}, "byte 4, line 2"),
+        (b"\n\n", {}, "holds no rows"),
+    ],
+)
+def test_broken_sentences(write, content, settings, message):
+    with pytest.raises(DataError, match=message):
+        fields_of(write("a.iob2", content), conll=True, **settings)
+
+
+def test_columns_of_conll_files_have_no_names(write):
+    with pytest.raises(ConfigError, match=r"tag_column is 'ner', and .* has columns without names"):
+        fields_of(write("a.bio", TAGGED), conll=True, tag_column="ner")
