@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import hashlib
-import inspect
 import json
 import tempfile
 import weakref
@@ -21,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lora_lightning.data.base import TokenizedData
 from lora_lightning.data.batches.columns import EncodedRows, write_columns
 from lora_lightning.data.cache import cached, key_of
+from lora_lightning.data.code_digest import code_digest
 from lora_lightning.data.rows.conditions import parse_condition
 from lora_lightning.data.rows.plan import Plan
 from lora_lightning.data.rows.pool import About, SplitRows, kind_of, load_about, save_about
@@ -371,7 +370,7 @@ class RecordData(TokenizedData, abc.ABC):
 
     def _kept(self, name: str, build: Callable[[Path], None]) -> Path:
         """Return the folder of what is built once: in the cache, or in one that ends with this object."""
-        if self.cache and _source_of(type(self)) is not None:
+        if self.cache and code_digest(type(self)) is not None:
             return cached(name, build)
         folder = Path(tempfile.mkdtemp(prefix="lora-lightning-"))
         weakref.finalize(self, rmtree, folder, ignore_errors=True)
@@ -387,7 +386,7 @@ class RecordData(TokenizedData, abc.ABC):
             if source is not None
         }
         versions = [version(name) for name in _VERSIONED]
-        return key_of(versions, _source_of(type(self)), repr(plan), sources, self.columns_read("train"))
+        return key_of(versions, code_digest(type(self)), repr(plan), sources, self.columns_read("train"))
 
 
 def ignored_message(source: str, ignored: Mapping[str, int]) -> str:
@@ -399,18 +398,3 @@ def ignored_message(source: str, ignored: Mapping[str, int]) -> str:
     """
     fields = ", ".join(f"{name} ({count} rows)" for name, count in ignored.items())
     return f"{source}: ignored fields: {fields}."
-
-
-def _source_of(cls: type) -> str | None:
-    """Return a digest of the code that a class and its bases are made of; None where it cannot be read."""
-    digest = hashlib.sha256()
-    for base in cls.__mro__:
-        if base is object or base.__module__.split(".")[0] in ("lightning", "abc", "typing", "lightning_utilities"):
-            continue
-        try:
-            digest.update(Path(inspect.getfile(base)).read_bytes())
-        except (OSError, TypeError):
-            return None
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
