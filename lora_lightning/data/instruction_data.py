@@ -23,7 +23,8 @@ from lora_lightning.data.language.encoder_setup import build_encoder
 from lora_lightning.data.language.encoding import Encoder
 from lora_lightning.data.language.samples import sample_of
 from lora_lightning.data.model_facts import model_facts
-from lora_lightning.data.record_data import RecordData, ignored_message
+from lora_lightning.data.record_data import RecordData
+from lora_lightning.data.rows.cells import ignored_message
 from lora_lightning.data.rows.row import Example, Row, StoredRow
 from lora_lightning.data.sources import Record, Source, describe, is_hub_name, is_in_memory, read_records, source_files
 from lora_lightning.errors import ConfigError, DataError
@@ -171,9 +172,6 @@ class InstructionData(RecordData):
 
     def _tell_ignored(self, message: str) -> None:
         rank_zero_warn(message)
-
-    def _data_key(self) -> str:
-        return super()._data_key() + "".join(f"-{ours}={theirs}" for ours, theirs in sorted(self.columns.items()))
 
     def _read(self) -> None:
         """Read what is not streamed."""

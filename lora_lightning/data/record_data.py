@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import json
 import tempfile
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, ClassVar
@@ -19,7 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lora_lightning.data.base import TokenizedData
 from lora_lightning.data.batches.columns import EncodedRows, write_columns
 from lora_lightning.data.cache import cached, key_of
-from lora_lightning.data.code_digest import code_digest
+from lora_lightning.data.keys import code_digest, rows_key
+from lora_lightning.data.rows.cells import ignored_message
 from lora_lightning.data.rows.conditions import parse_condition
 from lora_lightning.data.rows.plan import Plan
 from lora_lightning.data.rows.pool import About, SplitRows, kind_of, load_about, save_about
@@ -28,16 +27,24 @@ from lora_lightning.data.sources import (
     ReadSettings,
     Record,
     Source,
-    describe,
     download,
     is_hub_name,
     is_in_memory,
-    source_fingerprint,
 )
 from lora_lightning.data.tokenizers import tokenizer_key
 from lora_lightning.errors import ConfigError, DataError
 
-_VERSIONED = ("lora-lightning", "transformers", "tokenizers")
+# A change of any other setting reads anew: that costs a little time, and rows read by other settings would be wrong.
+_NOT_FOR_READING = (
+    "batch_size",
+    "cache",
+    "eval_batch_size",
+    "group_by_length",
+    "max_length",
+    "num_workers",
+    "tokenizer",
+    "too_long",
+)
 
 
 class RecordData(TokenizedData, abc.ABC):
@@ -152,6 +159,7 @@ class RecordData(TokenizedData, abc.ABC):
         self._about = About()
         self._folder: Path | None = None
         self._encoded_by: Any = None
+        self._tokenizer_key = self._data_key = ""
 
     # What a subclass defines.
 
@@ -187,6 +195,13 @@ class RecordData(TokenizedData, abc.ABC):
     @abc.abstractmethod
     def describe_content(self, content: list[Any]) -> tuple[str, Any]:
         """Return the text of a row and what is to be learnt of it, for `examples`."""
+
+    def reading_key(self) -> list[Any]:
+        """Return what decides how records are read, beside their content, in plain types.
+
+        That is every setting but those of tokens and loaders; a subclass adds what it takes from the model.
+        """
+        return sorted((name, repr(value)) for name, value in self.hparams.items() if name not in _NOT_FOR_READING)
 
     def encoding_key(self) -> list[Any]:
         """Return the settings that decide how rows are encoded, beside the tokenizer, in plain types."""
@@ -261,8 +276,8 @@ class RecordData(TokenizedData, abc.ABC):
 
     def _read(self) -> None:
         """Read and divide the rows, or find them in the cache."""
-        key = self._data_key()
-        self._folder = self._kept(f"rows-{key}", self._lay)
+        self._data_key = rows_key(type(self), self.plan, self.reading_key())
+        self._folder = self._kept(f"rows-{self._data_key}", self._lay)
         self._about = load_about(self._folder)
         self.counts = dict(self._about.counts)
         self.fingerprint = self._about.fingerprint
@@ -312,6 +327,7 @@ class RecordData(TokenizedData, abc.ABC):
         by = [name, self.label_names, self._backbone()]
         if by != self._encoded_by:
             self.tokenizer = self.load_tokenizer(name)
+            self._tokenizer_key = tokenizer_key(self.tokenizer)
             self._encoded_by = by
             self._encoded.clear()
 
@@ -325,7 +341,7 @@ class RecordData(TokenizedData, abc.ABC):
     def _encode(self, split: str) -> EncodedRows:
         """Encode a split, or find it in the cache; tell what is lost."""
         rows = self._rows(split)
-        key = key_of(self._data_key(), split, tokenizer_key(self.tokenizer), self.label_names, self.encoding_key())
+        key = key_of(self._data_key, split, self._tokenizer_key, self.label_names, self.encoding_key())
         folder = self._kept(f"tokens-{key}", lambda folder: self._write_encoded(rows, split, folder))
         lost = json.loads((folder / "lost.json").read_text("utf-8"))
         if not (split == "predict" and rows.split != split):  # of the test rows, it was told already
@@ -376,25 +392,3 @@ class RecordData(TokenizedData, abc.ABC):
         weakref.finalize(self, rmtree, folder, ignore_errors=True)
         build(folder)
         return folder
-
-    def _data_key(self) -> str:
-        """Return what tells apart the rows: the sources' content, how they are read, and the code that reads them."""
-        plan = dataclasses.replace(self.plan, sources={})
-        sources = {
-            split: [describe(source), source_fingerprint(source, self.plan.settings, kind_of(split))]
-            for split, source in self.plan.sources.items()
-            if source is not None
-        }
-        versions = [version(name) for name in _VERSIONED]
-        return key_of(versions, code_digest(type(self)), repr(plan), sources, self.columns_read("train"))
-
-
-def ignored_message(source: str, ignored: Mapping[str, int]) -> str:
-    """Return the sentence about fields that nothing reads.
-
-    Example:
-        >>> ignored_message("a.jsonl", {"history": 120})
-        'a.jsonl: ignored fields: history (120 rows).'
-    """
-    fields = ", ".join(f"{name} ({count} rows)" for name, count in ignored.items())
-    return f"{source}: ignored fields: {fields}."

@@ -88,6 +88,10 @@ class TextClassificationData(RecordData):
         self.plan = replace(self.plan, stratified=self.problem == "single_label")
         super()._read()
 
+    def reading_key(self) -> list[Any]:
+        """Return the settings, and the problem, which may be the task's."""
+        return [*super().reading_key(), self.problem]
+
     def columns_read(self, split: str) -> dict[str, str]:
         """Return the columns of texts and labels; rows to predict need no labels."""
         labels = {} if split == "predict" else dict.fromkeys(self.label_columns, "label_column")

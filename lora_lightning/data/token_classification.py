@@ -83,6 +83,10 @@ class TokenClassificationData(RecordData):
 
     # Rows.
 
+    def reading_key(self) -> list[Any]:
+        """Return the settings, and whether the model names the tags."""
+        return [*super().reading_key(), bool(getattr(self._module(), "label_names", None))]
+
     def columns_read(self, split: str) -> dict[str, str]:
         """Return nothing: a CoNLL file's columns have no names, and `row_of` asks for each."""
         return {}

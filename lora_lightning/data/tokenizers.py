@@ -68,15 +68,17 @@ def padding_tokenizer(name: str, max_length: int, *, of_words: bool = False) -> 
 def tokenizer_key(tokenizer: Any) -> str:  # noqa: ANN401 - as padding_tokenizer
     """Return a digest of everything that decides what a tokenizer makes of a text."""
     if tokenizer.is_fast:
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Each call sets these two anew.
-        inner = {name: value for name, value in state.items() if name not in ("truncation", "padding")}
+        backend = tokenizer.backend_tokenizer
+        # Each call sets these two anew, so that they tell nothing.
+        backend.no_truncation()
+        backend.no_padding()
+        inner = backend.to_str()
     else:
-        inner = tokenizer.get_vocab()
+        inner = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     names = ("model_input_names", "padding_side", "truncation_side", "chat_template", "special_tokens_map")
     outer = [type(tokenizer).__name__, *(getattr(tokenizer, name, None) for name in names)]
-    text = json.dumps([inner, outer, repr(tokenizer)], sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    settings = json.dumps([outer, repr(tokenizer)], sort_keys=True, default=str)
+    return hashlib.sha256(f"{settings}\n{inner}".encode()).hexdigest()
 
 
 def tokenize(

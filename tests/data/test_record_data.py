@@ -262,3 +262,35 @@ def test_checkpoints_load_with_weights_only_whatever_the_source(write, tokenizer
     assert (kept["max_length"], kept["where"]) == (64, ["label != 'maybe'"])
     assert kept.get("train") == (path if kind == "path" else None)
     json.dumps(kept)
+
+
+def test_settings_that_read_rows_otherwise_never_find_those_of_others(write, tokenizer_folder, own_cache, monkeypatch):
+    """One file, one cache: each way of reading it gives what it gives in a cache of its own."""
+    texts = write("texts.jsonl", [(f"id{n}", f"{n % 3}|{n % 2}.5") for n in range(12)])
+    tags = write("tags.jsonl", [(["w1", f"w{n}"], [0, n % 2]) for n in range(12)], ("tokens", "tags"))
+    several = {"problem": "multi_label", **ALL_TRAINED}
+    ways = [
+        (TextClassificationData, texts, {**several, "label_separator": "|"}),
+        (TextClassificationData, texts, {**several, "label_separator": "."}),
+        (TokenClassificationData, tags, {"tag_names": ["O", "B"], **ALL_TRAINED}),
+        (TokenClassificationData, tags, {"tag_names": ["B", "O"], **ALL_TRAINED}),
+    ]
+
+    def read(module, path, settings):
+        data = module(path, tokenizer=tokenizer_folder, **settings)
+        data.setup("fit")
+        return [(example.text, example.label) for example in data.examples("train")]
+
+    shared = [read(*way) for way in ways]
+    assert len({str(one) for one in shared}) == 4
+    for number, way in enumerate(ways):
+        monkeypatch.setenv("LORA_LIGHTNING_CACHE", str(own_cache / f"alone{number}"))
+        assert read(*way) == shared[number]
+
+
+def test_rows_read_under_a_model_with_names_do_not_excuse_a_run_without(write, tokenizer_folder, own_cache):
+    path = write("tags.jsonl", [(["w1", f"w{n}"], [0, n % 2]) for n in range(30)], ("tokens", "tags"))
+    named = TokenClassificationData(path, tokenizer=tokenizer_folder)
+    trainer(max_epochs=1).validate(Model(tokenizer_folder, ["0", "1"]), named, verbose=False)
+    with pytest.raises(DataError, match="numbers for tags"):
+        TokenClassificationData(path, tokenizer=tokenizer_folder).setup("fit")

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from lora_lightning.data.batches.packing import Document, document_from, pack_stream
 from lora_lightning.data.language.conversations import sample_from
 from lora_lightning.data.language.encoding import EncodedSample, Encoder
+from lora_lightning.data.rows.cells import ignored_message
 from lora_lightning.data.sources import ReadSettings, Record, Source, describe, read_records
 from lora_lightning.errors import DataError
 from lora_lightning.resume.position import Layout, Passed, Position
@@ -89,8 +90,7 @@ class StreamedRows(IterableDataset[list[Document]]):
                 f"blank, or beyond the first {self.encoder.max_length} tokens. Set a larger max_length."
             )
         if warn and ignored:
-            fields = ", ".join(f"{name} ({count} rows)" for name, count in ignored.items())
-            rank_zero_warn(f"{describe(self.source)}: ignored fields: {fields}.")
+            rank_zero_warn(ignored_message(describe(self.source), ignored))
         if warn and (became["cut"] or became["dropped"] or became["bad"]):
             rank_zero_warn(
                 f"{describe(self.source)}: of {became['read']} rows, {became['cut']} were cut at "

@@ -93,3 +93,14 @@ def check_known(
         f"{source} has {what} among its {rows} rows that {whose} not have: {shown}{more}; known are "
         f"{', '.join(map(repr, known[:30]))}. Leave these rows out, or train with rows that have these {what}."
     )
+
+
+def ignored_message(source: str, ignored: Mapping[str, int]) -> str:
+    """Return the sentence about fields that nothing reads.
+
+    Example:
+        >>> ignored_message("a.jsonl", {"history": 120})
+        'a.jsonl: ignored fields: history (120 rows).'
+    """
+    fields = ", ".join(f"{name} ({count} rows)" for name, count in ignored.items())
+    return f"{source}: ignored fields: {fields}."

@@ -1,0 +1,62 @@
+"""What the keys are made of under which rows are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import inspect
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lora_lightning.data.cache import key_of
+from lora_lightning.data.rows.plan import Plan
+from lora_lightning.data.rows.pool import kind_of
+from lora_lightning.data.sources import describe, source_fingerprint
+
+_VERSIONED = ("lora-lightning", "transformers", "tokenizers")
+_FOREIGN = ("abc", "builtins", "lightning", "lightning_utilities", "typing")
+
+
+@functools.cache
+def code_digest(cls: type) -> str | None:
+    """Return a digest of this package's code and of the files that define a class and its bases.
+
+    Without it, rows that another version of the code has encoded would be taken for this one's.
+
+    Args:
+        cls: A data module.
+
+    Returns:
+        64 hexadecimal digits; None if a file cannot be read, as of a class that was defined at a prompt.
+    """
+    digest = hashlib.sha256()
+    for base in cls.__mro__:
+        if base.__module__.split(".")[0] in _FOREIGN:
+            continue
+        try:
+            digest.update(Path(inspect.getfile(base)).read_bytes())
+        except (OSError, TypeError):
+            return None
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def rows_key(cls: type, plan: Plan, settings: list[Any]) -> str:
+    """Return what tells rows apart: the content of their sources, how they are read, and the code that reads them.
+
+    Args:
+        cls: The data module.
+        plan: Where its rows come from.
+        settings: Its other settings that decide how records are read.
+    """
+    sources = {
+        split: [describe(source), source_fingerprint(source, plan.settings, kind_of(split))]
+        for split, source in plan.sources.items()
+        if source is not None
+    }
+    versions = [version(name) for name in _VERSIONED]
+    divided = repr(dataclasses.replace(plan, sources={}))
+    return key_of(versions, code_digest(cls), divided, sources, settings)
