@@ -24,14 +24,14 @@ class ListColumn:
 
     Example:
         >>> import pyarrow
-        >>> ListColumn(pyarrow.chunked_array([[[1, 2]], [[3]]]))[1].tolist()
-        [3]
+        >>> ListColumn(pyarrow.chunked_array([[[1, 2]], [[3]]]))[0].tolist()
+        [1, 2]
     """
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         chunks = [chunk for chunk in column.chunks if len(chunk)]
-        self._values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
-        self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in chunks]
+        self._values = [_array_of(chunk.values) for chunk in chunks]
+        self._offsets = [_array_of(chunk.offsets) for chunk in chunks]
         self._ends = np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)
 
     def __getitem__(self, index: int) -> npt.NDArray[Any]:
@@ -168,4 +168,18 @@ def _kind_of(values: Sequence[Any]) -> pa.DataType:
 def _readable(column: pa.ChunkedArray) -> ListColumn | npt.NDArray[Any]:
     import pyarrow as pa
 
-    return ListColumn(column) if pa.types.is_list(column.type) else column.to_numpy()
+    if pa.types.is_list(column.type):
+        return ListColumn(column)
+    return np.concatenate([_array_of(chunk) for chunk in column.chunks])
+
+
+def _array_of(numbers: pa.Array) -> npt.NDArray[Any]:
+    """Return an Arrow array of numbers as a view of its memory; its own conversion would import pandas."""
+    import pyarrow as pa
+
+    letter = "f" if pa.types.is_floating(numbers.type) else "i"
+    kind = np.dtype(f"{letter}{numbers.type.bit_width // 8}")
+    buffer = numbers.buffers()[1]
+    if buffer is None or not len(numbers):
+        return np.zeros(0, kind)
+    return np.frombuffer(buffer, kind, count=len(numbers), offset=numbers.offset * kind.itemsize)
