@@ -210,7 +210,7 @@ class InstructionData(RecordData):
             except DataError:
                 if not skips:
                     raise
-                continue  # it is told when the stream comes to it
+                continue  # the stream warns of it when it reads that far
             if sample is not None:
                 yield sample
 
@@ -370,4 +370,4 @@ def _ends_of(path: Path, size: int = 1 << 20) -> bytes:
 
 
 def _pass(error: DataError, text: str) -> None:
-    """Leave a broken row out; it is told when the stream comes to it."""
+    """Leave a broken row out; the stream warns of it when it reads that far."""

@@ -74,7 +74,7 @@ class Sample:
 def sample_from(
     record: Record, columns: Mapping[str, str] | None = None, ignored: Counter[str] | None = None
 ) -> Sample | None:
-    """Turn a record into a sample; its shape is told by its fields.
+    """Turn a record into a sample; its fields determine its shape.
 
     Args:
         record: The record. A field of None is an absent one.
@@ -83,7 +83,7 @@ def sample_from(
 
     Returns:
         The sample, or None for a record that has a known shape and nothing in it to learn from: a blank completion or
-        text, or (chatterbot's YAML) a statement that nobody answers.
+        text, or (chatterbot's YAML) a statement without an answer.
 
     Raises:
         DataError: The shape is none of those known, or a conversation is malformed.
@@ -210,7 +210,7 @@ class _Reader:
         return messages
 
     def _dialogue(self) -> Sample | None:
-        """Read statements that answer one another in turn, the last that nobody answers left out."""
+        """Read statements that answer one another in turn, without the last one if it has no answer."""
         statements = self._turns(self.fields.take("dialogue"), "dialogue")
         answered = list(statements[: len(statements) // 2 * 2])
         if not answered or any(text is None or not str(text).strip() for text in answered):
