@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+import torch.distributed as dist
 
 from lora_lightning import LoRA, adapter_state_dict
 from lora_lightning.callbacks import AdapterCheckpoint, RankWatch
@@ -33,3 +34,4 @@ if __name__ == "__main__":
             "state": adapter_state_dict(task.adapted),
         }
     torch.save(ends, out / f"{run.global_rank}.pt")
+    dist.destroy_process_group()  # threads of gloo that outlive the interpreter abort it

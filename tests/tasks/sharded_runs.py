@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -111,3 +112,4 @@ if __name__ == "__main__":
     _, task = fit("head", out / "ddp", "ddp")
     results["ddp"] = {"state": state_of(task)}
     torch.save(results, out / f"{run.global_rank}.pt")
+    dist.destroy_process_group()  # threads of gloo that outlive the interpreter abort it
