@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 from lora_lightning import AdaLoRA, DoRA, LoRA, Optim, PrefixTuning, VeRA, adapter_state_dict
 from lora_lightning.callbacks import AdapterCheckpoint
 from lora_lightning.tasks import AdapterTask
+from tests.ranks import leave
 from tests.tasks.languages import Speaker
 from tests.tasks.languages import batches as language_batches
 from tests.tasks.toys import Tagger, trainer
@@ -112,4 +112,4 @@ if __name__ == "__main__":
     _, task = fit("head", out / "ddp", "ddp")
     results["ddp"] = {"state": state_of(task)}
     torch.save(results, out / f"{run.global_rank}.pt")
-    dist.destroy_process_group()  # threads of gloo that outlive the interpreter abort it
+    leave()
