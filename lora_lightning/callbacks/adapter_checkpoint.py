@@ -24,8 +24,11 @@ from lora_lightning.checkpoint.files import remove_folder
 from lora_lightning.checkpoint.folder import check_finite, fill_adapter_folder, is_adapter_folder
 from lora_lightning.checkpoint.manifest import FileRecord
 from lora_lightning.checkpoint.pair import Fill, folder_of, replace_link
+from lora_lightning.checkpoint.saved_run import generation_settings_of
 from lora_lightning.errors import CheckpointError
 from lora_lightning.tasks.sharding import is_sharded
+from lora_lightning.texts.files import text_files
+from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -216,8 +219,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Return what writes the adapter folder of the present state."""
 
         def fill(folder: Path, record: FileRecord) -> None:
-            facts, base = run_facts(trainer), self._base_fingerprint
-            fill_adapter_folder(folder, model, facts, checkpoint=record, base_fingerprint=base, state=state)
+            facts, texts = run_facts(trainer), _text_files(trainer, model)
+            base = self._base_fingerprint
+            fill_adapter_folder(
+                folder, model, facts, checkpoint=record, base_fingerprint=base, state=state, texts=texts
+            )
 
         return fill
 
@@ -231,8 +237,9 @@ class AdapterCheckpoint(ModelCheckpoint):
             folder = folder_of(filepath)
             if folder.is_symlink():
                 folder.unlink()
-            facts = run_facts(trainer)
-            write_adapter_folder(folder, model, facts, base_fingerprint=self._base_fingerprint, state=state)
+            facts, texts = run_facts(trainer), _text_files(trainer, model)
+            base = self._base_fingerprint
+            write_adapter_folder(folder, model, facts, base_fingerprint=base, state=state, texts=texts)
         trainer.strategy.barrier("AdapterCheckpoint.save")
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
@@ -284,12 +291,19 @@ def run_facts(trainer: L.Trainer) -> RunFacts:
         base=base if isinstance(base, str) else None,
         data_fingerprint=data_fingerprint if isinstance(data_fingerprint, str) else None,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer_of(trainer)),
+        tokenizer=SavedTokenizer.of_data(data, base if isinstance(base, str) else None),
         task=f"{type(module).__module__}.{type(module).__qualname__}",
         label_names=[str(name) for name in names] if names else None,
         metrics={name: float(value) for name, value in sorted(trainer.callback_metrics.items())},
         epoch=trainer.current_epoch,
         step=trainer.global_step,
     )
+
+
+def _text_files(trainer: L.Trainer, model: nn.Module) -> dict[str, bytes]:
+    """Return the files that make other tools ask the model as this run trains it."""
+    settings = generation_settings_of(trainer.lightning_module)
+    return text_files(model, tokenizer_of(trainer), run_facts(trainer).tokenizer, settings)
 
 
 def writes_folders(module: L.LightningModule, model: nn.Module) -> bool:

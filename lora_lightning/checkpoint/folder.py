@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters import Method, attached_methods, folded_state_dict, load_adapter_state_dict
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
+from lora_lightning.checkpoint.base_name import public_name
 from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.manifest import (
@@ -34,6 +35,7 @@ from lora_lightning.errors import CheckpointError
 from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
 from lora_lightning.peft_format.decode import from_peft, method_of
 from lora_lightning.peft_format.encode import to_peft
+from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
 OWN_WEIGHTS_NAME = "adapter.safetensors"
 
@@ -45,6 +47,7 @@ class RunFacts:
     base: str | None = None
     data_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None
+    tokenizer: SavedTokenizer | None = None
     task: str | None = None
     label_names: list[str] | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
@@ -60,6 +63,7 @@ def write_adapter_folder(
     base_fingerprint: str | None = None,
     state: Mapping[str, Tensor] | None = None,
     as_lora: bool = False,
+    texts: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write the adapters of a model into a folder, all of it or nothing; the manifest goes in last.
 
@@ -71,6 +75,7 @@ def write_adapter_folder(
         state: The model's `folded_state_dict`, where the caller has it already: gathered from all processes.
         as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same; the manifest then
             names that LoRA.
+        texts: Files of the training's tokenizer and generation settings by their names; see `text_files`.
 
     Returns:
         The manifest that was written.
@@ -81,6 +86,7 @@ def write_adapter_folder(
     refuse_foreign(folder)
     with atomic_folder(folder) as temporary:
         settings: dict[str, Any] = {"base_fingerprint": base_fingerprint, "state": state, "as_lora": as_lora}
+        settings["texts"] = texts
         return fill_adapter_folder(temporary, model, facts, **settings)
 
 
@@ -93,6 +99,7 @@ def fill_adapter_folder(
     base_fingerprint: str | None = None,
     state: Mapping[str, Tensor] | None = None,
     as_lora: bool = False,
+    texts: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write the adapters of a model into an empty folder, the manifest last; see `write_adapter_folder`.
 
@@ -104,6 +111,7 @@ def fill_adapter_folder(
         base_fingerprint: The base's fingerprint, where the caller has it already.
         state: The model's `folded_state_dict`, where the caller has it already.
         as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same.
+        texts: Files of the training's tokenizer and generation settings by their names; see `text_files`.
 
     Raises:
         CheckpointError: A weight is NaN or infinite.
@@ -116,9 +124,12 @@ def fill_adapter_folder(
     if peft is None:
         _save_tensors(folder / OWN_WEIGHTS_NAME, state)
     else:
-        text = json.dumps(peft.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        config = {**peft.config, "base_model_name_or_path": _public_base(peft.config, facts)}
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         _save_tensors(folder / PEFT_WEIGHTS_NAME, peft.state)
+    for name, content in (texts or {}).items():
+        (folder / name).write_bytes(content)
     manifest = Manifest(
         **asdict(facts or RunFacts()),
         adapter_format="lora_lightning" if peft is None else "peft",
@@ -129,6 +140,12 @@ def fill_adapter_folder(
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def _public_base(config: Mapping[str, Any], facts: RunFacts | None) -> str | None:
+    """Return the base as the user named it; where that is unknown, as transformers does."""
+    named = facts.base if facts is not None and facts.base is not None else config["base_model_name_or_path"]
+    return None if named is None else public_name(named)
 
 
 def refuse_foreign(folder: Path) -> None:

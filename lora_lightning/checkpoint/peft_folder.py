@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,31 +22,45 @@ from lora_lightning.checkpoint.folder import (
 )
 from lora_lightning.checkpoint.manifest import Manifest, check_files, read_manifest
 from lora_lightning.errors import CheckpointError, TargetError
-from lora_lightning.methods import LoRA
 from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME, PeftConfig, parse_peft_config
 from lora_lightning.peft_format.encode import to_peft, why_not_peft
-from lora_lightning.peft_format.fit import fit_to_model
+from lora_lightning.peft_format.fit import FittedAdapter, fit_to_model
 
 _PICKLED_NAME = "adapter_model.bin"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeftFolder:
-    """An adapter folder in PEFT's format, understood for one model.
+class PeftFiles:
+    """What an adapter folder in PEFT's format holds.
 
     Args:
-        method: What to attach; it names copies to train in `modules_to_save`.
-        state: The tensors by the names of `adapter_state_dict`.
+        folder: The folder.
+        config: What its `adapter_config.json` says.
+        tensors: Its tensors by PEFT's key names.
         base_fingerprint: The base's digest where this library wrote the folder, else None.
     """
 
-    method: LoRA
-    state: dict[str, Tensor]
+    folder: Path
+    config: PeftConfig
+    tensors: dict[str, Tensor]
     base_fingerprint: str | None
+
+    def fit(self, model: nn.Module) -> FittedAdapter:
+        """Understand the adapter for one bare model, which stays as it is.
+
+        Raises:
+            CheckpointError: It does not fit the model.
+        """
+        return fit_to_model(model, self.config, self.tensors, str(self.folder))
 
 
 def export_peft(
-    model: nn.Module, folder: str | Path, facts: RunFacts | None = None, *, base_fingerprint: str | None = None
+    model: nn.Module,
+    folder: str | Path,
+    facts: RunFacts | None = None,
+    *,
+    base_fingerprint: str | None = None,
+    texts: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write the adapters of a model in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, a manifest.
 
@@ -58,6 +73,7 @@ def export_peft(
         folder: Where to; an adapter folder already there is replaced.
         facts: What the manifest shall tell about the run.
         base_fingerprint: The base's fingerprint, where the caller has it already.
+        texts: Files of the training's tokenizer and generation settings by their names; see `text_files`.
 
     Returns:
         The manifest.
@@ -73,7 +89,9 @@ def export_peft(
             f"This adapter cannot be written in PEFT's format: {why_not_peft(model)}. Merge it into the base instead "
             "(lora-lightning export --to merged)."
         )
-    return write_adapter_folder(Path(folder), model, facts, base_fingerprint=base_fingerprint, as_lora=True)
+    return write_adapter_folder(
+        Path(folder), model, facts, base_fingerprint=base_fingerprint, as_lora=True, texts=texts
+    )
 
 
 def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
@@ -98,10 +116,11 @@ def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
     folder = Path(folder)
     if is_attached(model):
         raise TargetError(f"This model has adapters already; load {folder} into a bare model, or detach them first.")
-    found = read_peft_folder(model, folder)
-    report = attach(model, found.method)
+    found = read_peft_files(folder)
+    fitted = found.fit(model)
+    report = attach(model, fitted.method)
     try:
-        load_adapter_state_dict(model, found.state)
+        load_adapter_state_dict(model, fitted.state)
         if found.base_fingerprint is not None:
             check_fingerprint(fingerprint(model), found.base_fingerprint, str(folder))
     except CheckpointError as error:
@@ -110,15 +129,18 @@ def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
     return report
 
 
-def read_peft_folder(model: nn.Module, folder: Path) -> PeftFolder:
-    """Read and check an adapter folder in PEFT's format, for one model and without changing it; see `load_peft`."""
+def read_peft_files(folder: Path) -> PeftFiles:
+    """Read and check an adapter folder in PEFT's format; see `load_peft`.
+
+    Raises:
+        CheckpointError: It is missing or damaged, or uses an option that this library does not compute.
+    """
     _check_there(folder)
     base_fingerprint = _own_fingerprint(folder)
     config = read_peft_config(folder / CONFIG_NAME)
     tensors = load_tensors(folder / PEFT_WEIGHTS_NAME)
     check_finite(tensors, str(folder))
-    fitted = fit_to_model(model, config, tensors, str(folder))
-    return PeftFolder(method=fitted.method, state=fitted.state, base_fingerprint=base_fingerprint)
+    return PeftFiles(folder=folder, config=config, tensors=tensors, base_fingerprint=base_fingerprint)
 
 
 def read_peft_config(path: Path) -> PeftConfig:

@@ -14,9 +14,8 @@ from lora_lightning.adapters import Method, Role, iter_adapters, iter_roles, loa
 from lora_lightning.adapters.attach import join
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
-from lora_lightning.checkpoint.folder import check_methods, is_adapter_folder, read_adapter_folder
-from lora_lightning.checkpoint.manifest import class_config, read_manifest
-from lora_lightning.checkpoint.peft_folder import read_peft_folder
+from lora_lightning.checkpoint.folder import check_methods
+from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.errors import CheckpointError
 from lora_lightning.paths import resolve
 from lora_lightning.peft_format.copies import is_copy
@@ -106,19 +105,25 @@ def read_starting_adapter(model: nn.Module, folder: str) -> StartingAdapter:
     path = resolve(folder)
     if path.is_file():
         raise CheckpointError(f"adapter={folder!r} is a file; name the folder that stands beside a .ckpt file.")
-    if path.is_dir() and is_adapter_folder(path):
-        if read_manifest(path).adapter_format == "merged":
-            raise CheckpointError(f"{path} is a merged model, not an adapter; name it as the backbone.")
-        manifest, state = read_adapter_folder(path)
-        return StartingAdapter(
-            folder=path,
-            methods=manifest.methods,
-            state=state,
-            base_fingerprint=manifest.base_fingerprint,
-            label_names=manifest.label_names,
-            tokenizer_fingerprint=manifest.tokenizer_fingerprint,
-        )
-    found = read_peft_folder(model, path)
+    return starting_adapter(SavedRun.of_folder(path), model)
+
+
+def starting_adapter(run: SavedRun, model: nn.Module) -> StartingAdapter:
+    """Return the adapter that a run starts from.
+
+    Args:
+        run: An adapter folder.
+        model: The bare base model.
+
+    Raises:
+        CheckpointError: It is not for this model.
+    """
+    methods, state = run.adapter_for(model)
     return StartingAdapter(
-        folder=path, methods=[class_config(found.method)], state=found.state, base_fingerprint=None, label_names=None
+        folder=run.path,
+        methods=methods,
+        state=state,
+        base_fingerprint=run.base_fingerprint,
+        label_names=run.facts.label_names,
+        tokenizer_fingerprint=run.facts.tokenizer_fingerprint,
     )

@@ -14,6 +14,7 @@ def merge(
     dequantize: bool = False,
     force: bool = False,
     sample: str | None = None,
+    backbone: str | None = None,
 ) -> None:
     """Merge a checkpoint's adapter into its base and write a plain Hugging Face folder.
 
@@ -30,5 +31,6 @@ def merge(
         dequantize: Merge a run on a quantized base into the dequantized base, not into the dense one.
         force: Write even where the cast loses most of the update.
         sample: A text on which the outputs before and after are compared; left out, random tokens.
+        backbone: The base, where it lies elsewhere than in the training; its weights must be the same.
     """
-    write_merged(ckpt_path, output_dir, task_class, dtype, max_shard_size, dequantize, force, sample)
+    write_merged(ckpt_path, output_dir, task_class, dtype, max_shard_size, dequantize, force, sample, backbone)

@@ -17,7 +17,6 @@ from lora_lightning.data.base import Batches
 from lora_lightning.data.batches.columns import EncodedRows
 from lora_lightning.data.batches.packing import UNSUPERVISED, DocumentBatch, DocumentRows, document_from
 from lora_lightning.data.batches.streaming import StreamedRows, StreamLoader
-from lora_lightning.data.language.chat_templates import chat_template
 from lora_lightning.data.language.conversations import COLUMNS, Sample, sample_from
 from lora_lightning.data.language.encoder_setup import build_encoder
 from lora_lightning.data.language.encoding import Encoder
@@ -29,6 +28,7 @@ from lora_lightning.data.rows.row import Example, Row, StoredRow
 from lora_lightning.data.sources import Record, Source, describe, is_hub_name, is_in_memory, read_records, source_files
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.paths import nearest
+from lora_lightning.texts.chat_templates import chat_template
 
 _IGNORED = "ignored: "
 _DID = {"cut": "cut", "split": "split", "drop": "dropped"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,14 +41,16 @@ class Probe:
 
 
 def sample_batch(
-    model: nn.Module, text: str | None = None, tokenizer: Callable[[], Any] | None = None
+    model: nn.Module,
+    text: str | None = None,
+    tokenizer: Any = None,  # noqa: ANN401 - tokenizers share no public base class
 ) -> dict[str, Tensor] | None:
     """Return what to call a transformers model with: a text's tokens, or a few random sequences.
 
     Args:
         model: The model.
         text: The text; None means 4 sequences of 16 random tokens, always the same ones.
-        tokenizer: Gives the tokenizer, for a text.
+        tokenizer: The tokenizer, for a text.
 
     Returns:
         Token ids `[4, 16]` or `[1, length]`, and the decoder's where there is one; None for a model that takes no
@@ -60,7 +61,7 @@ def sample_batch(
     if config is None or find is None or getattr(model, "main_input_name", None) != "input_ids":
         return None
     if text is not None and tokenizer is not None:
-        ids = tokenizer()(text, return_tensors="pt")["input_ids"]
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
     else:
         vocabulary = find().weight.shape[0]
         length = min(_LENGTH, (getattr(config, "max_position_embeddings", None) or _LENGTH + 2) - 2)

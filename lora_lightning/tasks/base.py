@@ -33,7 +33,8 @@ from lora_lightning.backbones.view import view_of
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.folder import check_finite
 from lora_lightning.checkpoint.manifest import class_config
-from lora_lightning.checkpoint.starting import StartingAdapter, read_starting_adapter
+from lora_lightning.checkpoint.saved_run import SavedRun
+from lora_lightning.checkpoint.starting import StartingAdapter, read_starting_adapter, starting_adapter
 from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
@@ -47,6 +48,7 @@ from lora_lightning.tasks.log_pace import LogPace
 from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
 from lora_lightning.tasks.settings import Recomputing, is_plain, labels, methods_from, plain, refuse_packing
 from lora_lightning.tasks.step_output import StepOutput, batch_size_of
+from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -104,6 +106,7 @@ class AdapterTask(CheckedLoading):
         self._takes_method_of_adapter = adapter is not None and method is None
         # Settings from a checkpoint are plain: then its weights follow, and the folder may be gone or changed.
         self._takes_state_of_checkpoint = adapter is not None and is_plain(method)
+        self._starting_run: SavedRun | None = None
         self.model: nn.Module | None = None
         self.label_names: list[str] | None = None
         self.base_fingerprint: str | None = None
@@ -114,7 +117,6 @@ class AdapterTask(CheckedLoading):
         self._metrics_of: dict[str, MetricCollection] = {}
         specs = [class_config(one) for one in self.methods]
         self.keep_settings(
-            _class_path=f"{type(self).__module__}.{type(self).__qualname__}",
             backbone=backbone,
             method=None if self._takes_method_of_adapter else specs[0] if len(specs) == 1 else specs,
             optim=asdict(self.optim),
@@ -302,10 +304,15 @@ class AdapterTask(CheckedLoading):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace the full state dict by the adapter state, and add what the methods carry along."""
         checkpoint["state_dict"] = gathered(self.adapter_state())
+        tokenizer = SavedTokenizer.of_data(getattr(self._trainer, "datamodule", None), self.backbone)
         checkpoint["lora_lightning"] = {
             "base_fingerprint": self.base_fingerprint,
             "method_state": [method.extra_state(self.adapted) for method in self.methods],
             "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer_of(self._trainer)),
+            "tokenizer": None if tokenizer is None else tokenizer.plain(),
+            "task": f"{type(self).__module__}.{type(self).__qualname__}",
+            "arguments": list(self._arguments),
+            "label_names": None if self.label_names is None else [str(name) for name in self.label_names],
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -347,6 +354,10 @@ class AdapterTask(CheckedLoading):
             super().load_state_dict(own, strict=False, assign=assign)
         return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])
 
+    def start_from(self, run: SavedRun) -> None:
+        """Take the adapter to start from out of a folder that was read already, instead of reading `adapter` again."""
+        self._starting_run = run
+
     def expect_checkpoint(self) -> None:
         """Leave `adapter` unread, since a checkpoint's weights follow: the folder may be gone or changed by then."""
         self._takes_state_of_checkpoint = self.adapter is not None
@@ -359,7 +370,8 @@ class AdapterTask(CheckedLoading):
             return None
         if self._takes_state_of_checkpoint and not self._takes_method_of_adapter:
             return None
-        start = read_starting_adapter(model, self.adapter)
+        run, self._starting_run = self._starting_run, None
+        start = read_starting_adapter(model, self.adapter) if run is None else starting_adapter(run, model)
         if self._takes_method_of_adapter:
             self.methods = methods_from(start.methods)
             self.keep_settings(method=start.methods[0] if len(start.methods) == 1 else start.methods)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.attach import iter_adapters, unwrap
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.token_loss import IGNORED
+from lora_lightning.texts.generation_config import own_ends
 
 
 class Example(NamedTuple):
@@ -105,7 +106,7 @@ def generate(
     room = max_positions(bare) - longest
     if room < 1:
         raise ConfigError(f"A prompt of {longest} tokens leaves no room: the model takes {max_positions(bare)}.")
-    ends = list(dict.fromkeys([*_own_ends(bare), *stop]))
+    ends = list(dict.fromkeys([*own_ends(bare), *stop]))
     pad = ends[0] if ends else 0
     device = next(bare.parameters()).device
     ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -151,7 +152,7 @@ def answer(
     with _evaluating(bare):
         output = bare.generate(**inputs, generation_config=config)
     pad = {config.pad_token_id} - {None}
-    return [_until(row[1:].tolist(), [*_own_ends(bare), *pad]) for row in output]
+    return [_until(row[1:].tolist(), [*own_ends(bare), *pad]) for row in output]
 
 
 def max_positions(model: Any) -> float:  # noqa: ANN401 - a transformers model
@@ -160,12 +161,6 @@ def max_positions(model: Any) -> float:  # noqa: ANN401 - a transformers model
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     virtual = (adapter.num_virtual_tokens for _, _, adapter in iter_adapters(model) if adapter.enabled)
     return (getattr(config, "max_position_embeddings", None) or float("inf")) - max(virtual, default=0)
-
-
-def _own_ends(model: Any) -> list[int]:  # noqa: ANN401 - a transformers model
-    configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
-    found: Any = next((end for config in configs if (end := getattr(config, "eos_token_id", None)) is not None), [])
-    return list(found) if isinstance(found, Sequence) else [found]
 
 
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:

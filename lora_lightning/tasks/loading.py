@@ -7,13 +7,23 @@ from pathlib import Path
 from typing import Any, Self
 
 import lightning as L
+import torch
 
-from lora_lightning.checkpoint.complete import check_checkpoint
+from lora_lightning.checkpoint.reading import read_file
+from lora_lightning.checkpoint.task_class import argument_names, build_task
 from lora_lightning.errors import CheckpointError
 
 
 class CheckedLoading(L.LightningModule):
-    """A LightningModule whose `load_from_checkpoint` compares the file with its manifest first."""
+    """A LightningModule whose `load_from_checkpoint` reads the file once, safely, and compares it with its manifest."""
+
+    _arguments: list[str]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - those of __init__
+        """Note which arguments the constructor is called with: a subclass may take them through `**kwargs`."""
+        task = super().__new__(cls)
+        object.__setattr__(task, "_arguments", argument_names(cls, args, kwargs))
+        return task
 
     @classmethod
     def load_from_checkpoint(
@@ -28,12 +38,22 @@ class CheckedLoading(L.LightningModule):
         """Load a task; see Lightning's method of the same name.
 
         Raises:
-            CheckpointError: The file differs from what was written, or the base or the adapter from the checkpoint's.
+            CheckpointError: The file differs from what was written, its settings do not fit the class, or the base or
+                the adapter differ from the checkpoint's.
         """
-        if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_file():
-            check_checkpoint(Path(checkpoint_path))
-        safely = True if weights_only is None else weights_only
-        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, safely, **kwargs)
+        safely = weights_only is not False
+        path = Path(checkpoint_path) if isinstance(checkpoint_path, str | Path) else None
+        if path is None or not path.is_file() or hparams_file is not None:
+            return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, safely, **kwargs)
+        content = read_file(path, map_location, weights_only=safely).content
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+            raise CheckpointError(f"{path} holds no state_dict, so it is no checkpoint of a task; name a .ckpt file.")
+        content.setdefault("hyper_parameters", {})
+        task = build_task(cls, content, path, kwargs, strict=strict)
+        assert isinstance(task, cls)
+        tensors = (value for value in content["state_dict"].values() if isinstance(value, torch.Tensor))
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        return task.to(device)
 
 
 def own_entry(checkpoint: Mapping[str, Any], num_methods: int) -> dict[str, Any]:

@@ -119,6 +119,10 @@ class Seq2SeqLM(PerTokenTask):
         rows = torch.index_select(states.flatten(0, 1), 0, positions)
         return chunked_token_loss(rows, targets, head or nn.Identity(), chunk_size=self.loss_chunk_size)
 
+    def generation_settings(self) -> dict[str, Any]:
+        """Return how the answers of evaluations are generated, which goes into what is exported."""
+        return {"max_new_tokens": self.max_new_tokens, "max_length": None, "num_beams": self.num_beams}
+
     def predict(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the answer to each source text.
 

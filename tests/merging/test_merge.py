@@ -22,14 +22,13 @@ from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.backbones.quantized import is_quantized
 from lora_lightning.checkpoint import read_manifest
 from lora_lightning.checkpoint.manifest import MANIFEST_NAME
-from lora_lightning.checkpoint.rebuild import rebuild_task
 from lora_lightning.errors import CheckpointError, NotMergeable
-from lora_lightning.merging import merge
+from lora_lightning.merging import merge, write
 from lora_lightning.merging.merge import merge_checkpoint
 from lora_lightning.merging.report import THRESHOLD, LayerMerge, MergeLoss, UpdateLost, measure
 from lora_lightning.methods import DoRA, LoRA
 from lora_lightning.tasks import AdapterTask, SequenceClassification
-from tests.checkpoint.runs import PlainTask, save_backbone, save_checkpoint, save_wide_base
+from tests.checkpoint.runs import PlainTask, rebuild_task, save_backbone, save_checkpoint, save_wide_base
 from tests.models import build, logits
 
 LABELS = ["bad", "neutral", "good"]
@@ -251,7 +250,7 @@ def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def fail(*args: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(merge, "write_manifest", fail)
+    monkeypatch.setattr(write, "write_manifest", fail)
     with pytest.raises(CheckpointError, match=r"could not be written .*No space left"):
         merge_checkpoint(ckpt, tmp_path / "new" / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]

@@ -8,11 +8,11 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lora_lightning.backbones.load import load_tokenizer
-from lora_lightning.data.language.chat_templates import END_TOKENS, begins_with_bos, chat_template
 from lora_lightning.data.language.conversations import Sample
 from lora_lightning.data.language.encoding import Encoder
 from lora_lightning.data.model_facts import ModelFacts
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.texts.chat_templates import END_TOKENS, begins_with_bos, chat_template
 
 _USUAL_LENGTH = 2048
 

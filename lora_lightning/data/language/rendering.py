@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lora_lightning.data.language.chat_templates import TEMPLATE_NAMES, marks_answers
 from lora_lightning.data.language.conversations import Sample
 from lora_lightning.data.language.turns import Message
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.texts.chat_templates import TEMPLATE_NAMES, marks_answers
 
 Span = tuple[int, int]
 _TAKEN_ARGUMENTS = frozenset(

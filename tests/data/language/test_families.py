@@ -5,11 +5,11 @@ import warnings
 import pytest
 from transformers import AutoTokenizer
 
-from lora_lightning.data.language.chat_templates import TEMPLATE_NAMES, chat_template
 from lora_lightning.data.language.conversations import sample_from
 from lora_lightning.data.language.encoding import Encoder
 from lora_lightning.data.sources import Record
 from lora_lightning.errors import DataError
+from lora_lightning.texts.chat_templates import TEMPLATE_NAMES, chat_template
 from tests.data.language import families
 from tests.data.talk import learnt, save_tokenizer, turns
 

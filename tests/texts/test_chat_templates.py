@@ -1,8 +1,8 @@
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lora_lightning.data.language.chat_templates import TEMPLATE_NAMES, chat_template, marks_answers
 from lora_lightning.errors import ConfigError
+from lora_lightning.texts.chat_templates import TEMPLATE_NAMES, chat_template, marks_answers
 from tests.data.talk import turns
 
 TALK = turns("Hi", "Hello", "A?", "B", system="Be kind.")
