@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from pathlib import Path
 
 from lora_lightning.checkpoint.files import alone_in, hidden_entries, hidden_siblings, remove, sync
 from lora_lightning.checkpoint.folder import is_adapter_folder
-from lora_lightning.checkpoint.manifest import Manifest, Measure, check_files, difference_from, read_manifest
+from lora_lightning.checkpoint.manifest import FileRecord, Manifest, check_files, difference_from, read_manifest
 from lora_lightning.checkpoint.pair import SUFFIX, folder_of, replace_link
 from lora_lightning.errors import CheckpointError
 
 
-def check_checkpoint(path: Path, measure: Measure | None = None) -> Manifest | None:
+def check_checkpoint(path: Path, found: FileRecord | None = None) -> Manifest | None:
     """Compare a `.ckpt` with the manifest that was written with it.
 
     Args:
         path: The file.
-        measure: Returns the record of the file where the caller has it open; None reads the file.
+        found: Length and digest of the file where the caller has them; None reads the file.
 
     Returns:
         The manifest; None where none stands beside it, or one of a version that did not know the `.ckpt`.
@@ -27,40 +26,39 @@ def check_checkpoint(path: Path, measure: Measure | None = None) -> Manifest | N
         CheckpointError: They differ, or the manifest is damaged; the message names the newest complete one beside it.
     """
     try:
-        return vouching_manifest(path, measure)
+        return vouching_manifest(path, found)
     except CheckpointError as error:
         raise CheckpointError(f"{error} {instead_of(path)}".strip()) from error
 
 
-def vouching_manifest(path: Path, measure: Measure | None = None) -> Manifest | None:
+def vouching_manifest(path: Path, found: FileRecord | None = None) -> Manifest | None:
     """Return the manifest that names a `.ckpt`; see `check_checkpoint`.
 
     It is in the folder beside the file, or, where a process was killed between two renames, in a hidden one.
     """
-    measure = None if measure is None else functools.cache(measure)
     path = path.resolve()  # `last.ckpt` may be a link: what it points to has its own folder
     folder, seen = folder_of(path), None
     while is_adapter_folder(folder) and (manifest := read_manifest(folder)) != seen:  # a run may be saving right now
         if manifest.checkpoint is None:
             return None
-        difference = difference_from(manifest.checkpoint, path, measure)
+        difference = difference_from(manifest.checkpoint, path, found)
         if difference is None:
             return manifest
-        hidden, seen = _hidden_manifest(path, measure), manifest
+        hidden, seen = _hidden_manifest(path, found), manifest
         if hidden is not None:
             return hidden
     if seen is None:
-        return _hidden_manifest(path, measure)
+        return _hidden_manifest(path, found)
     raise CheckpointError(f"{path} {difference}.")
 
 
-def _hidden_manifest(path: Path, measure: Measure | None) -> Manifest | None:
+def _hidden_manifest(path: Path, found: FileRecord | None) -> Manifest | None:
     for entry in hidden_siblings(folder_of(path)):
         try:
             manifest = read_manifest(entry)
         except CheckpointError:  # half written, or half removed
             continue
-        if manifest.checkpoint is not None and difference_from(manifest.checkpoint, path, measure) is None:
+        if manifest.checkpoint is not None and difference_from(manifest.checkpoint, path, found) is None:
             return manifest
     return None
 

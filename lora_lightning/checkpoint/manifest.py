@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -48,10 +48,6 @@ class FileRecord:
         return cls(sha256=sha256_file(path), num_bytes=path.stat().st_size)
 
 
-Measure = Callable[[], FileRecord]
-"""Returns the record of a file that is open."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything a reader needs to know before loading an adapter folder; all values are plain JSON types.
@@ -71,7 +67,7 @@ class Manifest:
         epoch: Epochs finished, counted from 0 as Lightning does.
         step: Optimizer steps taken.
         files: Every other file of the folder by its name.
-        checkpoint: The `.ckpt` that the folder stands beside, or None where it stands alone.
+        checkpoint: The `.ckpt` that the folder stands beside or was merged from, or None where it stands alone.
         versions: Versions of the libraries that wrote it.
         format_version: Version of this format.
     """
@@ -187,18 +183,18 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path} {difference}; use another checkpoint.")
 
 
-def difference_from(record: FileRecord, path: Path, measure: Measure | None = None) -> str | None:
+def difference_from(record: FileRecord, path: Path, found: FileRecord | None = None) -> str | None:
     """Describe how a file differs from its record, in words that continue its name; None if it does not.
 
     Args:
         record: What the manifest says of the file.
         path: The file.
-        measure: Returns the record of the file as it is; None reads the file, unless its length alone tells.
+        found: What the file is, where the caller has read it; None reads it, unless its length alone tells.
     """
-    size = path.stat().st_size if measure is None else measure().num_bytes
+    size = path.stat().st_size if found is None else found.num_bytes
     if size != record.num_bytes:
         return f"has {size} bytes, its manifest says {record.num_bytes}: it was cut short or changed"
-    digest = sha256_file(path) if measure is None else measure().sha256
+    digest = sha256_file(path) if found is None else found.sha256
     if digest != record.sha256:
         return "differs from what was written (SHA-256 mismatch): it was damaged or changed"
     return None

@@ -31,11 +31,13 @@ class CheckpointFile:
         path: The file.
         content: What `torch.save` was given.
         manifest: The manifest that vouches for it, or None where there is none.
+        record: Length and digest of the file.
     """
 
     path: Path
     content: Any
     manifest: Manifest | None
+    record: FileRecord
 
 
 def read_file(path: Path, map_location: Any = "cpu", *, weights_only: bool = True) -> CheckpointFile:  # noqa: ANN401 - as torch.load has it
@@ -53,13 +55,15 @@ def read_file(path: Path, map_location: Any = "cpu", *, weights_only: bool = Tru
         raise CheckpointError(f"There is no checkpoint {path}{_others_beside(path)}.")
     while True:
         with _opened(path) as (stream, identity):
+            record = _record_of(stream)
             try:
-                manifest = check_checkpoint(path, lambda: _record_of(stream))
+                manifest = check_checkpoint(path, record)
             except CheckpointError:
                 if _identity_of(path) != identity:  # a run has replaced it since it was opened
                     continue
                 raise
-            return CheckpointFile(path=path, content=_load(stream, path, map_location, weights_only), manifest=manifest)
+            content = _load(stream, path, map_location, weights_only)
+            return CheckpointFile(path=path, content=content, manifest=manifest, record=record)
 
 
 def read_checkpoint(path: Path) -> CheckpointFile:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.checkpoint.complete import folder_at, newest_first
 from lora_lightning.checkpoint.folder import RunFacts, is_adapter_folder, read_adapter_folder
-from lora_lightning.checkpoint.manifest import Manifest, check_files, class_config, read_manifest
+from lora_lightning.checkpoint.manifest import FileRecord, Manifest, check_files, class_config, read_manifest
 from lora_lightning.checkpoint.peft_folder import PeftFiles, read_peft_files
 from lora_lightning.checkpoint.reading import read_checkpoint
 from lora_lightning.checkpoint.task_class import build_task, class_path_in, find_task_class, settings_in
@@ -32,6 +32,7 @@ class SavedRun:
         path: The file or folder.
         facts: What is known of the run: base, tokenizer, task, label names, progress.
         manifest: The manifest, or None where there is none.
+        record: Length and digest of a `.ckpt`.
         base_fingerprint: Digest of the base weights under the adapters, or None in a folder that PEFT wrote.
         content: The content of a `.ckpt`; None for a folder.
         methods: The methods of a folder of this library, as `{"class_path": ..., "init_args": {...}}`.
@@ -43,6 +44,7 @@ class SavedRun:
     path: Path
     facts: RunFacts
     manifest: Manifest | None = None
+    record: FileRecord | None = None
     base_fingerprint: str | None = None
     content: dict[str, Any] | None = None
     methods: Sequence[dict[str, Any]] = ()
@@ -67,6 +69,7 @@ class SavedRun:
             path=path,
             facts=_facts_of_checkpoint(file.content, entry, file.manifest, str(path)),
             manifest=file.manifest,
+            record=file.record,
             base_fingerprint=entry.get("base_fingerprint"),
             content=file.content,
             tokenizer_folder=None if folder is None else _tokenizer_folder(folder, file.manifest),

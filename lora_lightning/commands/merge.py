@@ -23,7 +23,7 @@ def merge(
 
     Args:
         ckpt_path: The .ckpt file, such as runs/version_0/checkpoints/last.ckpt.
-        output_dir: The folder to write; it must not exist, or be empty.
+        output_dir: The folder to write; it must not exist, be empty, or come from a merge of the same checkpoint.
         task_class: Import path of the task, such as my_module.MyTask; needed only where the checkpoint was written by
             a task of your own.
         dtype: float32, bfloat16 or float16; left out, the base's own.

@@ -25,7 +25,7 @@ from lora_lightning.merging.dense import dequantize as dequantize_base
 from lora_lightning.merging.precision import dtype_of, final_dtypes, name_of, narrow, round_to, widen
 from lora_lightning.merging.probe import Probe, sample_batch
 from lora_lightning.merging.report import THRESHOLD, LayerMerge, MergeLoss, MergeReport, UpdateLost, measure
-from lora_lightning.merging.write import write_merged_folder
+from lora_lightning.merging.write import merged_before, write_merged_folder
 from lora_lightning.peft_format.copies import is_copy
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def merge_checkpoint(
 
     Args:
         ckpt_path: The `.ckpt` file.
-        output_dir: The folder to write; it must not exist, or be empty.
+        output_dir: The folder to write; it must not exist, be empty, or hold what an earlier merge of the same
+            checkpoint wrote and nothing else.
         task_class: The task's class or its import path; see `SavedRun.build`.
         dtype: `float32`, `bfloat16` or `float16`; None keeps the base's own.
         max_shard_size: Largest size of one weight file, such as `5GB` (transformers models).
@@ -78,10 +79,14 @@ def merge_checkpoint(
         UpdateLost: Less than `threshold` of the update would be kept; nothing is written.
     """
     ckpt_path, output_dir, chosen = Path(ckpt_path), Path(output_dir), dtype_of(dtype)
-    refuse_taken(output_dir)
+    earlier = merged_before(output_dir)
+    if earlier is None:
+        refuse_taken(output_dir)
     if not _SIZE.fullmatch(max_shard_size):
         raise CheckpointError(f"max_shard_size must be a size such as 5GB or 500MB, got {max_shard_size!r}.")
     run = SavedRun.of_checkpoint(ckpt_path)
+    if earlier != run.record:  # merging the same checkpoint again replaces what that wrote
+        refuse_taken(output_dir)
     task, model = _load(run, task_class, backbone, dequantize=dequantize)
     manifest = _describe(run, task, model)
     if dequantize and not dequantize_base(model):
@@ -183,6 +188,7 @@ def _describe(run: SavedRun, task: L.LightningModule, model: nn.Module) -> Manif
     return Manifest(
         **asdict(run.facts_with(task)),
         adapter_format="merged",
+        checkpoint=run.record,
         methods=[class_config(method) for method in attached_methods(model)],
         base_fingerprint=fingerprint(model),
     )

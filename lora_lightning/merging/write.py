@@ -10,7 +10,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from lora_lightning.checkpoint.manifest import FileRecord, Manifest, write_manifest
+from lora_lightning.checkpoint.folder import is_adapter_folder
+from lora_lightning.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest, write_manifest
 from lora_lightning.texts.generation_config import generation_config_for
 from lora_lightning.texts.saved_tokenizer import tokenizer_files
 
@@ -52,6 +53,19 @@ def write_merged_folder(
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     files = {path.name: FileRecord.of(path) for path in sorted(folder.iterdir()) if path.is_file()}
     write_manifest(folder, replace(manifest, files=files))
+
+
+def merged_before(folder: Path) -> FileRecord | None:
+    """Return which `.ckpt` a folder was merged from, if it holds exactly what that merge wrote; else None."""
+    if not is_adapter_folder(folder):
+        return None
+    manifest = read_manifest(folder)
+    names = {path.name for path in folder.iterdir()} - {MANIFEST_NAME}
+    is_whole = names == manifest.files.keys()
+    is_unchanged = is_whole and all(
+        (folder / name).stat().st_size == record.num_bytes for name, record in manifest.files.items()
+    )
+    return manifest.checkpoint if manifest.adapter_format == "merged" and is_unchanged else None
 
 
 def _settle_labels(model: nn.Module, names: list[str] | None) -> None:
