@@ -23,9 +23,11 @@ from lora_lightning.checkpoint.complete import newest_complete, recover
 from lora_lightning.checkpoint.files import remove_folder
 from lora_lightning.checkpoint.folder import check_finite, fill_adapter_folder, is_adapter_folder
 from lora_lightning.checkpoint.manifest import FileRecord
+from lora_lightning.checkpoint.own_state import own_entries, own_file
 from lora_lightning.checkpoint.pair import Fill, folder_of, replace_link
 from lora_lightning.checkpoint.saved_run import generation_settings_of
 from lora_lightning.errors import CheckpointError
+from lora_lightning.tasks.averaging import averaged_task
 from lora_lightning.tasks.sharding import is_sharded
 from lora_lightning.texts.files import text_files
 from lora_lightning.texts.saved_tokenizer import SavedTokenizer
@@ -189,7 +191,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         ]
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        model = adapted_model(trainer.lightning_module)
+        # What validation has measured is saved: the averages, where weights are averaged.
+        model = adapted_model(averaged_task(trainer) or trainer.lightning_module)
         fill: Fill | None = None
         state: dict[str, Tensor] = {}
         if model is not None and writes_folders(trainer.lightning_module, model):
@@ -219,10 +222,10 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Return what writes the adapter folder of the present state."""
 
         def fill(folder: Path, record: FileRecord) -> None:
-            facts, texts = run_facts(trainer), _text_files(trainer, model)
+            facts, extra = run_facts(trainer), _extra_files(trainer, model)
             base = self._base_fingerprint
             fill_adapter_folder(
-                folder, model, facts, checkpoint=record, base_fingerprint=base, state=state, texts=texts
+                folder, model, facts, checkpoint=record, base_fingerprint=base, state=state, extra=extra
             )
 
         return fill
@@ -237,9 +240,9 @@ class AdapterCheckpoint(ModelCheckpoint):
             folder = folder_of(filepath)
             if folder.is_symlink():
                 folder.unlink()
-            facts, texts = run_facts(trainer), _text_files(trainer, model)
+            facts, extra = run_facts(trainer), _extra_files(trainer, model)
             base = self._base_fingerprint
-            write_adapter_folder(folder, model, facts, base_fingerprint=base, state=state, texts=texts)
+            write_adapter_folder(folder, model, facts, base_fingerprint=base, state=state, extra=extra)
         trainer.strategy.barrier("AdapterCheckpoint.save")
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
@@ -300,10 +303,12 @@ def run_facts(trainer: L.Trainer) -> RunFacts:
     )
 
 
-def _text_files(trainer: L.Trainer, model: nn.Module) -> dict[str, bytes]:
-    """Return the files that make other tools ask the model as this run trains it."""
-    settings = generation_settings_of(trainer.lightning_module)
-    return text_files(model, tokenizer_of(trainer), run_facts(trainer).tokenizer, settings)
+def _extra_files(trainer: L.Trainer, model: nn.Module) -> dict[str, bytes]:
+    """Return the files that make other tools ask the model as this run trains it, and what the task holds beside it."""
+    module = trainer.lightning_module
+    texts = text_files(model, tokenizer_of(trainer), run_facts(trainer).tokenizer, generation_settings_of(module))
+    own = {} if model is module else own_entries((averaged_task(trainer) or module).state_dict())
+    return {**texts, **own_file(own)}
 
 
 def writes_folders(module: L.LightningModule, model: nn.Module) -> bool:

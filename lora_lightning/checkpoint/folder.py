@@ -63,7 +63,7 @@ def write_adapter_folder(
     base_fingerprint: str | None = None,
     state: Mapping[str, Tensor] | None = None,
     as_lora: bool = False,
-    texts: Mapping[str, bytes] | None = None,
+    extra: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write the adapters of a model into a folder, all of it or nothing; the manifest goes in last.
 
@@ -75,7 +75,7 @@ def write_adapter_folder(
         state: The model's `folded_state_dict`, where the caller has it already: gathered from all processes.
         as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same; the manifest then
             names that LoRA.
-        texts: Files of the training's tokenizer and generation settings by their names; see `text_files`.
+        extra: Further files by their names, such as those of `text_files` and `own_file`.
 
     Returns:
         The manifest that was written.
@@ -86,7 +86,7 @@ def write_adapter_folder(
     refuse_foreign(folder)
     with atomic_folder(folder) as temporary:
         settings: dict[str, Any] = {"base_fingerprint": base_fingerprint, "state": state, "as_lora": as_lora}
-        settings["texts"] = texts
+        settings["extra"] = extra
         return fill_adapter_folder(temporary, model, facts, **settings)
 
 
@@ -99,7 +99,7 @@ def fill_adapter_folder(
     base_fingerprint: str | None = None,
     state: Mapping[str, Tensor] | None = None,
     as_lora: bool = False,
-    texts: Mapping[str, bytes] | None = None,
+    extra: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write the adapters of a model into an empty folder, the manifest last; see `write_adapter_folder`.
 
@@ -111,7 +111,7 @@ def fill_adapter_folder(
         base_fingerprint: The base's fingerprint, where the caller has it already.
         state: The model's `folded_state_dict`, where the caller has it already.
         as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same.
-        texts: Files of the training's tokenizer and generation settings by their names; see `text_files`.
+        extra: Further files by their names, such as those of `text_files` and `own_file`.
 
     Raises:
         CheckpointError: A weight is NaN or infinite.
@@ -128,7 +128,7 @@ def fill_adapter_folder(
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         _save_tensors(folder / PEFT_WEIGHTS_NAME, peft.state)
-    for name, content in (texts or {}).items():
+    for name, content in (extra or {}).items():
         (folder / name).write_bytes(content)
     manifest = Manifest(
         **asdict(facts or RunFacts()),

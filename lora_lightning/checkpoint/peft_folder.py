@@ -60,7 +60,7 @@ def export_peft(
     facts: RunFacts | None = None,
     *,
     base_fingerprint: str | None = None,
-    texts: Mapping[str, bytes] | None = None,
+    extra: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write the adapters of a model in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, a manifest.
 
@@ -73,7 +73,7 @@ def export_peft(
         folder: Where to; an adapter folder already there is replaced.
         facts: What the manifest shall tell about the run.
         base_fingerprint: The base's fingerprint, where the caller has it already.
-        texts: Files of the training's tokenizer and generation settings by their names; see `text_files`.
+        extra: Further files by their names, such as those of `text_files` and `own_file`.
 
     Returns:
         The manifest.
@@ -90,7 +90,7 @@ def export_peft(
             "(lora-lightning export --to merged)."
         )
     return write_adapter_folder(
-        Path(folder), model, facts, base_fingerprint=base_fingerprint, as_lora=True, texts=texts
+        Path(folder), model, facts, base_fingerprint=base_fingerprint, as_lora=True, extra=extra
     )
 
 

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lora_lightning.checkpoint.complete import folder_at, newest_first
-from lora_lightning.checkpoint.folder import RunFacts, is_adapter_folder, read_adapter_folder
+from lora_lightning.checkpoint.folder import RunFacts, is_adapter_folder, load_tensors, read_adapter_folder
 from lora_lightning.checkpoint.manifest import FileRecord, Manifest, check_files, class_config, read_manifest
+from lora_lightning.checkpoint.own_state import OWN_STATE_NAME, own_entries
 from lora_lightning.checkpoint.peft_folder import PeftFiles, read_peft_files
 from lora_lightning.checkpoint.reading import read_checkpoint
-from lora_lightning.checkpoint.task_class import build_task, class_path_in, find_task_class, settings_in
+from lora_lightning.checkpoint.task_class import (
+    build_task,
+    class_path_in,
+    constructor_arguments,
+    find_task_class,
+    given_in,
+    settings_in,
+)
 from lora_lightning.errors import BackboneError, CheckpointError
 from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
@@ -39,6 +47,7 @@ class SavedRun:
         state: The tensors of a folder of this library, by the names of `adapter_state_dict`.
         peft: What a folder holds that PEFT wrote.
         tokenizer_folder: The folder that holds the tokenizer's own files, or None.
+        own: What the task of a folder held beside its model.
     """
 
     path: Path
@@ -51,6 +60,7 @@ class SavedRun:
     state: Mapping[str, Tensor] | None = None
     peft: PeftFiles | None = None
     tokenizer_folder: Path | None = None
+    own: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of_checkpoint(cls, path: str | Path) -> SavedRun:
@@ -102,12 +112,23 @@ class SavedRun:
             methods=manifest.methods,
             state=state,
             tokenizer_folder=_tokenizer_folder(folder, manifest),
+            own=load_tensors(folder / OWN_STATE_NAME) if OWN_STATE_NAME in manifest.files else {},
         )
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of the task that wrote a checkpoint."""
         return settings_in(self._required_content())
+
+    def arguments_for(self, cls: type[L.LightningModule]) -> dict[str, Any]:
+        """Return the settings of a checkpoint that a class takes in its constructor."""
+        content = self._required_content()
+        return constructor_arguments(cls, settings_in(content), given_in(content))
+
+    @property
+    def own_state(self) -> dict[str, Tensor]:
+        """What the task of a checkpoint, or of a folder of this library, held beside its model."""
+        return dict(self.own) if self.content is None else own_entries(self.content["state_dict"])
 
     def task_class(self, name: str | None = None) -> type[L.LightningModule]:
         """Return the class of the task that wrote a checkpoint.
@@ -278,4 +299,4 @@ def _tokenizer_folder(folder: Path, manifest: Manifest | None) -> Path | None:
 
 
 def _is_of_adapter(name: str) -> bool:
-    return name.startswith("adapter")
+    return name.startswith("adapter") or name == OWN_STATE_NAME

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import Method, Role, iter_adapters, iter_roles, load_adapter_state_dict
@@ -15,6 +16,7 @@ from lora_lightning.adapters.attach import join
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.folder import check_methods
+from lora_lightning.checkpoint.own_state import own_entries
 from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.errors import CheckpointError
 from lora_lightning.paths import resolve
@@ -34,6 +36,7 @@ class StartingAdapter:
         base_fingerprint: The base's digest where this library wrote the folder, else None.
         label_names: The classes in the order of its head, or None.
         tokenizer_fingerprint: The digest of the vocabulary that it was trained with, where it is known, else None.
+        own_state: What the task that trained it held beside its model.
     """
 
     folder: Path
@@ -42,6 +45,7 @@ class StartingAdapter:
     base_fingerprint: str | None
     label_names: list[str] | None
     tokenizer_fingerprint: str | None = None
+    own_state: Mapping[str, Tensor] = field(default_factory=dict)
 
     def load_into(self, model: nn.Module, methods: Sequence[Method], tokenizer: Any = None) -> None:  # noqa: ANN401 - tokenizers share no public base class
         """Load the tensors into a model to which `methods` are attached.
@@ -82,6 +86,25 @@ class StartingAdapter:
                 f"{self.folder} holds a head for the labels {', '.join(self.label_names)}, and this run has "
                 f"{', '.join(label_names)}: name the same labels in the same order, or start without this adapter."
             )
+
+    @torch.no_grad()
+    def load_own(self, task: nn.Module) -> None:
+        """Load what the task that trained the adapter held beside its model, if this task holds the same.
+
+        Raises:
+            CheckpointError: A shape differs.
+        """
+        own = own_entries(task.state_dict())
+        if self.own_state and own.keys() != self.own_state.keys():
+            log.info("%s also holds %s, which this task does not take.", self.folder, ", ".join(self.own_state))
+            return
+        for name, tensor in self.own_state.items():
+            if own[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"{self.folder} holds {name} {list(tensor.shape)}, and this task has {list(own[name].shape)}; "
+                    "build the task with the settings that it was trained with."
+                )
+            own[name].copy_(tensor)
 
     def _fresh_copies(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the model's own tensors of those copies that the folder has none of."""
@@ -126,4 +149,5 @@ def starting_adapter(run: SavedRun, model: nn.Module) -> StartingAdapter:
         base_fingerprint=run.base_fingerprint,
         label_names=run.facts.label_names,
         tokenizer_fingerprint=run.facts.tokenizer_fingerprint,
+        own_state=run.own_state,
     )

@@ -32,6 +32,13 @@ def settings_in(content: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}
 
 
+def given_in(content: Mapping[str, Any]) -> list[str] | None:
+    """Return the names of the arguments that the task of a checkpoint was built with, or None if it does not say."""
+    entry = content.get("lora_lightning")
+    given = entry.get("arguments") if isinstance(entry, Mapping) else None
+    return [name for name in given if isinstance(name, str)] if isinstance(given, list) else None
+
+
 def find_task_class(stored: str | None, name: str | None, path: Path) -> type[L.LightningModule]:
     """Return the class of the task that wrote a checkpoint.
 
@@ -67,7 +74,9 @@ def find_task_class(stored: str | None, name: str | None, path: Path) -> type[L.
 
 
 def argument_names(cls: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    """Return the names of the arguments that a constructor was called with, those inside `**kwargs` too.
+    """Return the names of the arguments that a constructor was called with, those inside `*args` and `**kwargs` too.
+
+    What goes through `*args` is taken to go on to the next class's constructor.
 
     Example:
         >>> class Task:
@@ -86,6 +95,9 @@ def argument_names(cls: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, A
             names.discard(parameter.name)
         elif parameter.kind is parameter.VAR_POSITIONAL:
             names.discard(parameter.name)
+            rest = bound.arguments.get(parameter.name, ())
+            above = next((base for base in cls.__mro__[1:] if "__init__" in vars(base)), object)
+            names |= set(argument_names(above, rest, {})) if rest else set()
     return sorted(names)
 
 
@@ -129,9 +141,7 @@ def build_task(
     Raises:
         CheckpointError: The settings do not fit the class, or the weights or the base do not fit the model.
     """
-    entry = content.get("lora_lightning")
-    given = entry.get("arguments") if isinstance(entry, Mapping) else None
-    arguments = {**constructor_arguments(cls, settings_in(content), given), **changes}
+    arguments = {**constructor_arguments(cls, settings_in(content), given_in(content)), **changes}
     try:
         task = cls(**arguments)
     except TypeError as error:

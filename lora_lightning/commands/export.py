@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lightning.adapters.attach import unwrap
+from lora_lightning.checkpoint.own_state import own_file, warn_of_own_file
 from lora_lightning.checkpoint.peft_folder import export_peft
 from lora_lightning.checkpoint.saved_run import SavedRun, generation_settings_of
 from lora_lightning.errors import BackboneError, CheckpointError, ConfigError
@@ -74,8 +75,9 @@ def write_peft(ckpt_path: Path, output_dir: Path, task_class: str | None, backbo
         output_dir,
         run.facts_with(task),
         base_fingerprint=getattr(task, "base_fingerprint", None),
-        texts=_texts(run, task, model, backbone),
+        extra={**_texts(run, task, model, backbone), **own_file(run.own_state)},
     )
+    warn_of_own_file(run.own_state, output_dir)
     print(f"Wrote the adapter of {ckpt_path} to {output_dir}, for the base {manifest.base or 'of your own'}.")
     if not _is_decoder(model):
         kind = type(unwrap(model)).__name__

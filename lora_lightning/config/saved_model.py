@@ -25,11 +25,12 @@ def saved_model(run: SavedRun) -> dict[str, Any]:
     Raises:
         CheckpointError: It names classes that would have to be imported on its word alone.
     """
-    path, settings = run.path, run.settings
+    path = run.path
     try:
         cls = run.task_class()
     except CheckpointError as error:  # the subcommands of Lightning name the task with --model
         raise CheckpointError(str(error).replace("--task_class", "--model")) from error
+    settings = run.arguments_for(cls)
     for class_path in _class_paths(settings.get("method")):
         check_import(class_path, str(path))
         module = class_path.rpartition(".")[0]

@@ -19,6 +19,7 @@ from lora_lightning.backbones.quantized import is_quantized
 from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import fingerprint
 from lora_lightning.checkpoint.manifest import Manifest, class_config
+from lora_lightning.checkpoint.own_state import warn_of_own_file
 from lora_lightning.checkpoint.saved_run import SavedRun, generation_settings_of
 from lora_lightning.errors import BackboneError, CheckpointError, NotMergeable
 from lora_lightning.merging.dense import dequantize as dequantize_base
@@ -105,10 +106,13 @@ def merge_checkpoint(
                 answers=tokenizer is not None and run.answers_with(tokenizer),
                 generation_settings=generation_settings_of(task),
                 max_shard_size=max_shard_size,
+                own_state=run.own_state,
             )
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
         raise CheckpointError(f"{output_dir} could not be written ({error}); nothing was left there.") from error
+    if hasattr(model, "save_pretrained"):
+        warn_of_own_file(run.own_state, output_dir)
     return MergeReport(output_dir=output_dir, loss=loss, num_bytes=num_bytes, has_tokenizer=tokenizer is not None)
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.checkpoint.folder import is_adapter_folder
 from lora_lightning.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest, write_manifest
+from lora_lightning.checkpoint.own_state import own_file
+from lora_lightning.errors import CheckpointError
 from lora_lightning.texts.generation_config import generation_config_for
 from lora_lightning.texts.saved_tokenizer import tokenizer_files
 
@@ -27,6 +29,7 @@ def write_merged_folder(
     answers: bool,
     generation_settings: Mapping[str, Any],
     max_shard_size: str,
+    own_state: Mapping[str, Tensor],
 ) -> None:
     """Fill an empty folder with a merged model; the manifest goes in last.
 
@@ -39,6 +42,11 @@ def write_merged_folder(
         answers: Whether the training taught to answer messages.
         generation_settings: Generation settings of the task, such as `num_beams`.
         max_shard_size: Largest size of one weight file, such as `5GB` (transformers models).
+        own_state: What the task holds beside its model: a file of its own beside a transformers model, which other
+            tools load alone, and part of the weights of any other one.
+
+    Raises:
+        CheckpointError: Two weights would have one name.
     """
     if hasattr(model, "save_pretrained"):
         _settle_labels(model, manifest.label_names)
@@ -48,8 +56,17 @@ def write_merged_folder(
         if config is not None:
             model.generation_config = config
         model.save_pretrained(folder, max_shard_size=max_shard_size)  # type: ignore[operator]  # nn.Module.__getattr__
+        for name, content in own_file(own_state).items():
+            (folder / name).write_bytes(content)
     else:
-        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in model.state_dict().items()}
+        state = model.state_dict()
+        twice = sorted(state.keys() & own_state.keys())
+        if twice:
+            raise CheckpointError(
+                f"The task holds {', '.join(twice)} beside its model, which has weights of the same names; rename them "
+                "in the task, or merge the model alone: merge(task.model)."
+            )
+        tensors = {name: one.detach().clone().contiguous() for name, one in {**state, **own_state}.items()}
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     files = {path.name: FileRecord.of(path) for path in sorted(folder.iterdir()) if path.is_file()}
     write_manifest(folder, replace(manifest, files=files))

@@ -19,45 +19,45 @@ from lora_lightning.adapters import (
     Method,
     adapter_state_dict,
     fold,
-    gathered,
     is_attached,
     load_adapter_state_dict,
     report_of,
     require_calls,
 )
+from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.backbones.attach import attach
 from lora_lightning.backbones.load import load_backbone
 from lora_lightning.backbones.quantization import Quantization
-from lora_lightning.backbones.tokenizer_identity import check_tokenizer, tokenizer_fingerprint, tokenizer_of
+from lora_lightning.backbones.tokenizer_identity import check_tokenizer, tokenizer_of
 from lora_lightning.backbones.view import view_of
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.folder import check_finite
 from lora_lightning.checkpoint.manifest import class_config
+from lora_lightning.checkpoint.own_state import MODEL, own_entries
 from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.checkpoint.starting import StartingAdapter, read_starting_adapter, starting_adapter
-from lora_lightning.errors import CheckpointError, ConfigError
+from lora_lightning.errors import ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
 from lora_lightning.resume import ExactResume
+from lora_lightning.tasks import loading
+from lora_lightning.tasks.averaging import complete_averages, copy_for_averages, shrink_averages
 from lora_lightning.tasks.backward import check_offloading, offloaded, recompute
 from lora_lightning.tasks.calibration import calibrate
 from lora_lightning.tasks.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.fusing import may_fuse
-from lora_lightning.tasks.loading import CheckedLoading, own_entry, require_training_state
 from lora_lightning.tasks.log_pace import LogPace
 from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
 from lora_lightning.tasks.settings import Recomputing, is_plain, labels, methods_from, plain, refuse_packing
 from lora_lightning.tasks.step_output import StepOutput, batch_size_of
-from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
-_MODEL = "model."
 T = TypeVar("T")
 
 
-class AdapterTask(CheckedLoading):
+class AdapterTask(loading.CheckedLoading):
     """Fine-tunes adapters on a frozen backbone; subclass it for a task.
 
     A subclass defines `compute_loss`, and where it wants them `configure_metrics` and `predict`. To train on a model of
@@ -125,6 +125,7 @@ class AdapterTask(CheckedLoading):
             offload_activations=offload_activations,
             quantization=None if self.quantization is None else asdict(self.quantization),
             adapter=adapter,
+            **loading.class_path_for_cli(),
         )
 
     def keep_settings(self, **settings: Any) -> None:  # noqa: ANN401 - checked to be plain
@@ -224,6 +225,7 @@ class AdapterTask(CheckedLoading):
         if start is not None:
             start.check_labels(self.label_names, model)
             start.load_into(model, self.methods, tokenizer_of(self._trainer))
+            start.load_own(self)
             self._is_calibrated = True  # to look at data again would undo what the adapter has learned
         recompute(model, self.gradient_checkpointing)
         self.model = model.train()
@@ -233,6 +235,7 @@ class AdapterTask(CheckedLoading):
             if metrics is not None:
                 self._metrics_of[stage] = metrics.clone(prefix=f"{stage}/")
                 self.add_module(f"{stage}_metrics", self._metrics_of[stage])
+        copy_for_averages(self)
         shard_for_trainer(self, self._trainer)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - torch's own signature
@@ -298,22 +301,13 @@ class AdapterTask(CheckedLoading):
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Return what a checkpoint keeps: adapters, trained copies, and state of this module outside the model."""
-        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(_MODEL)}
-        return {**{_MODEL + name: tensor for name, tensor in adapter_state_dict(self.adapted).items()}, **own}
+        adapters = {MODEL + name: tensor for name, tensor in adapter_state_dict(self.adapted).items()}
+        return {**adapters, **own_entries(self.state_dict())}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Replace the full state dict by the adapter state, and add what the methods carry along."""
-        checkpoint["state_dict"] = gathered(self.adapter_state())
-        tokenizer = SavedTokenizer.of_data(getattr(self._trainer, "datamodule", None), self.backbone)
-        checkpoint["lora_lightning"] = {
-            "base_fingerprint": self.base_fingerprint,
-            "method_state": [method.extra_state(self.adapted) for method in self.methods],
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer_of(self._trainer)),
-            "tokenizer": None if tokenizer is None else tokenizer.plain(),
-            "task": f"{type(self).__module__}.{type(self).__qualname__}",
-            "arguments": list(self._arguments),
-            "label_names": None if self.label_names is None else [str(name) for name in self.label_names],
-        }
+        shrink_averages(self, checkpoint)
+        checkpoint["lora_lightning"] = loading.entry_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Compare the base, and give the methods back what they carried along.
@@ -322,31 +316,28 @@ class AdapterTask(CheckedLoading):
             CheckpointError: The checkpoint is not one of this library, was trained on another base, or holds too little
                 to train on from it.
         """
-        own = own_entry(checkpoint, len(self.methods))
-        require_training_state(checkpoint, self._trainer)
+        own = loading.own_entry(checkpoint, len(self.methods))
+        loading.require_training_state(checkpoint, self._trainer)
         self.configure_model()
         self._is_calibrated = True
         check_fingerprint(self.base_fingerprint or fingerprint(self.adapted), own["base_fingerprint"], "The checkpoint")
         check_tokenizer(tokenizer_of(self._trainer), own.get("tokenizer_fingerprint"), "The checkpoint")
         for method, state in zip(self.methods, own["method_state"], strict=True):
             method.load_extra_state(self.adapted, state)
+        complete_averages(self, checkpoint)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401 - torch's own signature
-        """Load an adapter state; keys and shapes must be exactly this model's.
+        """Load an adapter state, or a whole one; keys and shapes must be exactly this model's.
 
         Raises:
             CheckpointError: They are not; nothing is changed.
         """
         del strict  # a partly loaded adapter is never wanted
         self.configure_model()
-        own = {name: tensor for name, tensor in state_dict.items() if not name.startswith(_MODEL)}
-        expected = {name for name in self.state_dict() if not name.startswith(_MODEL)}
-        if set(own) != expected:
-            raise CheckpointError(
-                f"The checkpoint's own entries are {sorted(own) or 'none'}, and this task expects "
-                f"{sorted(expected) or 'none'}."
-            )
-        adapters = {name.removeprefix(_MODEL): t for name, t in state_dict.items() if name.startswith(_MODEL)}
+        if any(RESERVED in name.split(".") for name in state_dict):
+            return super().load_state_dict(state_dict, assign=assign)
+        own = loading.own_entries_for(self, state_dict)
+        adapters = {name.removeprefix(MODEL): t for name, t in state_dict.items() if name.startswith(MODEL)}
         check_finite(adapters, "The checkpoint")
         load_adapter_state_dict(self.adapted, adapters)
         self._takes_state_of_checkpoint = False
@@ -381,10 +372,7 @@ class AdapterTask(CheckedLoading):
     def _checked(self, stage: str, compute: Callable[[Any], T], batch: Any) -> T:  # noqa: ANN401 - the data module's own type
         """Call `compute` on a batch; on a stage's first one, make sure that every adapter is called."""
         if self._takes_state_of_checkpoint:
-            raise CheckpointError(
-                f"The adapter {self.adapter!r} was not loaded: with a method in its plain form the weights are "
-                "expected from a checkpoint. Give the method as an object, or leave it out."
-            )
+            loading.refuse_unread_adapter(self.adapter)
         compute = offloaded(self, compute) if stage == "train" else compute
         if stage in self._stages_checked or hasattr(self.model, "_orig_mod"):
             return compute(batch)
