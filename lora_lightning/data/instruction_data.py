@@ -187,7 +187,7 @@ class InstructionData(RecordData):
         super()._read()
         if self.streaming:
             self.plan = replace(self.plan, sources={**self.plan.sources, "train": train})
-            digest = hashlib.sha256(self._fingerprint().encode())
+            digest = hashlib.sha256(self._as_drawn(self.fingerprint).encode())
             for path, _ in source_files(train, self.plan.settings):
                 digest.update(_ends_of(path))
             self.fingerprint = digest.hexdigest()

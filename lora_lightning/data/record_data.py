@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import hashlib
 import json
 import tempfile
 import weakref
@@ -286,16 +287,18 @@ class RecordData(TokenizedData, abc.ABC):
         self._folder = self._kept(f"rows-{self._data_key}", self._lay)
         self._about = load_about(self._folder)
         self.counts = dict(self._about.counts)
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = self._as_drawn(self._about.fingerprint)
         rank_zero_info(read_message(self.counts, self.needed))
         if self._about.ignored:
             self._tell_ignored(ignored_message(self.plan.source_name("train"), self._about.ignored))
         write_bad_rows(self._about.bad, self.trainer)
 
-    def _fingerprint(self) -> str:
-        """Return what tells the rows apart, and how they are drawn."""
+    def _as_drawn(self, fingerprint: str) -> str:
+        """Return the fingerprint of rows together with the weights by which they are drawn."""
         weights = self.plan.weights()
-        return self._about.fingerprint if weights is None else key_of(self._about.fingerprint, weights)
+        if weights is None:
+            return fingerprint
+        return hashlib.sha256(json.dumps([fingerprint, weights]).encode()).hexdigest()
 
     def _lay(self, folder: Path) -> None:
         # Not at the top: what only starts a parser does without Arrow.
