@@ -197,8 +197,7 @@ def test_broken_rows_of_one_source_are_counted_once(talks, talk_tokenizer, tmp_p
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "few 0"}\n{"text": \n{"text": "few 1"}\n')
     with pytest.warns(UserWarning, match="broken rows? ") as told:
-        data = instruction((str(broken), talks[1]), talk_tokenizer, (1, 1), streaming=True)
-        texts = samples_of(data)
+        texts = samples_of(instruction((str(broken), talks[1]), talk_tokenizer, (1, 1), streaming=True))
     assert any("; 1 broken rows were left out" in str(one.message) for one in told)
     assert sum(text.startswith("few") for text in texts) > 10
 
