@@ -11,27 +11,22 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from lora_lightning import methods as _known_methods  # noqa: F401 - checkpoints name these classes
 from lora_lightning.adapters import (
     AttachReport,
     Method,
-    adapter_state_dict,
     fold,
-    gathered,
     is_attached,
-    load_adapter_state_dict,
     report_of,
     require_calls,
 )
 from lora_lightning.backbones.attach import attach
 from lora_lightning.backbones.load import load_backbone
 from lora_lightning.backbones.quantization import Quantization
-from lora_lightning.backbones.tokenizer_identity import check_tokenizer, tokenizer_fingerprint, tokenizer_of
+from lora_lightning.backbones.tokenizer_identity import tokenizer_of
 from lora_lightning.backbones.view import view_of
-from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
-from lora_lightning.checkpoint.folder import check_finite
+from lora_lightning.checkpoint.fingerprint import fingerprint
 from lora_lightning.checkpoint.manifest import class_config
 from lora_lightning.checkpoint.starting import StartingAdapter, read_starting_adapter
 from lora_lightning.errors import CheckpointError, ConfigError
@@ -40,9 +35,9 @@ from lora_lightning.optim import Optim, build_optimizer, build_schedule
 from lora_lightning.resume import ExactResume
 from lora_lightning.tasks.backward import check_offloading, offloaded, recompute
 from lora_lightning.tasks.calibration import calibrate
+from lora_lightning.tasks.checkpoint_state import CheckpointState
 from lora_lightning.tasks.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.fusing import may_fuse
-from lora_lightning.tasks.loading import CheckedLoading, own_entry, require_training_state
 from lora_lightning.tasks.log_pace import LogPace
 from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
 from lora_lightning.tasks.settings import Recomputing, is_plain, labels, methods_from, plain, refuse_packing
@@ -51,11 +46,10 @@ from lora_lightning.tasks.step_output import StepOutput, batch_size_of
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
-_MODEL = "model."
 T = TypeVar("T")
 
 
-class AdapterTask(CheckedLoading):
+class AdapterTask(CheckpointState):
     """Fine-tunes adapters on a frozen backbone; subclass it for a task.
 
     A subclass defines `compute_loss`, and where it wants them `configure_metrics` and `predict`. To train on a model of
@@ -291,65 +285,6 @@ class AdapterTask(CheckedLoading):
     def fold(self) -> None:
         """Drop what only training needs (the encoders of prompt methods); the model answers as before."""
         fold(self.adapted)
-
-    # What a checkpoint keeps.
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps: adapters, trained copies, and state of this module outside the model."""
-        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(_MODEL)}
-        return {**{_MODEL + name: tensor for name, tensor in adapter_state_dict(self.adapted).items()}, **own}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Replace the full state dict by the adapter state, and add what the methods carry along."""
-        checkpoint["state_dict"] = gathered(self.adapter_state())
-        checkpoint["lora_lightning"] = {
-            "base_fingerprint": self.base_fingerprint,
-            "method_state": [method.extra_state(self.adapted) for method in self.methods],
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer_of(self._trainer)),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare the base, and give the methods back what they carried along.
-
-        Raises:
-            CheckpointError: The checkpoint is not one of this library, was trained on another base, or holds too little
-                to train on from it.
-        """
-        own = own_entry(checkpoint, len(self.methods))
-        require_training_state(checkpoint, self._trainer)
-        self.configure_model()
-        self._is_calibrated = True
-        check_fingerprint(self.base_fingerprint or fingerprint(self.adapted), own["base_fingerprint"], "The checkpoint")
-        check_tokenizer(tokenizer_of(self._trainer), own.get("tokenizer_fingerprint"), "The checkpoint")
-        for method, state in zip(self.methods, own["method_state"], strict=True):
-            method.load_extra_state(self.adapted, state)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401 - torch's own signature
-        """Load an adapter state; keys and shapes must be exactly this model's.
-
-        Raises:
-            CheckpointError: They are not; nothing is changed.
-        """
-        del strict  # a partly loaded adapter is never wanted
-        self.configure_model()
-        own = {name: tensor for name, tensor in state_dict.items() if not name.startswith(_MODEL)}
-        expected = {name for name in self.state_dict() if not name.startswith(_MODEL)}
-        if set(own) != expected:
-            raise CheckpointError(
-                f"The checkpoint's own entries are {sorted(own) or 'none'}, and this task expects "
-                f"{sorted(expected) or 'none'}."
-            )
-        adapters = {name.removeprefix(_MODEL): t for name, t in state_dict.items() if name.startswith(_MODEL)}
-        check_finite(adapters, "The checkpoint")
-        load_adapter_state_dict(self.adapted, adapters)
-        self._takes_state_of_checkpoint = False
-        if own:
-            super().load_state_dict(own, strict=False, assign=assign)
-        return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])
-
-    def expect_checkpoint(self) -> None:
-        """Leave `adapter` unread, since a checkpoint's weights follow: the folder may be gone or changed by then."""
-        self._takes_state_of_checkpoint = self.adapter is not None
 
     # Helpers.
 
