@@ -36,6 +36,7 @@ from lora_lightning.resume import ExactResume
 from lora_lightning.tasks.backward import check_offloading, offloaded, recompute
 from lora_lightning.tasks.calibration import calibrate
 from lora_lightning.tasks.checkpoint_state import CheckpointState
+from lora_lightning.tasks.evaluation import EvaluationSets, Measures, sets_of
 from lora_lightning.tasks.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.fusing import may_fuse
 from lora_lightning.tasks.log_pace import LogPace
@@ -54,6 +55,10 @@ class AdapterTask(CheckpointState):
 
     A subclass defines `compute_loss`, and where it wants them `configure_metrics` and `predict`. To train on a model of
     your own instead of a transformers backbone, override `configure_backbone` and return any module.
+
+    Loss and metrics of validation are logged as `val/<metric>`. With several sets (loaders in a mapping), those of each
+    set are logged as `val/<set>/<metric>` besides, and `val/<metric>` is over the rows of all sets together. The same
+    holds for `test`.
 
     Args:
         backbone: Hub name, folder, or `pkg://package/folder`; None where `configure_backbone` is overridden.
@@ -105,7 +110,7 @@ class AdapterTask(CheckpointState):
         self._stages_checked: set[str] = set()
         self._is_calibrated = False
         self._log_pace = LogPace()
-        self._metrics_of: dict[str, MetricCollection] = {}
+        self._measures_of: dict[str, Measures] = {}
         specs = [class_config(one) for one in self.methods]
         self.keep_settings(
             _class_path=f"{type(self).__module__}.{type(self).__qualname__}",
@@ -221,10 +226,7 @@ class AdapterTask(CheckpointState):
         self.model = model.train()
         self.base_fingerprint = fingerprint(model)
         for stage in ("val", "test"):
-            metrics = self.configure_metrics()
-            if metrics is not None:
-                self._metrics_of[stage] = metrics.clone(prefix=f"{stage}/")
-                self.add_module(f"{stage}_metrics", self._metrics_of[stage])
+            self._add_measures(stage, f"{stage}_metrics")
         shard_for_trainer(self, self._trainer)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - torch's own signature
@@ -254,15 +256,31 @@ class AdapterTask(CheckpointState):
         self._log_pace.log(self, values, batch_size_of(batch))
         return reduce(torch.add, values.values())
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 - the data module's own type
-        """Log the loss and the metrics of validation."""
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401 - the data module's own type
+        """Measure a batch of validation."""
         del batch_idx
-        self._evaluate(batch, "val")
+        self._evaluate(batch, sets_of(self._trainer, "val"), dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 - the data module's own type
-        """Log the loss and the metrics of the test."""
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401 - the data module's own type
+        """Measure a batch of the test."""
         del batch_idx
-        self._evaluate(batch, "test")
+        self._evaluate(batch, sets_of(self._trainer, "test"), dataloader_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start measuring."""
+        self._start_evaluation(sets_of(self._trainer, "val"))
+
+    def on_test_epoch_start(self) -> None:
+        """Start measuring."""
+        self._start_evaluation(sets_of(self._trainer, "test"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what is known only after the last batch of validation."""
+        self._end_evaluation(sets_of(self._trainer, "val"))
+
+    def on_test_epoch_end(self) -> None:
+        """Log what is known only after the last batch of the test."""
+        self._end_evaluation(sets_of(self._trainer, "test"))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:  # noqa: ANN401 - the data module's own type
         """Return the task's predictions for a batch."""
@@ -315,13 +333,38 @@ class AdapterTask(CheckpointState):
         with require_calls(self.adapted):
             return compute(batch)
 
-    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401 - the data module's own type
-        output = self._checked(stage, self.compute_loss, batch)
-        self.log(f"{stage}/loss", output.loss, prog_bar=True, sync_dist=True, batch_size=batch_size_of(batch))
-        metrics = self._metrics_of.get(stage)
-        if metrics is not None:
-            metrics.update(output.predictions, output.targets)
-            self.log_dict(metrics, prog_bar=True, batch_size=batch_size_of(batch))
+    def _start_evaluation(self, sets: EvaluationSets) -> None:
+        """Prepare for the first batch of an evaluation."""
+
+    def _evaluate(self, batch: Any, sets: EvaluationSets, index: int) -> None:  # noqa: ANN401 - the data module's own type
+        """Count a batch for its set, by the index of its loader, and for all sets together."""
+        output = self._checked(sets.stage, self.compute_loss, batch)
+        for prefix in sets.prefixes_of(index):
+            self._measures(prefix).update(output, batch_size_of(batch))
+        if not sets.names:
+            self._log_measures(sets)  # while batches pass, so that every hook at the end of the epoch finds it
+
+    def _end_evaluation(self, sets: EvaluationSets) -> None:
+        """Log after the last batch; figures of all sets together cannot be logged in the step of one loader."""
+        if sets.names:
+            self._log_measures(sets)
+
+    def _log_measures(self, sets: EvaluationSets) -> None:
+        for prefix in sets.prefixes:
+            for name, metric in self._measures(prefix).named():
+                self.log(f"{prefix}/{name}", metric, prog_bar=sets.is_all(prefix), metric_attribute=prefix)
+
+    def _measures(self, prefix: str) -> Measures:
+        """Return what is measured under a prefix; the names of sets are known only once there are loaders."""
+        if prefix not in self._measures_of:
+            self._add_measures(prefix, f"set_metrics_{len(self._measures_of)}")
+        return self._measures_of[prefix]
+
+    def _add_measures(self, prefix: str, attribute: str) -> None:
+        metrics = self.configure_metrics()
+        measures = Measures(None if metrics is None else metrics.clone()).to(self.device)
+        self._measures_of[prefix] = measures
+        self.add_module(attribute, measures)
 
     def _calibrate(self) -> None:
         if self._is_calibrated or self.model is None or self._trainer is None or self.trainer.state.fn != "fit":
