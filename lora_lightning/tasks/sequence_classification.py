@@ -36,8 +36,9 @@ class SequenceClassification(LabelledTask):
     - `multi_label`: any number of classes, float32 `[batch, classes]` of 0 and 1; binary cross-entropy. Logged are `f1`
       (mean over the classes), `f1_micro` (over all rows and classes together) and `average_precision` (mean over the
       classes that occur). `predict` returns `labels` and `probabilities`. A label applies if its probability reaches a
-      threshold: during `fit`, each validation chooses the one with the largest micro-F1 on the validation rows and logs
-      it as `val/threshold`; `test` and `predict` use it, also from a checkpoint. Before the first validation it is 0.5.
+      threshold: during `fit`, each validation chooses the one with the largest micro-F1 on the validation rows (of all
+      its sets together) and logs it as `val/threshold`; `test` and `predict` use it, also from a checkpoint. Before the
+      first validation it is 0.5.
     - `regression`: one or more numbers, float32 `[batch]` or `[batch, targets]`; mean squared error. Logged are `mse`,
       `pearson` and `spearman` (means over the targets). `predict` returns `value`, or `values` by the target's name.
 
