@@ -138,14 +138,14 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
         sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
         return self._loader(rows, self.batch_size, sampler)
 
-    def val_dataloader(self) -> Batches | list[Any]:
+    def val_dataloader(self) -> Batches | list[Any] | dict[str, Batches]:
         """Return the validation batches of this rank, the longest rows first.
 
-        Without such rows it is an empty list, and with several named sets a list of one loader for each.
+        Without such rows it is an empty list, and with named sets a loader for each by its name.
         """
         return self._evaluation_batches("val")
 
-    def test_dataloader(self) -> Batches | list[Any]:
+    def test_dataloader(self) -> Batches | list[Any] | dict[str, Batches]:
         """Return the test batches of this rank, the longest rows first; an empty list without such rows."""
         return self._evaluation_batches("test")
 
@@ -181,7 +181,7 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
                 f"{most} or less."
             )
         num_ranks, _ = self._ranks()
-        if num_ranks > 1 and 0 < len(lengths) < num_ranks and split in ("train", "val", "test"):
+        if num_ranks > 1 and 0 < len(lengths) < num_ranks and split != "predict":
             raise DataError(
                 f"{split} has {len(lengths)} rows for {num_ranks} ranks, so that some would have none of their own; "
                 "use as many devices as there are rows at most, or give more rows."
@@ -209,10 +209,12 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
             raise ConfigError(f"The {split} rows are not there: call setup() first (the Trainer does).")
         return self._encoded[split]
 
-    def _evaluation_batches(self, split: str) -> Batches | list[Any]:
-        splits = self._splits_of(split) if self.counts else [split]
-        loaders = [self._evaluation_loader(one) for one in splits]
-        return loaders[0] if splits == [split] else loaders
+    def _evaluation_batches(self, kind: str) -> Batches | list[Any] | dict[str, Batches]:
+        splits = self._splits_of(kind) if self.counts else [kind]
+        if not splits:
+            return []
+        loaders = {split.removeprefix(f"{kind}/"): self._evaluation_loader(split) for split in splits}
+        return loaders[kind] if splits == [kind] else loaders
 
     def _evaluation_loader(self, split: str) -> Batches:
         rows, (num_replicas, rank) = self._encoded_rows(split), self._ranks()

@@ -26,6 +26,7 @@ from lora_lightning.data.language.samples import sample_of
 from lora_lightning.data.model_facts import model_facts
 from lora_lightning.data.record_data import RecordData
 from lora_lightning.data.rows.cells import ignored_message
+from lora_lightning.data.rows.pool import kind_of
 from lora_lightning.data.rows.row import Example, Row, StoredRow
 from lora_lightning.data.sources import Record, Source, describe, is_hub_name, is_in_memory, read_records, source_files
 from lora_lightning.errors import ConfigError, DataError
@@ -151,7 +152,7 @@ class InstructionData(RecordData):
             raise ConfigError("predict is no source of conversations; give it as test.")
         sizes = self.plan.sizes
         is_divided = sizes["train"] is not None or sizes["test"]
-        has_val = any(split.startswith("val") and self.plan.has_own_source(split) for split in self.plan.sources)
+        has_val = self.plan.has_own_source("val")
         if self.streaming and (is_divided or (not has_val and sizes["val"] != 0)):
             raise ConfigError(
                 "streaming divides nothing: give files as val and test, or set val_size to 0, and leave train_size out."
@@ -271,6 +272,8 @@ class InstructionData(RecordData):
         mixture = self._mixture_of(documents) if self.packing and split == "train" else None
         rows = DocumentRows(documents, max_length=max_length, seed=self.seed, mixture=mixture)
         self.counts[split] = len(documents)
+        kind = kind_of(split)
+        self.counts[kind] = sum(self.counts[one] for one in self._splits_of(kind))
         rank_zero_info(f"Data: {len(documents)} {split} samples in {len(rows)} rows.")
         return rows
 

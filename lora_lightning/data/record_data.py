@@ -22,6 +22,7 @@ from lora_lightning.data.cache import cached, key_of
 from lora_lightning.data.keys import code_digest, rows_key
 from lora_lightning.data.rows.cells import ignored_message
 from lora_lightning.data.rows.conditions import parse_condition
+from lora_lightning.data.rows.named_sets import split_sources
 from lora_lightning.data.rows.plan import Plan
 from lora_lightning.data.rows.pool import About, SplitRows, kind_of, load_about, save_about
 from lora_lightning.data.rows.reports import read_message, write_bad_rows
@@ -67,7 +68,8 @@ class RecordData(TokenizedData, abc.ABC):
             `[{source: a.csv, weight: 0.7}, {source: b.csv, weight: 0.3}]`. An epoch then has as many rows as all of
             them together, each source's share by its weight: a source with more rows is seen in part, another part in
             each epoch, and one with fewer is repeated.
-        val: Source of the validation rows; None splits them off `train`.
+        val: Source of the validation rows; None splits them off `train`. A mapping of names to sources, such as
+            `{reviews: a.csv, tweets: b.csv}`, is evaluated set by set: the split of each is `val/<name>`.
         test: Source of the test rows; None splits them off `train`.
         predict: Source of the rows to predict, which need no target; None predicts the test rows.
         batch_size: Rows in a training batch, on each device.
@@ -94,7 +96,7 @@ class RecordData(TokenizedData, abc.ABC):
         counts: What became of the rows: `rows_read`, `rows_filtered` (by `where`), `rows_incomplete` (nothing to learn
             from), `rows_bad` (broken, skipped), `duplicates_dropped`, `contradictions_dropped` (texts with different
             labels), `train`, `val`, `test`, `unused`, and `leaked` (rows of sources for `val` and `test` that are like
-            one trained on).
+            one trained on); of each named validation set also `val/<name>` and `val/<name>/leaked`.
         ignored_fields: How many records hold each field that nothing reads.
         fingerprint: SHA-256 of the rows and their splits.
         tokenizer: The tokenizer, once `setup` has run.
@@ -113,7 +115,7 @@ class RecordData(TokenizedData, abc.ABC):
     def __init__(
         self,
         train: Source,
-        val: Source | None = None,
+        val: dict[str, Source] | Source | None = None,
         test: Source | None = None,
         predict: Source | None = None,
         *,
@@ -143,10 +145,10 @@ class RecordData(TokenizedData, abc.ABC):
             num_workers=num_workers,
             tokenizer=tokenizer,
         )
-        sources = {"train": train, "val": val, "test": test, "predict": predict}
+        sources = split_sources({"train": train, "val": val, "test": test, "predict": predict})
         # The settings of the subclass are found too. Data would not fit into a checkpoint; settings do.
-        in_memory = [split for split, source in sources.items() if is_in_memory(source)]
-        self.save_hyperparameters(logger=False, ignore=in_memory)
+        in_memory = {kind_of(split) for split, source in sources.items() if is_in_memory(source)}
+        self.save_hyperparameters(logger=False, ignore=sorted(in_memory))
         if too_long not in self.lengths_allowed:
             raise ConfigError(f"too_long is {too_long!r}: expected {' or '.join(self.lengths_allowed)}.")
         self.too_long = too_long
@@ -226,11 +228,15 @@ class RecordData(TokenizedData, abc.ABC):
         """Iterate over the encoded rows of a split, in the order of their source.
 
         Args:
-            split: `train`, `val`, `test` or `predict`.
+            split: `train`, `val`, `test` or `predict`; of named validation sets also `val/<name>`, and `val` is all.
 
         Raises:
             ConfigError: `setup` has not run for this split.
         """
+        for one in self._splits_of(split) or [split]:
+            yield from self._examples_of(one)
+
+    def _examples_of(self, split: str) -> Iterator[Example]:
         encoded = self._documents(split)
         rows = self._rows(split)
         for index in range(len(encoded)):

@@ -68,11 +68,15 @@ def lay(plan: Plan, folder: Path, rules: Rules) -> About:
     if "train" in pools:
         trained = _divide_train(plan, folder, rules, pools.pop("train"), about, counts)
     about.num_rows |= {split: len(pool.copies) for split, pool in pools.items()}
-    counts["leaked"] = 0 if trained is None else _count_leaked(plan, trained, pools)
+    leaked = {} if trained is None else _count_leaked(plan, trained, pools)
+    counts["leaked"] = sum(leaked.values())
     counts["rows_bad"] = len(about.bad)
     for split, num_rows in about.num_rows.items():
         counts[kind_of(split)] += num_rows if kind_of(split) != "predict" else 0
     about.counts = {name: counts[name] for name in _COUNTED}
+    for split in about.num_rows:
+        if split != kind_of(split):
+            about.counts |= {split: about.num_rows[split], f"{split}/leaked": leaked.get(split, 0)}
     about.fingerprint = fingerprint(folder, about.num_rows)
     return about
 
@@ -215,21 +219,21 @@ def _with_copies(plan: Plan, pool: Pool, groups: Indices, classes: Indices) -> d
     return {split: np.flatnonzero(np.isin(inverse, texts)) for split, texts in drawn.items()}
 
 
-def _count_leaked(plan: Plan, trained: Indices, pools: Mapping[str, Pool]) -> int:
-    """Count the rows of sources for validation and test whose group is trained on, and warn of them."""
-    total = 0
+def _count_leaked(plan: Plan, trained: Indices, pools: Mapping[str, Pool]) -> dict[str, int]:
+    """Count for each source for validation and test the rows whose group is trained on, and warn of them."""
+    leaked: dict[str, int] = {}
     for split, pool in pools.items():
         if kind_of(split) == "predict":
             continue
         groups = pool.arrays()[1]
         count = int(np.isin(groups, trained).sum())
-        total += count
+        leaked[split] = count
         if count:
             rank_zero_warn(
                 f"{count} of {len(groups)} rows of {plan.source_name(split)} have a {plan.shared} that is trained on "
                 f"too: the figures for {split} will be too good. Remove these rows from one of the two."
             )
-    return total
+    return leaked
 
 
 def _write_splits(pool: Pool, drawn: Mapping[str, Indices], folder: Path) -> None:
