@@ -38,9 +38,9 @@ from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
 from lora_lightning.resume import ExactResume
+from lora_lightning.strategies.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.backward import check_offloading, offloaded, recompute
 from lora_lightning.tasks.calibration import calibrate
-from lora_lightning.tasks.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.fusing import may_fuse
 from lora_lightning.tasks.loading import CheckedLoading, own_entry, require_training_state
 from lora_lightning.tasks.log_pace import LogPace
@@ -208,7 +208,8 @@ class AdapterTask(CheckedLoading):
         """Load the backbone, freeze it, attach the adapters, shard it under FSDP2; does nothing the second time."""
         check_offloading(self)
         if self.model is not None:
-            shard_for_trainer(self, self._trainer)  # it may have been built before there was a Trainer
+            # It may have been built before there was a Trainer.
+            shard_for_trainer(self.model, self.base_fingerprint, self._trainer)
             return
         if self.quantization is not None and self._trainer is not None:
             refuse_unfit_trainer(self._trainer)  # before minutes go into loading
@@ -231,7 +232,7 @@ class AdapterTask(CheckedLoading):
             if metrics is not None:
                 self._metrics_of[stage] = metrics.clone(prefix=f"{stage}/")
                 self.add_module(f"{stage}_metrics", self._metrics_of[stage])
-        shard_for_trainer(self, self._trainer)
+        shard_for_trainer(self.model, self.base_fingerprint, self._trainer)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - torch's own signature
         """Move the module; in a fit, methods may look at data once it is on its device.
