@@ -54,10 +54,10 @@ if TYPE_CHECKING:
     from lora_lightning.methods.recompute import recompute_activations
     from lora_lightning.optim import Optim, param_groups
     from lora_lightning.peft_format.preflight import preflight
+    from lora_lightning.strategies import FSDP2Strategy
     from lora_lightning.tasks import (
         AdapterTask,
         CausalLM,
-        FSDP2Strategy,
         MultipleChoice,
         PerTokenTask,
         Seq2SeqLM,
@@ -80,7 +80,7 @@ _HOME = {
     "DeltaLoRA": "methods",
     "DoRA": "methods",
     "Guards": "callbacks",
-    "FSDP2Strategy": "tasks",
+    "FSDP2Strategy": "strategies",
     "IA3": "methods",
     "IdleParameterGuard": "callbacks",
     "InstructionData": "data",

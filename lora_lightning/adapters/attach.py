@@ -18,6 +18,7 @@ from lora_lightning.adapters.base import (
 )
 from lora_lightning.adapters.head import HeadAdapter
 from lora_lightning.adapters.host import hang, no_op_hook, unhang
+from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.adapters.targets import find_modules, is_within
 from lora_lightning.adapters.view import ModelView, PlainView
 from lora_lightning.adapters.weights import RESERVED
@@ -254,7 +255,7 @@ def join(path: str, name: str) -> str:
 
 def refuse_sharded(model: nn.Module, action: str) -> None:
     """Raise TargetError where parameters are sharded, since `action` needs them whole."""
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    if is_sharded(model):
         raise TargetError(
             f"{action} needs whole parameters, and this model's are sharded over several processes (FSDP); "
             f"save a checkpoint and {action} in one process."

@@ -33,11 +33,11 @@ from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
 from lora_lightning.resume import ExactResume
+from lora_lightning.strategies.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.backward import check_offloading, offloaded, recompute
 from lora_lightning.tasks.calibration import calibrate
 from lora_lightning.tasks.checkpoint_state import CheckpointState
 from lora_lightning.tasks.evaluation import EvaluationSets, Measures, sets_of
-from lora_lightning.tasks.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.fusing import may_fuse
 from lora_lightning.tasks.log_pace import LogPace
 from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
@@ -207,7 +207,8 @@ class AdapterTask(CheckpointState):
         """Load the backbone, freeze it, attach the adapters, shard it under FSDP2; does nothing the second time."""
         check_offloading(self)
         if self.model is not None:
-            shard_for_trainer(self, self._trainer)  # it may have been built before there was a Trainer
+            # It may have been built before there was a Trainer.
+            shard_for_trainer(self.model, self.base_fingerprint, self._trainer)
             return
         if self.quantization is not None and self._trainer is not None:
             refuse_unfit_trainer(self._trainer)  # before minutes go into loading
@@ -227,7 +228,7 @@ class AdapterTask(CheckpointState):
         self.base_fingerprint = fingerprint(model)
         for stage in ("val", "test"):
             self._add_measures(stage, f"{stage}_metrics")
-        shard_for_trainer(self, self._trainer)
+        shard_for_trainer(self.model, self.base_fingerprint, self._trainer)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - torch's own signature
         """Move the module; in a fit, methods may look at data once it is on its device.

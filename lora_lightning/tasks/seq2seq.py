@@ -18,6 +18,7 @@ from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.evaluation import EvaluationSets
+from lora_lightning.strategies.facts import facts_of
 from lora_lightning.tasks.generation import answer
 from lora_lightning.tasks.per_token import PerTokenTask
 from lora_lightning.tasks.settings import Recomputing
@@ -211,7 +212,7 @@ class Seq2SeqLM(PerTokenTask):
 
     def _is_sharded(self) -> bool:
         """Tell whether parameters are sharded; then ranks that generate differently long would wait for each other."""
-        sharded = any(hasattr(parameter, "device_mesh") for parameter in self.adapted.parameters())
+        sharded = facts_of(self.trainer).shards
         if sharded and not self._has_told_sharded:
             self._has_told_sharded = True
             rank_zero_warn("The model's parameters are sharded, so nothing is generated: no exact_match and no ROUGE.")
