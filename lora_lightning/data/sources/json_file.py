@@ -25,7 +25,8 @@ def read_json(path: Path, name: str, settings: ReadSettings, on_bad: OnBad, take
     if first is None:
         return
     if first[1].lstrip().startswith("["):
-        text = "\n" * (first[0] - 1) + first[1] + "".join(text_lines_after(filled, first[0]))
+        # Empty lines are kept, so that an error has its line.
+        text = "\n" * (first[0] - 1) + first[1] + "".join(line for _, line in numbered)
         for number, entry in enumerate(_parse(text, name, 1), start=1):
             if takes():
                 yield from _record(entry, name, number, "entry", on_bad)
@@ -39,13 +40,6 @@ def read_json(path: Path, name: str, settings: ReadSettings, on_bad: OnBad, take
             on_bad(error, line)
             continue
         yield from _record(value, name, number, "line", on_bad)
-
-
-def text_lines_after(filled: Iterator[tuple[int, str]], last: int) -> Iterator[str]:
-    """Return lines with the empty ones that were left out between them, so that their numbers are right."""
-    for number, line in filled:
-        yield "\n" * (number - last - 1) + line
-        last = number
 
 
 def _record(value: object, name: str, number: int, unit: str, on_bad: OnBad) -> Iterator[Record]:
