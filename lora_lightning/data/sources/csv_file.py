@@ -11,53 +11,44 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.data.sources.record import OnBad, ReadSettings, Record, Takes
+from lora_lightning.data.sources.record import Broken, ReadSettings, Record
 from lora_lightning.data.sources.tables import named_apart
 from lora_lightning.data.sources.text import kind_of_file, text_lines
 from lora_lightning.errors import ConfigError, DataError
 
+_Row = tuple[int, list[str]]
+"""The line in which a row begins, and its cells."""
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 # A quotation mark that is never closed would otherwise be searched for to the end of the file, from every such mark.
 _LONGEST_ROW = 1 << 24
 
 
-def read_csv(path: Path, name: str, settings: ReadSettings, on_bad: OnBad, takes: Takes) -> Iterator[Record]:
+def read_csv(path: Path, name: str, settings: ReadSettings) -> Iterator[Record | Broken]:
     """Read the rows of a file one by one; `number` is the line in which a row begins.
 
     Raises:
         ConfigError: The separator is no single character.
-        DataError: The file is empty, or not in the encoding.
+        DataError: The file is empty, is not in the encoding, or has a broken line of column names.
     """
     csv.field_size_limit(sys.maxsize)
     separator = settings.separator or _SEPARATORS[kind_of_file(path)]
     if len(separator) != 1 or separator in '"\r\n':
         raise ConfigError(f"separator is {separator!r}: expected one character, such as a comma or a semicolon.")
-    lines = text_lines(path, name, settings.encoding)
-    columns: list[str] = []
-
-    def note(error: DataError, text: str) -> None:
-        if not columns:  # without the names of the columns no row can be read
-            raise error
-        # Each process that shares the rows with others tells of its own broken ones.
-        if takes():
-            on_bad(error, text)
-
-    rows = _rows(lines, separator, name, note)
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"{name} is empty: it has not even a line with column names.")
-    columns += named_apart([column.strip() for column in first[1]])
+    rows = _rows(text_lines(path, name, settings.encoding), separator, name)
+    columns = _column_names(next(rows, None), name)
     has_warned = False
-    for number, cells in rows:
-        if not takes():
+    for row in rows:
+        if isinstance(row, Broken):
+            yield row
             continue
+        number, cells = row
         place = f"{name}, line {number}"
         if len(cells) > len(columns):
             error = DataError(
                 f"{place}: expected {len(columns)} fields, as the first line has, and found {len(cells)}. Check for a "
                 "separator that is not in quotation marks."
             )
-            on_bad(error, separator.join(cells))
+            yield Broken(error, separator.join(cells))
             continue
         if not has_warned and _hides_rows(cells, separator, len(columns)):
             has_warned = True
@@ -68,8 +59,17 @@ def read_csv(path: Path, name: str, settings: ReadSettings, on_bad: OnBad, takes
         yield Record(name, number, "line", dict(zip(columns, cells, strict=False)))
 
 
-def _rows(lines: Iterator[str], separator: str, name: str, on_bad: OnBad) -> Iterator[tuple[int, list[str]]]:
-    """Return the rows and the lines in which they begin; a broken one ends with its first line."""
+def _column_names(first: _Row | Broken | None, name: str) -> list[str]:
+    if first is None:
+        raise DataError(f"{name} is empty: it has not even a line with column names.")
+    if isinstance(first, Broken):
+        raise first.error
+    _, cells = first
+    return named_apart([cell.strip() for cell in cells])
+
+
+def _rows(lines: Iterator[str], separator: str, name: str) -> Iterator[_Row | Broken]:
+    """Return the rows; a broken one ends with its first line."""
     ahead = deque[str]()
     of_row: list[str] = []
     number = 1
@@ -79,7 +79,7 @@ def _rows(lines: Iterator[str], separator: str, name: str, on_bad: OnBad) -> Ite
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            on_bad(_malformed(name, number, str(error)), of_row[0])
+            yield Broken(_malformed(name, number, str(error)), of_row[0])
             number += 1
             ahead.extendleft(reversed(of_row[1:]))
             # A reader that has failed may keep what it has read of the row.

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lora_lightning.data.sources.csv_file import read_csv
 from lora_lightning.data.sources.dialogues import read_conll, read_dialogues
 from lora_lightning.data.sources.json_file import read_json
-from lora_lightning.data.sources.record import OnBad, ReadSettings, Record, Takes
+from lora_lightning.data.sources.record import Found, ReadSettings, Record
 from lora_lightning.data.sources.tables import read_parquet
 from lora_lightning.data.sources.text import COMPRESSED, kind_of_file, text_lines
 from lora_lightning.errors import DataError
 from lora_lightning.paths import nearest_in_folder, resolve
 
-_TABLES = (".csv", ".tsv")
-_LINES = (".jsonl", ".ndjson", ".json")
-_YAML = (".yml", ".yaml")
+_READERS: dict[str, Callable[[Path, str, ReadSettings], Iterator[Found]]] = {
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".yml": read_dialogues,
+    ".yaml": read_dialogues,
+}
+SUFFIXES = tuple(_READERS)
+"""Ends of the names of files that every data module reads."""
 CONLL = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".txt")
 """Ends of the names of files with one word and its tag a line."""
-SUFFIXES = (*_TABLES, *_LINES, ".parquet", *_YAML)
-"""Ends of the names of files that every data module reads."""
 _GLOB = ("*", "?", "[")
 _SAVED = ("state.json", "dataset_dict.json")
 
@@ -74,31 +81,18 @@ def files_of(source: str, settings: ReadSettings) -> list[tuple[Path, str]]:
     return [(path, source)]
 
 
-def read_file(path: Path, name: str, settings: ReadSettings, on_bad: OnBad, takes: Takes) -> Iterator[Record]:
-    """Read the records of a file that are wanted, by its kind.
+def read_file(path: Path, name: str, settings: ReadSettings) -> Iterator[Found]:
+    """Read the records of a file by its kind.
 
     Raises:
         DataError: It is malformed.
     """
-    kind = kind_of_file(path)
-    if kind in _TABLES:
-        return read_csv(path, name, settings, on_bad, takes)
-    if kind in _LINES:
-        return read_json(path, name, settings, on_bad, takes)
-    return (record for record in _read_whole(kind, path, name, settings, on_bad) if takes())
+    of_text = read_conll if settings.conll else _read_text
+    read = _READERS.get(kind_of_file(path), of_text)
+    return read(path, name, settings)
 
 
-def _read_whole(kind: str, path: Path, name: str, settings: ReadSettings, on_bad: OnBad) -> Iterator[Record]:
-    if kind in _YAML:
-        return read_dialogues(path, name, settings)
-    if kind == ".parquet":
-        return read_parquet(path, name)
-    if settings.conll:
-        return read_conll(path, name, settings, on_bad)
-    return _from_text(path, name, settings)
-
-
-def _from_text(path: Path, name: str, settings: ReadSettings) -> Iterator[Record]:
+def _read_text(path: Path, name: str, settings: ReadSettings) -> Iterator[Record]:
     """Read a text whose folder names its class."""
     text = "".join(text_lines(path, name, settings.encoding))
     yield Record(name, 1, "line", {settings.text_column: text, settings.label_column: path.parent.name})

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from lora_lightning.data.sources.files import SUFFIXES, files_of, is_saved_dataset, read_file
 from lora_lightning.data.sources.hub import hub_rows, is_hub_name, saved_rows
-from lora_lightning.data.sources.record import OnBad, ReadSettings, Record, Source, Takes
+from lora_lightning.data.sources.record import Found, OnBad, ReadSettings, Record, Source
 from lora_lightning.data.sources.tables import read_dataset, read_frame
 from lora_lightning.errors import DataError
 
@@ -39,16 +38,18 @@ def read_records(
         DataError: The source is not there, is malformed, or is empty.
     """
     mine, num_shares = share
-    passed = itertools.count()
-    found = False
-
-    def takes() -> bool:
-        nonlocal found
-        found = True
-        return next(passed) % num_shares == mine
-
-    yield from _records(source, settings, role, on_bad or _refuse, takes)
-    if not found:
+    position = -1
+    for position, found in enumerate(_found_in(source, settings, role)):
+        if position % num_shares != mine:
+            continue
+        record = found() if callable(found) else found
+        if isinstance(record, Record):
+            yield record
+        elif on_bad is None:
+            raise record.error
+        else:
+            on_bad(record.error, record.text)
+    if position < 0:
         raise DataError(f"{describe(source)} holds no rows; give a source with at least one.")
 
 
@@ -101,7 +102,7 @@ def source_fingerprint(source: Source, settings: ReadSettings, role: str = "trai
             while block := file.read(_READ_TOGETHER):
                 digest.update(block)
     if not files:
-        for record in _records(source, settings, role, _refuse, lambda: True):
+        for record in read_records(source, settings, role):
             digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -115,17 +116,17 @@ def download(source: Source, settings: ReadSettings, role: str = "train") -> Non
     hub_rows(source, settings.subset, role)
 
 
-def _records(source: Source, settings: ReadSettings, role: str, on_bad: OnBad, takes: Takes) -> Iterator[Record]:
+def _found_in(source: Source, settings: ReadSettings, role: str) -> Iterator[Found]:
     if isinstance(source, list) and source and all(isinstance(one, str) for one in source):
         for one in source:
-            yield from _records(one, settings, role, on_bad, takes)
+            yield from _found_in(one, settings, role)
         return
     table = _table_of(source, settings, role)
     if table is not None:
-        yield from (record for record in table if takes())
+        yield from table
         return
     for path, name in files_of(source, settings):
-        yield from read_file(path, name, settings, on_bad, takes)
+        yield from read_file(path, name, settings)
 
 
 def _table_of(source: Source, settings: ReadSettings, role: str) -> Iterator[Record] | None:
@@ -150,10 +151,6 @@ def _unknown(source: object) -> DataError:
         f"({', '.join(SUFFIXES)}), a folder, a list of files, a pattern such as data/*.csv, a Hub data set, a pandas "
         "DataFrame, a datasets.Dataset, or a list of dicts."
     )
-
-
-def _refuse(error: DataError, text: str) -> None:  # noqa: ARG001 - as OnBad has it
-    raise error
 
 
 def _is_frame(source: object) -> bool:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.data.sources.record import Record
+from lora_lightning.data.sources.record import ReadSettings, Record
 from lora_lightning.data.sources.text import COMPRESSED, open_bytes
 from lora_lightning.errors import DataError
 
 _READ_TOGETHER = 1000
 
 
-def read_parquet(path: Path, name: str) -> Iterator[Record]:
+def read_parquet(path: Path, name: str, settings: ReadSettings) -> Iterator[Record]:  # noqa: ARG001 - as all readers
     """Read the rows of a Parquet file.
 
     Raises:

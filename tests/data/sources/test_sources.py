@@ -202,6 +202,21 @@ def test_broken_sentences(write, content, settings, message):
         fields_of(write("a.iob2", content), conll=True, **settings)
 
 
+def test_one_share_tells_of_a_broken_sentence(write):
+    path = write("a.conll", "a O\n\nb O\nc\n\nd O\n")
+    told = {0: [], 1: []}
+    words = []
+    for mine, bad in told.items():
+        note = lambda error, text, bad=bad: bad.append((str(error), text))  # noqa: E731 - bound to its share
+        records = read_records(path, ReadSettings(conll=True), on_bad=note, share=(mine, 2))
+        words += [record.fields["tokens"] for record in records]
+    assert sorted(words) == [["a"], ["d"]]
+    assert told[0] == []
+    ((message, text),) = told[1]
+    assert "line 4: the token 'c' has no tag" in message
+    assert text == "b O\nc"
+
+
 def test_columns_of_conll_files_have_no_names(write):
     with pytest.raises(ConfigError, match=r"tag_column is 'ner', and .* has columns without names"):
         fields_of(write("a.bio", TAGGED), conll=True, tag_column="ner")
