@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_lightning.data.sources.files import SUFFIXES, files_of, is_saved_dataset, read_file
-from lora_lightning.data.sources.hub import hub_rows, is_hub_name, saved_rows
+from lora_lightning.data.sources.files import SUFFIXES, files_of, is_pattern, matching, read_file
+from lora_lightning.data.sources.hub import hub_rows, is_hub_name, is_saved_dataset, saved_rows
 from lora_lightning.data.sources.record import Found, OnBad, ReadSettings, Record, Source
 from lora_lightning.data.sources.tables import read_dataset, read_frame
 from lora_lightning.errors import DataError
@@ -38,8 +39,9 @@ def read_records(
         DataError: The source is not there, is malformed, or is empty.
     """
     mine, num_shares = share
+    parts = (_found_in(part, settings, role) for part in _parts(source))
     position = -1
-    for position, found in enumerate(_found_in(source, settings, role)):
+    for position, found in enumerate(itertools.chain.from_iterable(parts)):
         if position % num_shares != mine:
             continue
         record = found() if callable(found) else found
@@ -62,7 +64,7 @@ def describe(source: Source) -> str:
     """
     if isinstance(source, str):
         return source
-    if isinstance(source, list) and source and all(isinstance(one, str) for one in source):
+    if _is_list_of(str, source):
         return source[0] if len(source) == 1 else f"{source[0]} and {len(source) - 1} more"
     if isinstance(source, list):
         return f"a list of {len(source)} rows"
@@ -81,10 +83,9 @@ def source_files(source: Source, settings: ReadSettings) -> list[tuple[Path, str
     Raises:
         DataError: One is not there, or is of an unknown kind.
     """
-    if isinstance(source, list):
-        return [file for one in source if isinstance(one, str) for file in source_files(one, settings)]
-    is_of_files = isinstance(source, str) and not is_hub_name(source) and not is_saved_dataset(source)
-    return files_of(source, settings) if is_of_files else []
+    names = [part for part in _parts(source) if isinstance(part, str)]
+    local = [name for name in names if not is_hub_name(name) and not is_saved_dataset(name)]
+    return [file for name in local for file in files_of(name, settings)]
 
 
 def source_fingerprint(source: Source, settings: ReadSettings, role: str = "train") -> str:
@@ -94,16 +95,17 @@ def source_fingerprint(source: Source, settings: ReadSettings, role: str = "trai
         DataError: It is not there.
     """
     digest = hashlib.sha256()
-    files = source_files(source, settings)
-    for path, _ in files:
-        # The folder of a text names its class.
-        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while block := file.read(_READ_TOGETHER):
-                digest.update(block)
-    if not files:
-        for record in read_records(source, settings, role):
-            digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
+    for part in _parts(source):
+        files = source_files(part, settings)
+        for path, _ in files:
+            # The folder of a text names its class.
+            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while block := file.read(_READ_TOGETHER):
+                    digest.update(block)
+        if not files:
+            for record in read_records(part, settings, role):
+                digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -116,41 +118,44 @@ def download(source: Source, settings: ReadSettings, role: str = "train") -> Non
     hub_rows(source, settings.subset, role)
 
 
-def _found_in(source: Source, settings: ReadSettings, role: str) -> Iterator[Found]:
-    if isinstance(source, list) and source and all(isinstance(one, str) for one in source):
-        for one in source:
-            yield from _found_in(one, settings, role)
-        return
-    table = _table_of(source, settings, role)
-    if table is not None:
-        yield from table
-        return
-    for path, name in files_of(source, settings):
-        yield from read_file(path, name, settings)
+def _parts(source: Source) -> list[Source]:
+    """Return the single sources that a list of names or a pattern stands for."""
+    if _is_list_of(str, source):
+        return [part for one in source for part in _parts(one)]
+    if isinstance(source, str) and is_pattern(source):
+        return matching(source)
+    return [source]
 
 
-def _table_of(source: Source, settings: ReadSettings, role: str) -> Iterator[Record] | None:
-    """Return the records of a source that is no file; None for one that is."""
-    if _is_frame(source):
-        return read_frame(source, describe(source))
-    if _is_dataset(source):
-        return read_dataset(source, describe(source))
-    if isinstance(source, list) and source and all(isinstance(one, dict) for one in source):
-        rows = enumerate(source, start=1)
-        return (Record(describe(source), number, "row", fields) for number, fields in rows)
-    if not isinstance(source, str):
-        raise _unknown(source)
-    if is_hub_name(source):
-        return read_dataset(hub_rows(source, settings.subset, role), source)
-    return read_dataset(saved_rows(source, role), source) if is_saved_dataset(source) else None
+def _found_in(part: Source, settings: ReadSettings, role: str) -> Iterator[Found]:
+    """Read a source that is neither a list of names nor a pattern.
+
+    Raises:
+        DataError: It is of an unknown kind.
+    """
+    name = describe(part)
+    if _is_frame(part):
+        return read_frame(part, name)
+    if _is_dataset(part):
+        return read_dataset(part, name)
+    if _is_list_of(dict, part):
+        return (Record(name, number, "row", fields) for number, fields in enumerate(part, start=1))
+    if not isinstance(part, str):
+        raise DataError(
+            f"The source {str(part)[:60]!r} ({type(part).__name__}) is of an unknown kind: expected a file "
+            f"({', '.join(SUFFIXES)}), a folder, a list of files, a pattern such as data/*.csv, a Hub data set, a "
+            "pandas DataFrame, a datasets.Dataset, or a list of dicts."
+        )
+    if is_hub_name(part):
+        return read_dataset(hub_rows(part, settings.subset, role), name)
+    if is_saved_dataset(part):
+        return read_dataset(saved_rows(part, role), name)
+    files = files_of(part, settings)
+    return itertools.chain.from_iterable(read_file(path, name, settings) for path, name in files)
 
 
-def _unknown(source: object) -> DataError:
-    return DataError(
-        f"The source {str(source)[:60]!r} ({type(source).__name__}) is of an unknown kind: expected a file "
-        f"({', '.join(SUFFIXES)}), a folder, a list of files, a pattern such as data/*.csv, a Hub data set, a pandas "
-        "DataFrame, a datasets.Dataset, or a list of dicts."
-    )
+def _is_list_of(kind: type, source: Source) -> bool:
+    return isinstance(source, list) and len(source) > 0 and all(isinstance(one, kind) for one in source)
 
 
 def _is_frame(source: object) -> bool:
