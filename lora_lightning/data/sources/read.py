@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_lightning.data.sources.files import SUFFIXES, files_of, is_pattern, matching, read_file
 from lora_lightning.data.sources.hub import hub_rows, is_hub_name, is_saved_dataset, saved_rows
+from lora_lightning.data.sources.mixture import is_mixture, parts_of
 from lora_lightning.data.sources.record import Found, OnBad, ReadSettings, Record, Source
 from lora_lightning.data.sources.tables import read_dataset, read_frame
 from lora_lightning.errors import DataError
@@ -39,9 +40,9 @@ def read_records(
         DataError: The source is not there, is malformed, or is empty.
     """
     mine, num_shares = share
-    parts = (_found_in(part, settings, role) for part in _parts(source))
+    singles = (_found_in(single, settings, role) for single in _singles(source))
     position = -1
-    for position, found in enumerate(itertools.chain.from_iterable(parts)):
+    for position, found in enumerate(itertools.chain.from_iterable(singles)):
         if position % num_shares != mine:
             continue
         record = found() if callable(found) else found
@@ -64,6 +65,8 @@ def describe(source: Source) -> str:
     """
     if isinstance(source, str):
         return source
+    if is_mixture(source):
+        return " and ".join(describe(part.source) for part in parts_of(source))
     if _is_list_of(str, source):
         return source[0] if len(source) == 1 else f"{source[0]} and {len(source) - 1} more"
     if isinstance(source, list):
@@ -73,6 +76,8 @@ def describe(source: Source) -> str:
 
 def is_in_memory(source: Source) -> bool:
     """Return whether a source is data itself, not the name of some."""
+    if is_mixture(source):
+        return any(is_in_memory(part.source) for part in parts_of(source))
     is_table = _is_frame(source) or _is_dataset(source)
     return is_table or (isinstance(source, list) and any(isinstance(one, dict) for one in source))
 
@@ -83,7 +88,7 @@ def source_files(source: Source, settings: ReadSettings) -> list[tuple[Path, str
     Raises:
         DataError: One is not there, or is of an unknown kind.
     """
-    names = [part for part in _parts(source) if isinstance(part, str)]
+    names = [single for single in _singles(source) if isinstance(single, str)]
     local = [name for name in names if not is_hub_name(name) and not is_saved_dataset(name)]
     return [file for name in local for file in files_of(name, settings)]
 
@@ -95,8 +100,8 @@ def source_fingerprint(source: Source, settings: ReadSettings, role: str = "trai
         DataError: It is not there.
     """
     digest = hashlib.sha256()
-    for part in _parts(source):
-        files = source_files(part, settings)
+    for single in _singles(source):
+        files = source_files(single, settings)
         for path, _ in files:
             # The folder of a text names its class.
             digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
@@ -104,7 +109,7 @@ def source_fingerprint(source: Source, settings: ReadSettings, role: str = "trai
                 while block := file.read(_READ_TOGETHER):
                     digest.update(block)
         if not files:
-            for record in read_records(part, settings, role):
+            for record in read_records(single, settings, role):
                 digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
@@ -118,39 +123,41 @@ def download(source: Source, settings: ReadSettings, role: str = "train") -> Non
     hub_rows(source, settings.subset, role)
 
 
-def _parts(source: Source) -> list[Source]:
-    """Return the single sources that a list of names or a pattern stands for."""
+def _singles(source: Source) -> list[Source]:
+    """Return the single sources that a mixture, a list of names or a pattern stands for."""
+    if is_mixture(source):
+        return [single for part in parts_of(source) for single in _singles(part.source)]
     if _is_list_of(str, source):
-        return [part for one in source for part in _parts(one)]
+        return [single for one in source for single in _singles(one)]
     if isinstance(source, str) and is_pattern(source):
         return matching(source)
     return [source]
 
 
-def _found_in(part: Source, settings: ReadSettings, role: str) -> Iterator[Found]:
-    """Read a source that is neither a list of names nor a pattern.
+def _found_in(single: Source, settings: ReadSettings, role: str) -> Iterator[Found]:
+    """Read a source that is neither a mixture, nor a list of names, nor a pattern.
 
     Raises:
         DataError: It is of an unknown kind.
     """
-    name = describe(part)
-    if _is_frame(part):
-        return read_frame(part, name)
-    if _is_dataset(part):
-        return read_dataset(part, name)
-    if _is_list_of(dict, part):
-        return (Record(name, number, "row", fields) for number, fields in enumerate(part, start=1))
-    if not isinstance(part, str):
+    name = describe(single)
+    if _is_frame(single):
+        return read_frame(single, name)
+    if _is_dataset(single):
+        return read_dataset(single, name)
+    if _is_list_of(dict, single):
+        return (Record(name, number, "row", fields) for number, fields in enumerate(single, start=1))
+    if not isinstance(single, str):
         raise DataError(
-            f"The source {str(part)[:60]!r} ({type(part).__name__}) is of an unknown kind: expected a file "
+            f"The source {str(single)[:60]!r} ({type(single).__name__}) is of an unknown kind: expected a file "
             f"({', '.join(SUFFIXES)}), a folder, a list of files, a pattern such as data/*.csv, a Hub data set, a "
             "pandas DataFrame, a datasets.Dataset, or a list of dicts."
         )
-    if is_hub_name(part):
-        return read_dataset(hub_rows(part, settings.subset, role), name)
-    if is_saved_dataset(part):
-        return read_dataset(saved_rows(part, role), name)
-    files = files_of(part, settings)
+    if is_hub_name(single):
+        return read_dataset(hub_rows(single, settings.subset, role), name)
+    if is_saved_dataset(single):
+        return read_dataset(saved_rows(single, role), name)
+    files = files_of(single, settings)
     return itertools.chain.from_iterable(read_file(path, name, settings) for path, name in files)
 
 
