@@ -26,7 +26,8 @@ class TextClassificationData(RecordData):
     `train` are dropped, and every copy of a text that stands there with different labels; each class has its share of
     each split. Where texts have several labels or numbers, rows with the same text stay in one split. Sources given for
     `val` and `test` keep their copies, so that figures stay comparable, and a warning tells how many of their texts
-    stand in the training rows as well. A folder with one sub-folder of `.txt` files for each class is a source too.
+    stand in the training rows as well. A folder with one sub-folder of `.txt` files for each class is a
+    source too; these may be compressed.
 
     Batches hold `input_ids` and `attention_mask` `[batch, length]` and `labels`: class indices `[batch]`, 0 and 1 for
     each class `[batch, classes]`, or numbers `[batch]` or `[batch, targets]`.

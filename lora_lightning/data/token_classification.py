@@ -29,8 +29,8 @@ class TokenClassificationData(RecordData):
     """Reads tagged sentences for `TokenClassification`; see `RecordData` for sources and splits.
 
     A source has a column of word lists and one of tag lists, or is a file with one word and its tag a line and an empty
-    line between sentences (`.conll`, `.conllu`, `.iob`, `.bio`, `.txt`). Copies of a sentence in `train` are dropped,
-    and sentences of the same words stay in one split.
+    line between sentences (`.conll`, `.conllu`, `.iob`, `.iob2`, `.bio`, `.txt`), or a folder of such files. Copies of
+    a sentence in `train` are dropped, and sentences of the same words stay in one split.
 
     Batches hold `input_ids` and `attention_mask`, `labels` (the tag's index at the first token of each word, -100
     elsewhere) and `words` (the word's index in its sentence at its first token, -1 elsewhere), `[batch, length]` each,

@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import json
 
@@ -65,6 +66,21 @@ def test_columns_of_conll_files_can_be_chosen(build):
     data = build(text, token_column=1, tag_column=2)
     assert sentences_of(data)[0] in list(map(list_pair, tagged(30)))
     assert build(text, token_column=1, tag_column=-2).fingerprint == data.fingerprint
+
+
+def test_folders_of_conll_files(build, tmp_path, tokenizer_folder):
+    whole = build()
+    (tmp_path / "ner").mkdir()
+    for part in range(3):
+        content = conll([*tagged(60)][part * 20 : part * 20 + 20]).encode()
+        name, packed = (f"{part}.conll.gz", gzip.compress(content)) if part == 1 else (f"{part}.conll", content)
+        (tmp_path / "ner" / name).write_bytes(packed)
+    data = TokenClassificationData(str(tmp_path / "ner"), tokenizer=tokenizer_folder, batch_size=8)
+    data.setup()
+    assert data.counts["rows_read"] == 60
+    assert [*data._rows("train")] == [*whole._rows("train")] != [*whole._rows("val")]
+    example = next(iter(data.examples("train")))
+    assert example.source.startswith(f"{tmp_path}/ner/")
 
 
 def test_universal_files_have_columns_of_their_own(build):
