@@ -17,8 +17,8 @@ from lora_lightning.backbones.output_head import without_cache
 from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.optim import Optim
-from lora_lightning.tasks.evaluation import EvaluationSets
 from lora_lightning.strategies.facts import facts_of
+from lora_lightning.tasks.evaluation import EvaluationSets
 from lora_lightning.tasks.generation import answer
 from lora_lightning.tasks.per_token import PerTokenTask
 from lora_lightning.tasks.settings import Recomputing
