@@ -137,7 +137,7 @@ class TextClassificationData(ColumnData):
         super()._settle_labels()
         # The fingerprint of rows with classes tells their order too.
         if self.problem != "regression" and self._folder is not None and self.label_names != before:
-            self.fingerprint = fingerprint(self._folder, self._about.num_rows, self.label_names)
+            self.fingerprint = self._as_drawn(fingerprint(self._folder, self._about.num_rows, self.label_names))
 
     def encoded(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
         """Tokenize texts."""
