@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import abc
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -14,9 +14,9 @@ from torch import Tensor
 from lora_lightning.data.batches.batching import PadToLongest
 from lora_lightning.data.record_data import RecordData
 from lora_lightning.data.rows.cells import Cell, cell_of, check_known, sorted_labels, text_of
-from lora_lightning.data.rows.row import StoredRow
 from lora_lightning.data.sources import Record, Source
 from lora_lightning.data.tokenizers import Tokens, padding_tokenizer, tell_too_long
+from lora_lightning.errors import DataError
 
 _Piece = TypeVar("_Piece")
 _COUNTED_AS = {"cut": "cut", "drop": "dropped", "split": "split"}
@@ -25,11 +25,12 @@ _COUNTED_AS = {"cut": "cut", "drop": "dropped", "split": "split"}
 class ColumnData(RecordData):
     """Reads rows from the columns that settings name; see `RecordData` for sources and splits.
 
-    A subclass declares its columns below, and defines `row_of` and `encoded`.
+    A subclass declares what stands below, and defines `row_of` and `encode`.
 
     Args:
         train: See `RecordData`.
         max_length: Tokens after which a row is too long.
+        label_names: Names of labels by their index, where settings give them.
         **settings: See `RecordData`.
 
     Raises:
@@ -40,9 +41,13 @@ class ColumnData(RecordData):
     """The settings that name columns of every row."""
     targets: ClassVar[tuple[str, ...]] = ()
     """The settings that name columns of what is learnt; rows to predict need not have them."""
-    what_rows_are: ClassVar[str] = "texts"
-    what_labels_are: ClassVar[str] = "labels"
+    row_word: ClassVar[str] = "text"
+    """What a row is called, for messages."""
+    label_word: ClassVar[str] = ""
+    """What a label is called, for messages; empty where rows have none."""
     min_length: ClassVar[int] = 1
+    padding: ClassVar[Mapping[str, int]] = {}
+    """What columns beside those of the tokenizer are padded with."""
     of_words: ClassVar[bool] = False
     """Whether the tokenizer is given lists of words."""
     joins_pieces: ClassVar[bool] = False
@@ -53,24 +58,13 @@ class ColumnData(RecordData):
         train: Source,
         *,
         max_length: int = 128,
+        label_names: Iterable[str | int] | None = None,
         **settings: Any,  # noqa: ANN401 - those of RecordData
     ) -> None:
         super().__init__(train, **settings)
         self.max_length = max_length
-        self._given_names: list[str] | None = None
+        self._given_names = [str(name) for name in label_names or ()]
         self._require_at_least(max_length=self.min_length)
-
-    # What a subclass defines, beside `row_of`.
-
-    @abc.abstractmethod
-    def encoded(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
-        """Encode rows, each into one or several dicts of lists and numbers; `row` is its index in `rows`.
-
-        Args:
-            rows: The rows.
-            split: Their split; rows of `predict` have no target.
-            counts: Takes what is lost, by name.
-        """
 
     # Columns.
 
@@ -83,28 +77,42 @@ class ColumnData(RecordData):
         named = getattr(self, setting)
         return [named] if isinstance(named, str) else named
 
-    def _cells(self, record: Record, setting: str) -> list[Cell]:
-        """Return the cells of the columns that a setting names, empty ones where the record does not have them."""
-        return [Cell(record.fields.get(column), column, record.place) for column in self._columns_of(setting)]
-
-    def _needed_cell(self, record: Record, setting: str) -> Cell:
+    def _cell(self, record: Record, setting: str) -> Cell:
+        """Return a cell that the record must have."""
         return cell_of(record, getattr(self, setting), setting)
 
     def _text_to_predict(self, record: Record, setting: str) -> str:
-        """Return a text, which may be empty: each row to predict gets an answer."""
-        (cell,) = self._cells(record, setting)
+        """Return a text, empty where there is none: each row to predict gets an answer."""
+        column = getattr(self, setting)
+        cell = Cell(record.fields.get(column), column, record.place)
         return "" if cell.is_missing else text_of(cell)
+
+    def _read_files_with(self, **settings: Any) -> None:  # noqa: ANN401 - those of ReadSettings
+        self.plan = replace(self.plan, settings=replace(self.plan.settings, **settings))
 
     # Labels.
 
+    def check_labels(self, labels: Mapping[str, tuple[int, str]], num_rows: int) -> None:
+        """Refuse training rows of a single label.
+
+        Raises:
+            DataError: They have less than two.
+        """
+        if self.label_word and len(labels) < 2:
+            only = f"only the {self.label_word} {next(iter(labels))!r}" if labels else "no row left"
+            raise DataError(
+                f"{self.plan.source_name('train')} has {only} (after conditions and duplicates); expected two or more. "
+                f"Check {self.label_word}_column."
+            )
+
     def _settle_labels(self) -> None:
         """Take the model's names of labels if it has some, else those given, else those of the training source."""
-        saved = getattr(self._module(), "label_names", None)
+        saved = getattr(self._module(), "label_names", None) or []
         found = sorted_labels(self._about.labels.get("train", {}))
-        names = list(saved or self._given_names or found)
+        names = [*saved] or self._given_names or found
         owner = "the model does" if saved else "the training rows do"
         for split, labels in self._about.labels.items():
-            check_known(labels, names, self.plan.source_name(split), split, owner, self.what_labels_are)
+            check_known(labels, names, self.plan.source_name(split), split, owner, f"{self.label_word}s")
         self.label_names = names
 
     # Tokens.
@@ -114,14 +122,8 @@ class ColumnData(RecordData):
         return padding_tokenizer(name, self.max_length, of_words=self.of_words)
 
     def encoding_key(self) -> list[Any]:
-        """Return the length, and what becomes of longer rows."""
+        """Return the length, and what becomes of longer rows; what is read is kept apart by all other settings."""
         return [self.max_length, self.too_long]
-
-    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> dict[str, list[Any]]:
-        """Encode rows, as `encoded` does, into columns."""
-        encoded = list(self.encoded(rows, split, counts))
-        names = encoded[0] if encoded else ["row"]
-        return {name: [one[name] for one in encoded] for name in names}
 
     def _shortened(self, pieces: Sequence[_Piece], split: str, counts: Counter[str]) -> Sequence[_Piece]:
         """Return what stays of a row that is in several pieces if it is too long, and count what became of it.
@@ -144,7 +146,7 @@ class ColumnData(RecordData):
 
     def tell_lost(self, split: str, lost: Mapping[str, int]) -> None:
         """Warn of rows that are too long."""
-        whose = f"{split} {self.what_rows_are} of {self.plan.source_name(split)}"
+        whose = f"{split} {self.row_word}s of {self.plan.source_name(split)}"
         tell_too_long(lost, len(self._rows(split)), whose, self.max_length)
 
     def describe_content(self, content: list[Any]) -> tuple[str, Any]:
@@ -155,10 +157,10 @@ class ColumnData(RecordData):
     def _collate(self) -> Callable[[Any], dict[str, Tensor]]:
         return self._pad()
 
-    def _pad(self, **others: int) -> PadToLongest:
-        """Return what pads on the right, further columns with other numbers."""
+    def _pad(self) -> PadToLongest:
+        """Return what pads rows on the right."""
         tokens = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
-        return PadToLongest({**tokens, **others})
+        return PadToLongest({**tokens, **self.padding})
 
 
 # Rows of several parts, such as the choices of a question.

@@ -76,7 +76,7 @@ class MultipleChoiceData(ColumnData):
 
     inputs = ("question_column", "choices_column")
     targets = ("label_column",)
-    what_rows_are = "questions"
+    row_word = "question"
     lengths_allowed = ("cut", "drop")
     min_length = 4
 
@@ -97,14 +97,14 @@ class MultipleChoiceData(ColumnData):
 
     def row_of(self, record: Record, split: str) -> Row:
         """Return question, choices, and the index of the right one, -1 if unknown."""
-        text = text_of(self._needed_cell(record, "question_column"))
-        choices = _choices_of(self._needed_cell(record, "choices_column"))
+        text = text_of(self._cell(record, "question_column"))
+        choices = _choices_of(self._cell(record, "choices_column"))
         label = _UNKNOWN
         if split != "predict":
-            label = _index_of(self._needed_cell(record, "label_column"), choices)
+            label = _index_of(self._cell(record, "label_column"), choices)
         return Row([text, choices, label], " ".join(text.split()).casefold())
 
-    def encoded(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
         """Tokenize each choice with its question, into one row with the tokens of all."""
         for index, row in enumerate(rows):
             text, choices, label = row.content
@@ -136,20 +136,19 @@ def _choices_of(cell: Cell) -> list[str]:
 
 def _index_of(cell: Cell, choices: list[str]) -> int:
     """Return the index of the right choice."""
-    label, num_choices = cell.value, len(choices)
+    label, last = cell.value, len(choices) - 1
+    indices = range(len(choices))
+    answers = {str(index): index for index in indices}
+    for letters in (_LETTERS, _LETTERS.lower()):
+        answers |= dict(zip(letters, indices, strict=False))
+    if isinstance(label, str):
+        # A text goes before letters and numbers; of equal ones, the first is taken.
+        answers |= {choices[index]: index for index in reversed(indices)}
     is_whole = isinstance(label, float) and label.is_integer()
-    text = str(int(label)) if is_whole else str(label).strip()
-    found = _UNKNOWN
-    if isinstance(label, str) and text in choices:
-        found = choices.index(text)
-    elif text.isdigit():
-        found = int(text)
-    elif len(text) == 1:
-        found = _LETTERS.find(text.upper())
-    if not 0 <= found < num_choices:
-        last = _LETTERS[min(num_choices, len(_LETTERS)) - 1]
+    answer = str(int(label)) if is_whole else str(label).strip()
+    if answer not in answers:
         raise cell.refuse(
-            f"there are {num_choices} choices; expected the index of the right one (0 to {num_choices - 1}), its "
-            f"letter (A to {last}), or its text."
+            f"there are {len(choices)} choices; expected the index of the right one (0 to {last}), its letter (A to "
+            f"{_LETTERS[min(last, len(_LETTERS) - 1)]}), or its text."
         )
-    return found
+    return answers[answer]

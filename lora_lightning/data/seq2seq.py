@@ -12,7 +12,7 @@ from lora_lightning.data.rows.cells import text_of
 from lora_lightning.data.rows.row import Row, StoredRow
 from lora_lightning.data.sources import Record, Source
 from lora_lightning.data.tokenizers import padding_tokenizer, tell_too_long
-from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.errors import ConfigError
 
 
 class Seq2SeqData(ColumnData):
@@ -79,12 +79,10 @@ class Seq2SeqData(ColumnData):
         return Row([source, target], " ".join(source.split()).casefold())
 
     def _needed_text(self, record: Record, setting: str) -> str:
-        cell = self._needed_cell(record, setting)
+        cell = self._cell(record, setting)
         if cell.is_missing:
-            raise DataError(
-                f"{record.place}: there is nothing in the column {cell.column!r}. Leave such rows out by a condition: "
-                f"where: [\"{cell.column} != ''\"]."
-            )
+            way_out = f"where: [\"{cell.column} != ''\"]"
+            raise cell.refuse(f"expected a text. Leave such rows out by a condition: {way_out}.")
         return text_of(cell)
 
     def load_tokenizer(self, name: str) -> Any:  # noqa: ANN401 - tokenizers share no public base class
@@ -99,11 +97,7 @@ class Seq2SeqData(ColumnData):
                 )
         return padding_tokenizer(name, max_length=1)
 
-    def encoding_key(self) -> list[Any]:
-        """Return the prefix, the lengths, and what becomes of longer texts."""
-        return [*super().encoding_key(), self.prefix, self.max_target_length]
-
-    def encoded(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
         """Tokenize pairs."""
         is_predicted = split == "predict"
         sources = self._tokenize(self.max_length, [self.prefix + row.content[0] for row in rows])

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_lightning.data.batches.batching import PadToLongest
 from lora_lightning.data.column_data import ColumnData
-from lora_lightning.data.rows.cells import check_several
+from lora_lightning.data.rows.cells import Cell
 from lora_lightning.data.rows.pool import fingerprint
 from lora_lightning.data.rows.row import Row, StoredRow
 from lora_lightning.data.rows.targets import PROBLEMS, check_single_labels, target_of
@@ -54,6 +54,7 @@ class TextClassificationData(ColumnData):
 
     inputs = ("text_column",)
     targets = ("label_column",)
+    label_word = "label"
     needed = "a text and a label"
 
     def __init__(
@@ -67,34 +68,27 @@ class TextClassificationData(ColumnData):
         label_names: list[str | int] | None = None,
         **settings: Any,  # noqa: ANN401 - those of ColumnData
     ) -> None:
-        super().__init__(train, **settings)
+        label_columns = [label_column] if isinstance(label_column, str) else label_column
+        of_columns = label_columns if len(label_columns) > 1 else None
+        super().__init__(train, label_names=label_names or of_columns, **settings)
         if problem is not None and problem not in PROBLEMS:
             raise ConfigError(f"problem is {problem!r}: expected {', '.join(PROBLEMS)}.")
         self.text_column = text_column
-        self.label_column = label_column
+        self.label_column = label_columns
         self.label_separator = label_separator
         self.problem = problem
-        self._has_names = label_names is not None
-        if label_names is not None:
-            self._given_names = [str(name) for name in label_names]
-        elif len(self._columns_of("label_column")) > 1:
-            self._given_names = self._columns_of("label_column")
-        # The names that a folder of texts gives to its columns.
-        of_folders = replace(
-            self.plan.settings, text_column=text_column, label_column=self._columns_of("label_column")[0]
-        )
-        self.plan = replace(self.plan, settings=of_folders)
+        # A folder of texts gives these names to its columns.
+        self._read_files_with(text_column=text_column, label_column=label_columns[0])
 
     # Rows.
 
     def _read(self) -> None:
         self.problem = self.problem or getattr(self._module(), "problem", None) or "single_label"
         self.plan = replace(self.plan, stratified=self.problem == "single_label")
-        columns = self._columns_of("label_column")
-        if self.problem == "single_label" and len(columns) > 1:
+        if self.problem == "single_label" and len(self.label_column) > 1:
             raise ConfigError(
-                f"label_column names several columns ({', '.join(columns)}), which needs `problem: multi_label` "
-                "(columns of 0 and 1) or `problem: regression`. Name one column, or set `problem`."
+                f"label_column names several columns ({', '.join(self.label_column)}), which needs `problem: "
+                "multi_label` (columns of 0 and 1) or `problem: regression`. Name one column, or set `problem`."
             )
         if self.problem == "regression":
             self._given_names = self._given_names or ["score"]
@@ -111,7 +105,8 @@ class TextClassificationData(ColumnData):
             return Row([text, None], text)
         if not text.strip():
             return None
-        target = target_of(self._cells(record, "label_column"), str(self.problem), self.label_separator)
+        cells = [Cell(record.fields.get(column), column, record.place) for column in self.label_column]
+        target = target_of(cells, str(self.problem), self.label_separator)
         if target is None:
             return None
         classes: list[Any] = target if isinstance(target, list) else [target]
@@ -125,10 +120,10 @@ class TextClassificationData(ColumnData):
         """
         if self.problem != "single_label":
             return
-        source = self.plan.source_name("train")
-        check_several(labels, source, self._columns_of("label_column")[0], "label")
-        if not self._has_names:
-            check_single_labels({name: count for name, (count, _) in labels.items()}, source, num_rows)
+        super().check_labels(labels, num_rows)
+        if not self._given_names:
+            counts = {name: count for name, (count, _) in labels.items()}
+            check_single_labels(counts, self.plan.source_name("train"), num_rows)
 
     # Labels and tokens.
 
@@ -139,7 +134,7 @@ class TextClassificationData(ColumnData):
         if self.problem != "regression" and self._folder is not None and self.label_names != before:
             self.fingerprint = self._as_drawn(fingerprint(self._folder, self._about.num_rows, self.label_names))
 
-    def encoded(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
         """Tokenize texts."""
         tokens = tokenize(self.tokenizer, [row.content[0] for row in rows], self.max_length)
         for index, pieces in enumerate(tokens):

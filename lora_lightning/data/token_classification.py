@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_lightning.data.batches.batching import PadToLongest
 from lora_lightning.data.batches.packing import UNSUPERVISED
 from lora_lightning.data.column_data import ColumnData, joined, parts_of
-from lora_lightning.data.rows.cells import Cell, cell_of, check_several, sorted_labels, text_of
+from lora_lightning.data.rows.cells import Cell, cell_of, text_of
 from lora_lightning.data.rows.row import Row, StoredRow
 from lora_lightning.data.sources import Record, Source
 from lora_lightning.data.sources.files import CONLL
@@ -84,8 +84,9 @@ class TokenClassificationData(ColumnData):
         >>> data = TokenClassificationData("train.conll", val="valid.conll", tag_column=3)
     """
 
-    what_rows_are = "sentences"
-    what_labels_are = "tags"
+    row_word = "sentence"
+    label_word = "tag"
+    padding: ClassVar[dict[str, int]] = {"words": _NOT_A_START}
     needed = "words"
     of_words = True
     joins_pieces = True
@@ -99,18 +100,12 @@ class TokenClassificationData(ColumnData):
         tag_names: list[str | int] | None = None,
         **settings: Any,  # noqa: ANN401 - those of ColumnData
     ) -> None:
-        super().__init__(train, **settings)
+        super().__init__(train, label_names=tag_names, **settings)
         self.token_column = token_column
         self.tag_column = tag_column
-        self._given_names = None if tag_names is None else [str(name) for name in tag_names]
-        of_files = replace(self.plan.settings, conll=True, token_column=token_column, tag_column=tag_column)
-        self.plan = replace(self.plan, settings=of_files)
+        self._read_files_with(conll=True, token_column=token_column, tag_column=tag_column)
 
     # Rows.
-
-    def reading_key(self) -> list[Any]:
-        """Return the settings, and whether the model names the tags."""
-        return [*super().reading_key(), self._model_names_tags()]
 
     def _fields_read(self, split: str) -> set[str]:
         named = {one for one in (self.token_column, self.tag_column) if isinstance(one, str)}
@@ -151,7 +146,7 @@ class TokenClassificationData(ColumnData):
     def _name_of_tag(self, tag: str, place: str) -> str:
         """Return a tag by its name, where the source has its number."""
         names = self._given_names
-        if names is None or tag in names:
+        if not names or tag in names:
             return tag
         if tag.isdigit() and int(tag) < len(names):
             return names[int(tag)]
@@ -160,35 +155,31 @@ class TokenClassificationData(ColumnData):
             f"{len(names) - 1}, or one of {some_of(list(map(repr, names)), 30)}."
         )
 
-    def _model_names_tags(self) -> bool:
-        return bool(getattr(self._module(), "label_names", None))
-
-    def check_labels(self, labels: Mapping[str, tuple[int, str]], num_rows: int) -> None:
-        """Refuse training sentences of a single tag, and tags that are numbers without names.
+    def _settle_labels(self) -> None:
+        """Take names of tags as other data modules do; numbers in the training source are no names.
 
         Raises:
-            DataError: They are.
+            DataError: Nothing else gives names to numbers, or a tag is not among the names.
         """
-        source = self.plan.source_name("train")
-        check_several(labels, source, str(self.tag_column or "tags"), "tag")
-        has_names = self._given_names or self._model_names_tags()
-        if not has_names and all(name.isdigit() for name in labels):
+        super()._settle_labels()
+        has_names = self._given_names or getattr(self._module(), "label_names", None)
+        if not has_names and all(name.isdigit() for name in self.label_names):
             raise DataError(
-                f"{source} has numbers for tags ({some_of(sorted_labels(labels))}), and it is not known which of them "
-                "stands for no entity. Set tag_names to the names by number, such as [O, B-PER, I-PER]; where the "
-                "numbers are the names, to those."
+                f"{self.plan.source_name('train')} has numbers for tags ({some_of(self.label_names)}), and it is not "
+                "known which of them stands for no entity. Set tag_names to the names by number, such as [O, B-PER, "
+                "I-PER]; where the numbers are the names, to those."
             )
 
     # Tokens.
 
-    def encoded(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
         """Tokenize sentences, and put each word's tag at its first token."""
         tokens = self._tokenize([row.content[0] for row in rows])
         for index, (row, pieces) in enumerate(zip(rows, tokens, strict=True)):
             words, tags = row.content
             numbered = [self._columns_from(piece, first_word=0) for piece in pieces]
             if len(pieces) > 1 and self.too_long == "split":
-                numbered = self._split(words, [] if split == "predict" else tags, pieces)
+                numbered = self._split(words, tags if split != "predict" else [], pieces)
             kept = self._shortened(numbered, split, counts)
             if not kept:
                 continue
@@ -243,7 +234,7 @@ class TokenClassificationData(ColumnData):
         return " ".join(content[0]), tuple(content[1])
 
     def _collate(self) -> SentenceBatch:
-        return SentenceBatch(self._pad(words=_NOT_A_START))
+        return SentenceBatch(self._pad())
 
 
 def runs_of_words(num_tokens: Sequence[int], is_inside: Sequence[bool], room: int) -> list[range]:

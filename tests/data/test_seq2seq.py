@@ -110,12 +110,12 @@ def test_hub_data_sets_are_read(monkeypatch, t5):
     [
         (("source", "targt"), pairs(5), {}, r"no column 'target', which target_column names.*'targt'\?"),
         (("texts", "target"), pairs(5), {"source_column": "text"}, r"no column 'text'.*Did you mean 'texts'\?"),
-        (COLUMNS, [("a", "b"), ("c", " ")], {}, r"jsonl, line 2: there is nothing in the column 'target'"),
+        (COLUMNS, [("a", "b"), ("c", " ")], {}, r"jsonl, line 2: the column 'target' holds ' '; expected a text"),
         (
             COLUMNS,
             [("", "b"), ("c", "d")],
             {},
-            r"jsonl, line 1: there is nothing in the column 'source'.*where: \[\"source",
+            r"jsonl, line 1: the column 'source' holds ''; expected a text.*where: \[\"source",
         ),
         (COLUMNS, [("a", ["b"])], {}, r"the column 'target' holds \['b'\]; expected a text"),
         (COLUMNS, pairs(5), {"where": ["target == 'x'"]}, "none of the 5 rows can be used: no row meets target == 'x'"),

@@ -109,9 +109,9 @@ def test_labels_unseen_in_training_are_named(write, build_texts):
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        ([("a", "x"), ("b", "x")], {}, "has only the label 'x' in the column 'label'"),
-        ([("a", "x"), ("a", "y")], {}, "has no row left in the column 'label'"),
-        ([("a", "x"), ("a", "y"), *labelled(30, "x")], {}, "has only the label 'x' in the column 'label'"),
+        ([("a", "x"), ("b", "x")], {}, "has only the label 'x' .*Check label_column"),
+        ([("a", "x"), ("a", "y")], {}, "has no row left .*Check label_column"),
+        ([("a", "x"), ("a", "y"), *labelled(30, "x")], {}, "has only the label 'x' .*Check label_column"),
         (
             [("a", "x"), ("b", "y")],
             {"text_column": "txt"},

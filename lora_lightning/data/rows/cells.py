@@ -162,26 +162,6 @@ def check_known(
         )
 
 
-def check_several(labels: Mapping[str, tuple[int, str]], source: str, column: str, what: str) -> None:
-    """Refuse a training source of a single label.
-
-    Args:
-        labels: How many rows have each label, and where the first of them stands.
-        source: The source.
-        column: Its column with the labels.
-        what: What a label is called.
-
-    Raises:
-        DataError: It has less than two.
-    """
-    if len(labels) < 2:
-        only = f"only the {what} {next(iter(labels))!r}" if labels else "no row left"
-        raise DataError(
-            f"{source} has {only} in the column {column!r} (after conditions and duplicates); a classifier needs at "
-            f"least two {what}s."
-        )
-
-
 def ignored_message(source: str, ignored: Mapping[str, int]) -> str:
     """Return the sentence about fields that nothing reads.
 

@@ -58,13 +58,7 @@ def target_of(cells: Sequence[Cell], problem: str, separator: str | None = None)
     if problem == "regression":
         numbers = [_number_of(cell) for cell in cells]
         return numbers if len(numbers) > 1 else numbers[0]
-    return _single_label_of(cells[0])
-
-
-def _single_label_of(cell: Cell) -> str:
-    if isinstance(cell.value, list | tuple):
-        raise cell.refuse("expected one label. If a text may have several labels, set `problem: multi_label`.")
-    return _name_of(cell)
+    return _name_of(cells[0])
 
 
 def _labels_of(cell: Cell, separator: str | None) -> list[str] | None:
@@ -118,7 +112,10 @@ def _name_of(cell: Cell) -> str:
         value = int(value)  # pandas turns whole numbers into floats in a column with gaps
     is_finite = not isinstance(value, float) or math.isfinite(value)
     if cell.is_missing or not isinstance(value, str | int | float) or not is_finite:
-        raise cell.refuse("expected a label: a text, a whole number, or true or false.")
+        raise cell.refuse(
+            "expected one label: a text, a whole number, or true or false. If a text may have several labels, set "
+            "`problem: multi_label`."
+        )
     name = str(value).strip()
     if len(name) > _MAX_LABEL_LENGTH:
         raise cell.refuse(

@@ -47,8 +47,8 @@ def test_a_single_label_is_a_text(cell, name):
     ("cell", "words"),
     [
         (["a", "b"], "expected one label.*problem: multi_label"),
-        ({"a": 1}, "holds {'a': 1}; expected a label"),
-        (float("inf"), "expected a label"),
+        ({"a": 1}, "holds {'a': 1}; expected one label"),
+        (float("inf"), "expected one label"),
         ("word " * 60, "text of 299 characters, .*`label_column` probably names the wrong column"),
     ],
 )
@@ -93,9 +93,9 @@ def test_a_separator_that_is_given_is_the_only_one():
         ("Drama, crime;War", "';' or ',' may separate .*Set `label_separator`"),
         ("['a' 'b']", "a text in brackets must be a list"),
         ("[a, b]", "a text in brackets must be a list"),
-        (["a", None], r"\[1\]' holds None; expected a label"),
-        (["a", ["b"]], r"holds \['b'\]; expected a label"),
-        ({"a": 1}, "holds {'a': 1}; expected a label"),
+        (["a", None], r"\[1\]' holds None; expected one label"),
+        (["a", ["b"]], r"holds \['b'\]; expected one label"),
+        ({"a": 1}, "holds {'a': 1}; expected one label"),
         (["a", "x" * 201], "text of 201 characters"),
     ],
 )
