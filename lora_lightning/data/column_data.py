@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -30,7 +30,6 @@ class ColumnData(RecordData):
     Args:
         train: See `RecordData`.
         max_length: Tokens after which a row is too long.
-        label_names: Names of labels by their index, where settings give them.
         **settings: See `RecordData`.
 
     Raises:
@@ -58,12 +57,11 @@ class ColumnData(RecordData):
         train: Source,
         *,
         max_length: int = 128,
-        label_names: Iterable[str | int] | None = None,
         **settings: Any,  # noqa: ANN401 - those of RecordData
     ) -> None:
         super().__init__(train, **settings)
         self.max_length = max_length
-        self._given_names = [str(name) for name in label_names or ()]
+        self._given_names: list[str] = []
         self._require_at_least(max_length=self.min_length)
 
     # Columns.

@@ -69,8 +69,9 @@ class TextClassificationData(ColumnData):
         **settings: Any,  # noqa: ANN401 - those of ColumnData
     ) -> None:
         label_columns = [label_column] if isinstance(label_column, str) else label_column
-        of_columns = label_columns if len(label_columns) > 1 else None
-        super().__init__(train, label_names=label_names or of_columns, **settings)
+        of_columns = label_columns if len(label_columns) > 1 else []
+        super().__init__(train, **settings)
+        self._given_names = [str(name) for name in label_names or of_columns]
         if problem is not None and problem not in PROBLEMS:
             raise ConfigError(f"problem is {problem!r}: expected {', '.join(PROBLEMS)}.")
         self.text_column = text_column

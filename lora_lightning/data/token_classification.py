@@ -100,7 +100,8 @@ class TokenClassificationData(ColumnData):
         tag_names: list[str | int] | None = None,
         **settings: Any,  # noqa: ANN401 - those of ColumnData
     ) -> None:
-        super().__init__(train, label_names=tag_names, **settings)
+        super().__init__(train, **settings)
+        self._given_names = [str(name) for name in tag_names or ()]
         self.token_column = token_column
         self.tag_column = tag_column
         self._read_files_with(conll=True, token_column=token_column, tag_column=tag_column)
