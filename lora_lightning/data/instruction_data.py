@@ -246,22 +246,18 @@ class InstructionData(RecordData):
         names = [one.name for one in fields(encoder) if one.name != "tokenizer"]
         return [[name, str(getattr(encoder, name))] for name in names]
 
-    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> dict[str, list[Any]]:
+    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
         """Encode samples, each into one document or several."""
         encoder = self._require_encoder()
-        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "row": []}
         for row, (content, place) in enumerate(rows):
             encoded = encoder.encode(sample_of(content, place))
             counts["cut"] += encoded.cut
             counts["answers_lost"] += encoded.num_lost
             counts.update({f"{_IGNORED}{name}": 1 for name in encoded.ignored})
             for document in map(document_from, encoded.pieces):
-                columns["input_ids"].append(document.ids)
-                columns["labels"].append(document.labels)
-                columns["row"].append(row)
                 counts["tokens"] += len(document.ids)
                 counts["tokens_learnt"] += int((document.labels != UNSUPERVISED).sum())
-        return columns
+                yield {"row": row, "input_ids": document.ids, "labels": document.labels}
 
     def _encode(self, split: str) -> DocumentRows:  # type: ignore[override]  # rows of documents
         documents = super()._encode(split)

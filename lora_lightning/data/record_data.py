@@ -189,8 +189,8 @@ class RecordData(TokenizedData, abc.ABC):
         """Return the tokenizer of this name, ready to encode."""
 
     @abc.abstractmethod
-    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Mapping[str, list[Any]]:
-        """Encode rows.
+    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+        """Encode rows, each into one or several.
 
         Args:
             rows: The rows.
@@ -198,7 +198,7 @@ class RecordData(TokenizedData, abc.ABC):
             counts: Takes what is lost, by name.
 
         Returns:
-            For each column one list or number an encoded row; the column `row` is the index of its row in `rows`.
+            For each encoded row its columns, lists and numbers; the column `row` is the index of its row in `rows`.
         """
 
     @abc.abstractmethod
@@ -355,9 +355,10 @@ class RecordData(TokenizedData, abc.ABC):
 
     def _batches(self, rows: SplitRows, split: str, lost: Counter[str]) -> Iterable[Mapping[str, list[Any]]]:
         for start, some in rows.batches():
-            columns = dict(self.encode(some, split, lost))
-            columns["row"] = [start + row for row in columns["row"]]
-            if columns["row"]:
+            encoded = list(self.encode(some, split, lost))
+            if encoded:
+                columns = {name: [one[name] for one in encoded] for name in encoded[0]}
+                columns["row"] = [start + row for row in columns["row"]]
                 yield columns
 
     def _nothing_left(self, split: str, num_rows: int, lost: Mapping[str, int]) -> DataError:

@@ -2,6 +2,8 @@ import json
 
 import pytest
 
+from lora_lightning.data import TextClassificationData
+
 WORDS = [f"w{index}" for index in range(60)]
 
 
@@ -32,6 +34,19 @@ def write(tmp_path):
         return str(path)
 
     return _write
+
+
+@pytest.fixture
+def build_texts(write, tokenizer_folder):
+    """Set up a data module over generated rows."""
+
+    def _build(rows=None, stage=None, **settings):
+        path = write("train.csv", labelled(100) if rows is None else rows)
+        data = TextClassificationData(path, **{"tokenizer": tokenizer_folder, "batch_size": 8, **settings})
+        data.setup(stage)
+        return data
+
+    return _build
 
 
 def labelled(count, labels=("no", "yes"), start=0):

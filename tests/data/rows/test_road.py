@@ -6,7 +6,8 @@ from collections import Counter
 
 import pytest
 
-from lora_lightning.data.rows.conditions import is_missing, parse_condition
+from lora_lightning.data.rows.cells import is_missing
+from lora_lightning.data.rows.conditions import parse_condition
 from lora_lightning.data.rows.named_sets import split_sources
 from lora_lightning.data.rows.plan import Plan
 from lora_lightning.data.rows.pool import SplitRows, fingerprint, load_about, save_about, split_file
