@@ -18,10 +18,9 @@ from lora_lightning.data.batches.columns import EncodedRows
 from lora_lightning.data.batches.packing import UNSUPERVISED, DocumentBatch, DocumentRows, document_from
 from lora_lightning.data.batches.streaming import StreamedRows, StreamLoader
 from lora_lightning.data.language.chat_templates import chat_template
-from lora_lightning.data.language.conversations import COLUMNS, Sample, sample_from
+from lora_lightning.data.language.conversations import COLUMNS, Sample, sample_from, sample_of
 from lora_lightning.data.language.encoder_setup import build_encoder
 from lora_lightning.data.language.encoding import Encoder
-from lora_lightning.data.language.samples import sample_of
 from lora_lightning.data.model_facts import model_facts
 from lora_lightning.data.record_data import RecordData
 from lora_lightning.data.rows.cells import ignored_message

@@ -10,7 +10,7 @@ import torch
 from lora_lightning.data import InstructionData
 from lora_lightning.data.batches.streaming import StreamedRows
 from lora_lightning.data.language.chat_templates import chat_template
-from lora_lightning.data.language.samples import sample_of
+from lora_lightning.data.language.conversations import sample_of
 from lora_lightning.errors import ConfigError, DataError, UserError
 from tests.data.talk import learnt, llama_config, save_tokenizer, turns, write_lines
 
