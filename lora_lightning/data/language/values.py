@@ -63,8 +63,7 @@ def text_from(value: object, name: str, at: Context) -> str:
     value = "" if value is None else value
     if not isinstance(value, str):
         raise at.error(f"{name} must be a text, got {type(value).__name__} ({shown(value)}).")
-    # Half of a surrogate pair, which JSON can carry, is no character, and tokenizers refuse it.
-    return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    return value
 
 
 def list_from(value: object, name: str, of: str, at: Context) -> Sequence[Any]:
