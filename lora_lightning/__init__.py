@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         SignalGuard,
         Throughput,
     )
-    from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
+    from lora_lightning.checkpoint import export_peft, load_adapter, load_peft
     from lora_lightning.data import (
         InstructionData,
         MultipleChoiceData,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         TextClassificationData,
         TokenClassificationData,
     )
+    from lora_lightning.merging import merge_checkpoint
     from lora_lightning.methods import (
         IA3,
         AdaLoRA,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     )
     from lora_lightning.methods.recompute import recompute_activations
     from lora_lightning.optim import Optim, param_groups
+    from lora_lightning.peft_format.preflight import preflight
     from lora_lightning.tasks import (
         AdapterTask,
         CausalLM,
@@ -121,9 +123,9 @@ _HOME = {
     "load_adapter_state_dict": "adapters",
     "load_peft": "checkpoint",
     "merge": "backbones.attach",
-    "merge_checkpoint": "checkpoint",
+    "merge_checkpoint": "merging",
     "param_groups": "optim",
-    "preflight": "checkpoint",
+    "preflight": "peft_format.preflight",
     "recompute_activations": "methods.recompute",
 }
 

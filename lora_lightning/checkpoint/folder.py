@@ -30,11 +30,11 @@ from lora_lightning.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from lora_lightning.checkpoint.peft_format import from_peft, method_of, to_peft
 from lora_lightning.errors import CheckpointError
+from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
+from lora_lightning.peft_format.decode import from_peft, method_of
+from lora_lightning.peft_format.encode import to_peft
 
-CONFIG_NAME = "adapter_config.json"
-PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_WEIGHTS_NAME = "adapter.safetensors"
 
 
@@ -165,7 +165,9 @@ def read_adapter_folder(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:
     check_files(folder, manifest)
     state = load_tensors(folder / needed[-1])
     if is_peft:
-        state = from_peft(_load_config(folder / CONFIG_NAME), state)
+        config = load_config(folder / CONFIG_NAME)
+        _check_saved_modules(config, folder / CONFIG_NAME)
+        state = from_peft(config, state)
     check_finite(state, str(folder))
     return manifest, state
 
@@ -248,17 +250,27 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is no readable safetensors file ({error}); use another checkpoint.") from error
 
 
-def _load_config(path: Path) -> dict[str, Any]:
+def load_config(path: Path) -> dict[str, Any]:
+    """Read an `adapter_config.json`, of this library or of PEFT.
+
+    Raises:
+        CheckpointError: It is damaged or larger than any adapter's.
+    """
     if path.stat().st_size > MAX_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_BYTES} bytes, which no adapter's config is.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); use another checkpoint.") from error
-    saved = config.get("modules_to_save") if isinstance(config, dict) else 0
+        raise CheckpointError(f"{path} is not valid JSON ({error}); get the adapter again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}; get the adapter again.")
+    return config
+
+
+def _check_saved_modules(config: Mapping[str, Any], path: Path) -> None:
+    saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
         raise CheckpointError(f"{path}: modules_to_save must be a list of names or null; use another checkpoint.")
-    return dict(config)
 
 
 def check_methods(attached: Sequence[Method], stored: Sequence[Mapping[str, Any]], folder: Path) -> None:

@@ -16,10 +16,10 @@ from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.folder import check_methods, is_adapter_folder, read_adapter_folder
 from lora_lightning.checkpoint.manifest import class_config, read_manifest
-from lora_lightning.checkpoint.peft_format import is_copy
-from lora_lightning.checkpoint.peft_import import read_peft_folder
+from lora_lightning.checkpoint.peft_folder import read_peft_folder
 from lora_lightning.errors import CheckpointError
 from lora_lightning.paths import resolve
+from lora_lightning.peft_format.copies import is_copy
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,12 @@ from lora_lightning.backbones.quantized import is_quantized
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.folder import is_adapter_folder
 from lora_lightning.checkpoint.manifest import read_manifest
-from lora_lightning.checkpoint.peft_config import CONFIG_NAME, read_peft_config
+from lora_lightning.checkpoint.peft_folder import read_peft_config
 from lora_lightning.checkpoint.rebuild import find_task_class, read_checkpoint, rebuild_task, tokenizer_fingerprint_in
 from lora_lightning.data.language.chat_templates import TEMPLATE_NAMES, begins_with_bos, chat_template
 from lora_lightning.errors import BackboneError, CheckpointError, ConfigError
 from lora_lightning.paths import resolve
+from lora_lightning.peft_format.config import CONFIG_NAME
 from lora_lightning.tasks import AdapterTask, CausalLM
 from lora_lightning.tasks.generation import generate, max_positions
 

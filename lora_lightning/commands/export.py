@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lightning.adapters.attach import unwrap
-from lora_lightning.checkpoint.folder import CONFIG_NAME, PEFT_WEIGHTS_NAME, RunFacts
-from lora_lightning.checkpoint.merge_report import UpdateLost
-from lora_lightning.checkpoint.merging import merge_checkpoint, refuse_taken
-from lora_lightning.checkpoint.peft_export import export_peft
-from lora_lightning.checkpoint.peft_preflight import TOOLS, preflight
+from lora_lightning.checkpoint.folder import RunFacts
+from lora_lightning.checkpoint.peft_folder import export_peft
 from lora_lightning.checkpoint.rebuild import read_checkpoint, rebuild_task, tokenizer_fingerprint_in
 from lora_lightning.errors import CheckpointError, ConfigError
+from lora_lightning.merging.merge import merge_checkpoint, refuse_taken
+from lora_lightning.merging.report import UpdateLost
+from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
+from lora_lightning.peft_format.preflight import TOOLS, preflight
 
 
 def export(

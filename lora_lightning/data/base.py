@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lora_lightning.data.batches.batching import LengthGroupedSampler, even_batch_size
 from lora_lightning.data.batches.loaders import RowLoader, own_generator
+from lora_lightning.data.batches.mixing import Mixture
 from lora_lightning.data.model_facts import model_facts
 from lora_lightning.errors import ConfigError, DataError
 
@@ -90,6 +91,10 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
     def _splits_read(self) -> Collection[str]:
         """The names of the splits that have rows."""
 
+    def _mixture(self) -> Mixture | None:
+        """Return what draws the training rows of each epoch; None takes each row once."""
+        return None
+
     # What Lightning calls.
 
     def setup(self, stage: str | None = None) -> None:
@@ -127,6 +132,7 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
             group_by_length=self.group_by_length,
             num_replicas=num_replicas,
             rank=rank,
+            mixture=self._mixture(),
         )
         # With workers, the first iterator may stand before Lightning sets the epoch.
         sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)

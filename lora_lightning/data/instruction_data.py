@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lora_lightning.data.base import Batches
 from lora_lightning.data.batches.columns import EncodedRows
+from lora_lightning.data.batches.mixing import Mixture
 from lora_lightning.data.batches.packing import UNSUPERVISED, DocumentBatch, DocumentRows, document_from
 from lora_lightning.data.batches.streaming import StreamedRows, StreamLoader
 from lora_lightning.data.language.chat_templates import chat_template
@@ -66,7 +67,8 @@ class InstructionData(RecordData):
         packing: Put several samples into a row of `max_length` tokens, in which none sees another.
         padding_side: `right` or `left`, where shorter rows are padded.
         streaming: Read, encode and shuffle `train` while training, for a file larger than memory. Give a file as `val`
-            (or `val_size` 0), and the trainer a number of steps. Several files are read in turn. Broken rows are left
+            (or `val_size` 0), and the trainer a number of steps. Several files are read in turn; those with weights
+            are mixed, one that ends starts again, and an epoch ends when each was read once. Broken rows are left
             out and counted, unless `bad_rows` is `refuse`.
         shuffle_buffer: Number of rows among which a streamed row is drawn.
         columns: For our names of fields, the names in the files, such as `{prompt: question, completion: answer}`.
@@ -176,14 +178,15 @@ class InstructionData(RecordData):
         """Read what is not streamed."""
         train = self.plan.sources["train"]
         if self.streaming:
-            if is_hub_name(train) or is_in_memory(train):
-                what = f"the Hub data set {train!r}" if is_hub_name(train) else describe(train)
-                raise ConfigError(f"streaming reads files, and train is {what}; save it as a file first.")
+            for source in self.plan.parts("train"):
+                if is_hub_name(source) or is_in_memory(source):
+                    what = f"the Hub data set {source!r}" if is_hub_name(source) else describe(source)
+                    raise ConfigError(f"streaming reads files, and train is {what}; save it as a file first.")
             self.plan = replace(self.plan, sources={**self.plan.sources, "train": None})
         super()._read()
         if self.streaming:
             self.plan = replace(self.plan, sources={**self.plan.sources, "train": train})
-            digest = hashlib.sha256(self.fingerprint.encode())
+            digest = hashlib.sha256(self._as_drawn(self.fingerprint).encode())
             for path, _ in source_files(train, self.plan.settings):
                 digest.update(_ends_of(path))
             self.fingerprint = digest.hexdigest()
@@ -202,8 +205,10 @@ class InstructionData(RecordData):
 
     def _stream_first_samples(self) -> Iterator[Sample]:
         skips = self.plan.bad_rows == "skip"
-        records = read_records(self.plan.sources["train"], self.plan.settings, on_bad=_pass if skips else None)
-        for record in itertools.islice(records, _LOOKED_AT_FIRST):
+        on_bad = _pass if skips else None
+        streams = [read_records(source, self.plan.settings, on_bad=on_bad) for source in self.plan.parts("train")]
+        first = [itertools.islice(records, _LOOKED_AT_FIRST) for records in streams]
+        for record in itertools.chain.from_iterable(first):
             try:
                 sample = sample_from(record, self.columns)
             except DataError:
@@ -262,7 +267,8 @@ class InstructionData(RecordData):
 
     def _in_rows(self, split: str, documents: EncodedRows) -> DocumentRows:
         max_length = self._require_encoder().max_length if self.packing else None
-        rows = DocumentRows(documents, max_length=max_length, seed=self.seed)
+        mixture = self._mixture_of(documents) if self.packing and split == "train" else None
+        rows = DocumentRows(documents, max_length=max_length, seed=self.seed, mixture=mixture)
         self.counts[split] = len(documents)
         rank_zero_info(f"Data: {len(documents)} {split} samples in {len(rows)} rows.")
         return rows
@@ -270,6 +276,10 @@ class InstructionData(RecordData):
     def _documents(self, split: str) -> EncodedRows:
         rows: DocumentRows = self._encoded_rows(split)
         return rows.documents
+
+    def _mixture(self) -> Mixture | None:
+        # Packed rows hold the drawn samples already.
+        return None if self.packing else super()._mixture()
 
     def tell_lost(self, split: str, lost: Mapping[str, int]) -> None:
         """Warn of samples that are too long, and of fields that the template leaves out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import hashlib
 import json
 import tempfile
 import weakref
@@ -12,21 +13,24 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any, ClassVar
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.data.base import TokenizedData
 from lora_lightning.data.batches.columns import EncodedRows, write_columns
+from lora_lightning.data.batches.mixing import Mixture, source_of_rows
 from lora_lightning.data.cache import cached, key_of
 from lora_lightning.data.keys import code_digest, rows_key
 from lora_lightning.data.rows.cells import ignored_message
 from lora_lightning.data.rows.conditions import parse_condition
 from lora_lightning.data.rows.plan import Plan
 from lora_lightning.data.rows.pool import About, SplitRows, kind_of, load_about, save_about
+from lora_lightning.data.rows.reports import read_message, write_bad_rows
 from lora_lightning.data.rows.row import Example, Row, StoredRow
 from lora_lightning.data.sources import (
     ReadSettings,
     Record,
     Source,
+    describe,
     download,
     is_hub_name,
     is_in_memory,
@@ -59,7 +63,10 @@ class RecordData(TokenizedData, abc.ABC):
     all ranks and by later runs.
 
     Args:
-        train: Source of the training rows, and of those to split off.
+        train: Source of the training rows, and of those to split off; or several with weights, such as
+            `[{source: a.csv, weight: 0.7}, {source: b.csv, weight: 0.3}]`. An epoch then has as many rows as all of
+            them together, each source's share by its weight: a source with more rows is seen in part, another part in
+            each epoch, and one with fewer is repeated.
         val: Source of the validation rows; None splits them off `train`.
         test: Source of the test rows; None splits them off `train`.
         predict: Source of the rows to predict, which need no target; None predicts the test rows.
@@ -251,8 +258,8 @@ class RecordData(TokenizedData, abc.ABC):
 
     def prepare_data(self) -> None:
         """Download Hub data sets, in one process."""
-        for split, source in self.plan.sources.items():
-            if is_hub_name(source):
+        for split in filter(self.plan.has_own_source, self.plan.sources):
+            for source in filter(is_hub_name, self.plan.parts(split)):
                 download(source, self.plan.settings, kind_of(split))
 
     # The road.
@@ -280,9 +287,18 @@ class RecordData(TokenizedData, abc.ABC):
         self._folder = self._kept(f"rows-{self._data_key}", self._lay)
         self._about = load_about(self._folder)
         self.counts = dict(self._about.counts)
-        self.fingerprint = self._about.fingerprint
-        self._tell_read()
-        self._write_bad_rows()
+        self.fingerprint = self._as_drawn(self._about.fingerprint)
+        rank_zero_info(read_message(self.counts, self.needed))
+        if self._about.ignored:
+            self._tell_ignored(ignored_message(self.plan.source_name("train"), self._about.ignored))
+        write_bad_rows(self._about.bad, self.trainer)
+
+    def _as_drawn(self, fingerprint: str) -> str:
+        """Return the fingerprint of rows together with the weights by which they are drawn."""
+        weights = self.plan.weights()
+        if weights is None:
+            return fingerprint
+        return hashlib.sha256(json.dumps([fingerprint, weights]).encode()).hexdigest()
 
     def _lay(self, folder: Path) -> None:
         # Not at the top: what only starts a parser does without Arrow.
@@ -290,35 +306,8 @@ class RecordData(TokenizedData, abc.ABC):
 
         save_about(lay(self.plan, folder, self), folder)
 
-    def _tell_read(self) -> None:
-        counts = self.counts
-        rank_zero_info(
-            f"Data: {counts['rows_read']} rows read, {counts['rows_filtered']} filtered out by where, "
-            f"{counts['rows_incomplete']} without {self.needed}, {counts['rows_bad']} broken and skipped, "
-            f"{counts['duplicates_dropped']} duplicates and {counts['contradictions_dropped']} rows with "
-            f"contradictory labels dropped; {counts['train']} train, {counts['val']} val, {counts['test']} test, "
-            f"{counts['unused']} not used."
-        )
-        if self._about.ignored:
-            self._tell_ignored(ignored_message(self.plan.source_name("train"), self._about.ignored))
-
     def _tell_ignored(self, message: str) -> None:
         rank_zero_info(message)
-
-    def _write_bad_rows(self) -> None:
-        """Write what was left out as broken to a file beside the run."""
-        bad = self._about.bad
-        if not bad:
-            return
-        folder = getattr(self.trainer, "log_dir", None) or getattr(self.trainer, "default_root_dir", None)
-        where = ""
-        if folder is not None and self.trainer is not None and self.trainer.is_global_zero:
-            path = Path(folder) / "bad_rows.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps({"reason": reason, "text": text}) + "\n" for reason, text in bad]
-            path.write_text("".join(lines), "utf-8")
-            where = f" They are written to {path}."
-        rank_zero_warn(f"{len(bad)} broken rows are left out; the first: {bad[0][0]}{where}")
 
     def _prepare(self) -> None:
         """Load the tokenizer and settle the names of labels; forget what was encoded by others."""
@@ -381,6 +370,18 @@ class RecordData(TokenizedData, abc.ABC):
     def _documents(self, split: str) -> EncodedRows:
         """Return the encoded rows of a split, one by one."""
         return self._encoded_rows(split)
+
+    def _mixture(self) -> Mixture | None:
+        return self._mixture_of(self._documents("train"))
+
+    def _mixture_of(self, encoded: EncodedRows) -> Mixture | None:
+        """Return what draws encoded training rows by the weights of their sources; None without weights."""
+        weights = self.plan.weights()
+        if weights is None:
+            return None
+        mixture = Mixture(source_of_rows(encoded.origins, self._about.parts), weights)
+        rank_zero_info(f"Data: {mixture.describe(list(map(describe, self.plan.parts('train'))))}")
+        return mixture
 
     # The cache.
 

@@ -154,7 +154,7 @@ class TextClassificationData(RecordData):
                 check_known(labels, names, self.plan.source_name(split), split, whose)
         self.label_names = names
         if self._folder is not None:
-            self.fingerprint = fingerprint(self._folder, self._about.num_rows, names)
+            self.fingerprint = self._as_drawn(fingerprint(self._folder, self._about.num_rows, names))
 
     def _target_names(self) -> list[str]:
         return self.label_columns if len(self.label_columns) > 1 else ["score"]

@@ -458,6 +458,9 @@ def test_two_processes_share_the_rows(write, tokenizer_folder, tmp_path):
             batches = [[ids for at, ids in rank[split] if at == epoch] for rank in ranks]
             assert len(batches[0]) == len(batches[1])
             assert Counter(itertools.chain(*batches[0], *batches[1])) == everything
+    # One process read and encoded; the other one found what it wrote.
+    assert sum(rank["read"] for rank in ranks) == 100
+    assert sum(rank["encoded"] for rank in ranks) == 100
     orders = [[ids for at, ids in ranks[0]["train"] if at == epoch] for epoch in (0, 1)]
     assert orders[0] != orders[1]
     predicted = [ids for rank in ranks for _, ids in rank["predict"]]

@@ -6,17 +6,19 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from lora_lightning.data.batches.mixing import interleave
 from lora_lightning.data.batches.packing import Document, document_from, pack_stream
 from lora_lightning.data.language.conversations import sample_from
 from lora_lightning.data.language.encoding import EncodedSample, Encoder
 from lora_lightning.data.rows.cells import ignored_message
-from lora_lightning.data.sources import ReadSettings, Record, Source, describe, read_records
+from lora_lightning.data.sources import ReadSettings, Record, Source, describe, parts_of, read_records
 from lora_lightning.errors import DataError
 from lora_lightning.resume.position import Layout, Passed, Position
 
@@ -33,7 +35,8 @@ class StreamedRows(IterableDataset[list[Document]]):
     worker are left out for that.
 
     Args:
-        source: The files; see `Source`.
+        source: The files; see `Source`. Those of a mixture are drawn by weight; one that ends starts again, and an
+            epoch ends when each was read once.
         encoder: Encodes the samples.
         settings: How files are read.
         columns: For our names of fields, the names that the file has instead.
@@ -69,7 +72,9 @@ class StreamedRows(IterableDataset[list[Document]]):
         groups = self._groups(layout, worker, self.epoch, self.passed)
         return self._of_rank(groups, self.rank, worker, self.epoch, is_shuffled=not self.passed)
 
-    def documents(self, worker: int = 0, num_workers: int = 1, *, warn: bool = True) -> Iterator[Document]:
+    def documents(
+        self, worker: int = 0, num_workers: int = 1, epoch: int = 0, *, warn: bool = True
+    ) -> Iterator[Document]:
         """Return the documents of one worker's share of the lines; `warn` at the end of what is lost.
 
         Raises:
@@ -77,7 +82,7 @@ class StreamedRows(IterableDataset[list[Document]]):
         """
         became: Counter[str] = Counter()
         ignored: Counter[str] = Counter()
-        for record in self._records(worker, num_workers, became):
+        for record in self._records(worker, num_workers, epoch, became):
             became["read"] += 1
             encoded = self._encoded(record, became, ignored)
             became["cut"] += encoded.cut
@@ -98,16 +103,24 @@ class StreamedRows(IterableDataset[list[Document]]):
                 f"of them; {became['bad']} broken rows were left out."
             )
 
-    def _records(self, worker: int, num_workers: int, became: Counter[str]) -> Iterator[Record]:
-        """Return one worker's share of the records."""
+    def _records(self, worker: int, num_workers: int, epoch: int, became: Counter[str]) -> Iterator[Record]:
+        """Return one worker's share of the records, those of several sources drawn by weight."""
 
         def note(error: DataError, text: str) -> None:  # noqa: ARG001 - as OnBad has it
             if not became["bad"]:
                 rank_zero_warn(f"A broken row is left out: {error}")
             became["bad"] += 1
 
-        on_bad = note if self.skips_bad_rows else None
-        return read_records(self.source, self.settings, on_bad=on_bad, share=(worker, num_workers))
+        def begin(source: Source, is_first: bool) -> Iterator[Record]:
+            on_bad = note if is_first else _pass
+            share = (worker, num_workers)
+            return read_records(source, self.settings, on_bad=on_bad if self.skips_bad_rows else None, share=share)
+
+        parts = parts_of(self.source)
+        # The ranks share the rows that come out, so all of them draw alike.
+        generator = np.random.default_rng([self.seed, epoch, worker, num_workers])
+        streams = [partial(begin, part.source) for part in parts]
+        return interleave(streams, [part.weight for part in parts], generator)
 
     def _encoded(self, record: Record, became: Counter[str], ignored: Counter[str]) -> EncodedSample:
         try:
@@ -129,7 +142,7 @@ class StreamedRows(IterableDataset[list[Document]]):
             return itertools.islice(
                 _in_groups(self._left(epoch, passed), layout.num_replicas), worker, None, layout.num_workers
             )
-        documents = self.documents(worker, layout.num_workers)
+        documents = self.documents(worker, layout.num_workers, epoch)
         rows = pack_stream(documents, self.encoder.max_length) if self.packing else ([one] for one in documents)
         return _in_groups(rows, layout.num_replicas)
 
@@ -227,3 +240,7 @@ class StreamLoader(DataLoader[Any]):
             # From a worker process, torch brings the message with the whole traceback around it.
             last = str(error).strip().splitlines()[-1]
             raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: ")) from None
+
+
+def _pass(error: DataError, text: str) -> None:
+    """Leave out a broken row that was counted before."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lora_lightning.data.sources.files import SUFFIXES, files_of, is_saved_dataset, read_file
 from lora_lightning.data.sources.hub import hub_rows, is_hub_name, saved_rows
+from lora_lightning.data.sources.mixture import is_mixture, parts_of
 from lora_lightning.data.sources.record import OnBad, ReadSettings, Record, Source, Takes
 from lora_lightning.data.sources.tables import read_dataset, read_frame
 from lora_lightning.errors import DataError
@@ -61,6 +62,8 @@ def describe(source: Source) -> str:
     """
     if isinstance(source, str):
         return source
+    if is_mixture(source):
+        return " and ".join(describe(part.source) for part in parts_of(source))
     if isinstance(source, list) and source and all(isinstance(one, str) for one in source):
         return source[0] if len(source) == 1 else f"{source[0]} and {len(source) - 1} more"
     if isinstance(source, list):
@@ -70,6 +73,8 @@ def describe(source: Source) -> str:
 
 def is_in_memory(source: Source) -> bool:
     """Return whether a source is data itself, not the name of some."""
+    if is_mixture(source):
+        return any(is_in_memory(part.source) for part in parts_of(source))
     is_table = _is_frame(source) or _is_dataset(source)
     return is_table or (isinstance(source, list) and any(isinstance(one, dict) for one in source))
 
@@ -80,6 +85,8 @@ def source_files(source: Source, settings: ReadSettings) -> list[tuple[Path, str
     Raises:
         DataError: One is not there, or is of an unknown kind.
     """
+    if is_mixture(source):
+        return [file for part in parts_of(source) for file in source_files(part.source, settings)]
     if isinstance(source, list):
         return [file for one in source if isinstance(one, str) for file in source_files(one, settings)]
     is_of_files = isinstance(source, str) and not is_hub_name(source) and not is_saved_dataset(source)

@@ -20,12 +20,13 @@ from lora_lightning.adapters import (
 from lora_lightning.backbones.attach import attach as attach_to_backbone
 from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.backbones.quantized import is_quantized
-from lora_lightning.checkpoint import merging, read_manifest
+from lora_lightning.checkpoint import read_manifest
 from lora_lightning.checkpoint.manifest import MANIFEST_NAME
-from lora_lightning.checkpoint.merge_report import THRESHOLD, LayerMerge, MergeLoss, UpdateLost, measure
-from lora_lightning.checkpoint.merging import merge_checkpoint
 from lora_lightning.checkpoint.rebuild import rebuild_task
 from lora_lightning.errors import CheckpointError, NotMergeable
+from lora_lightning.merging import merge
+from lora_lightning.merging.merge import merge_checkpoint
+from lora_lightning.merging.report import THRESHOLD, LayerMerge, MergeLoss, UpdateLost, measure
 from lora_lightning.methods import DoRA, LoRA
 from lora_lightning.tasks import AdapterTask, SequenceClassification
 from tests.checkpoint.runs import PlainTask, save_backbone, save_checkpoint, save_wide_base
@@ -250,7 +251,7 @@ def test_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def fail(*args: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(merging, "write_manifest", fail)
+    monkeypatch.setattr(merge, "write_manifest", fail)
     with pytest.raises(CheckpointError, match=r"could not be written .*No space left"):
         merge_checkpoint(ckpt, tmp_path / "new" / "merged")
     assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
@@ -270,7 +271,7 @@ def test_not_mergeable_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_nothing_to_merge_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ckpt = save_checkpoint(PlainTask(method=LoRA(r=2)), tmp_path / "x.ckpt")
-    monkeypatch.setattr(merging, "is_attached", lambda _: False)
+    monkeypatch.setattr(merge, "is_attached", lambda _: False)
     with pytest.raises(CheckpointError, match="holds no adapter"):
         merge_checkpoint(ckpt, tmp_path / "merged")
 

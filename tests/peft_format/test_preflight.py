@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lora_lightning.backbones.attach import attach
-from lora_lightning.checkpoint.peft_format import to_peft
-from lora_lightning.checkpoint.peft_preflight import Preflight, Tool, preflight
 from lora_lightning.methods import DoRA, LoRA
+from lora_lightning.peft_format.encode import to_peft
+from lora_lightning.peft_format.preflight import Preflight, Tool, preflight
 from tests.models import build
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import disabled
-from lora_lightning.checkpoint.merge_report import LogitMove
+from lora_lightning.merging.report import LogitMove
 
 _NUM_SEQUENCES, _LENGTH = 4, 16
 

@@ -9,8 +9,9 @@ from typing import Any
 import peft
 import pytest
 
-from lora_lightning.checkpoint.peft_config import CONFIG_NAME, parse_peft_config, read_peft_config
+from lora_lightning.checkpoint.peft_folder import read_peft_config
 from lora_lightning.errors import CheckpointError
+from lora_lightning.peft_format.config import CONFIG_NAME, parse_peft_config
 
 PLAIN: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["query"]}
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from lora_lightning.adapters import Adapter, Method, ModelView, adapter_state_dict, attach
 from lora_lightning.backbones.attach import attach as attach_to_backbone
 from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, write_adapter_folder
-from lora_lightning.checkpoint.folder import CONFIG_NAME, PEFT_WEIGHTS_NAME
-from lora_lightning.checkpoint.peft_format import to_peft
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import DoRA, LoRA
 from lora_lightning.methods.dora import DoRAAdapter
 from lora_lightning.methods.low_rank import LowRankAdapter
+from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
+from lora_lightning.peft_format.encode import to_peft
 from tests.adapters.toys import Bias, Model, Scale
 from tests.models import build, perturb
 from tests.test_contract import CASES as CONTRACT_CASES

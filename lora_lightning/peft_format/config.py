@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import regex
@@ -14,7 +12,7 @@ from lora_lightning.adapters.patterns import compile_pattern, match_start
 from lora_lightning.errors import CheckpointError, ConfigError
 
 CONFIG_NAME = "adapter_config.json"
-MAX_BYTES = 16 * 1024 * 1024
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 
 # How an adapter was initialised matters only where PEFT also changed the base weights while doing so.
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", "true", "false")
@@ -103,25 +101,16 @@ class PeftConfig:
         return next((int(match[1]) for match in found if match), None)
 
 
-def read_peft_config(path: Path) -> PeftConfig:
-    """Read and check an `adapter_config.json`.
+def parse_peft_config(data: Mapping[str, Any], source: str = CONFIG_NAME) -> PeftConfig:
+    """Check the content of an `adapter_config.json`.
+
+    Args:
+        data: The JSON object.
+        source: Where it came from, for messages.
 
     Raises:
-        CheckpointError: It is damaged, no LoRA or DoRA, or uses an option that this library does not compute.
+        CheckpointError: It is no LoRA or DoRA, or uses an option that this library does not compute.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_BYTES} bytes, which no adapter's config is.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); get the adapter again.") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, got {type(data).__name__}; get the adapter again.")
-    return parse_peft_config(data, str(path))
-
-
-def parse_peft_config(data: Mapping[str, Any], source: str = CONFIG_NAME) -> PeftConfig:
-    """Check the content of an `adapter_config.json`; see `read_peft_config`."""
     kind = data.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(

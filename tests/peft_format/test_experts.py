@@ -13,9 +13,10 @@ from lora_lightning import LoRA, export_peft, load_adapter, load_peft
 from lora_lightning.adapters import attached_methods
 from lora_lightning.backbones.attach import attach
 from lora_lightning.checkpoint import write_adapter_folder
-from lora_lightning.checkpoint.folder import CONFIG_NAME, OWN_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
-from lora_lightning.checkpoint.peft_preflight import preflight
+from lora_lightning.checkpoint.folder import OWN_WEIGHTS_NAME
 from lora_lightning.errors import CheckpointError
+from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
+from lora_lightning.peft_format.preflight import preflight
 from tests import models
 
 pytestmark = [

@@ -42,17 +42,6 @@ class SortedTensors:
         return list(dict.fromkeys(name.rpartition(".")[0] for name in self.low_rank))
 
 
-def saved_paths(paths: Sequence[str], names: Collection[str]) -> list[str]:
-    """Return the modules that PEFT copies for `modules_to_save`: those whose path ends with a name, dot or no dot.
-
-    Example:
-        >>> saved_paths(["bert", "pre_classifier", "classifier", "classifier.dense"], ["classifier"])
-        ['pre_classifier', 'classifier']
-    """
-    found = [path for path in paths if any(path.endswith(name) for name in names)]
-    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
-
-
 def sort_tensors(
     tensors: Mapping[str, Tensor], saved: Sequence[str], base_names: Collection[str], source: str
 ) -> SortedTensors:

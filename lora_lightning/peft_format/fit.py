@@ -1,4 +1,4 @@
-"""Load an adapter that PEFT wrote: attach what its config says to a bare model, then load its tensors strictly."""
+"""Fit an adapter that PEFT wrote to a model: what to attach, and its tensors by this library's names."""
 
 from __future__ import annotations
 
@@ -6,142 +6,70 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters import (
-    AttachReport,
-    TargetedMethod,
-    detach,
-    is_attached,
-    load_adapter_state_dict,
-)
+from lora_lightning.adapters import TargetedMethod
 from lora_lightning.adapters.targets import has_suffix, select_weights
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec
-from lora_lightning.backbones.attach import attach
 from lora_lightning.backbones.view import view_of
-from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
-from lora_lightning.checkpoint.folder import (
-    OWN_WEIGHTS_NAME,
-    PEFT_WEIGHTS_NAME,
-    check_finite,
-    is_adapter_folder,
-    load_tensors,
-)
-from lora_lightning.checkpoint.manifest import check_files, read_manifest
-from lora_lightning.checkpoint.peft_config import CONFIG_NAME, PeftConfig, read_peft_config
-from lora_lightning.checkpoint.peft_experts import own_names, parameter_paths
-from lora_lightning.checkpoint.peft_format import target_modules
-from lora_lightning.checkpoint.peft_keys import SortedTensors, saved_paths, sort_tensors
 from lora_lightning.errors import CheckpointError, ConfigError, TargetError
 from lora_lightning.methods import DoRA, LoRA
+from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME, PeftConfig
+from lora_lightning.peft_format.experts import own_names, parameter_paths
+from lora_lightning.peft_format.keys import SortedTensors, sort_tensors
+from lora_lightning.peft_format.names import saved_paths, target_modules
 
-_PICKLED_NAME = "adapter_model.bin"
 _ALL_LINEAR = "all-linear"
 _CLASSIFIER_NAMES = ("score", "classifier")  # what PEFT leaves out of all-linear on a classifier
 _BASE_TOLERANCE = 1e-2  # a base saved in bfloat16 and loaded in float32 is the same base
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeftFolder:
-    """An adapter folder in PEFT's format, understood for one model.
+class FittedAdapter:
+    """An adapter in PEFT's format, understood for one model.
 
     Args:
         method: What to attach; it names copies to train in `modules_to_save`.
         state: The tensors by the names of `adapter_state_dict`.
-        base_fingerprint: The base's digest where this library wrote the folder, else None.
     """
 
     method: LoRA
     state: dict[str, Tensor]
-    base_fingerprint: str | None
 
 
-def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
-    """Attach an adapter in PEFT's format to a bare model, and load its tensors.
-
-    Reads what PEFT wrote (any version whose adapters are safetensors), what transformers' `save_pretrained` wrote for
-    a model with an adapter, and what this library wrote in PEFT's format. LoRA, rsLoRA and DoRA on linear layers,
-    Conv1D, embeddings and convolutions, `rank_pattern`, `alpha_pattern` and `modules_to_save`.
+def fit_to_model(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], source: str) -> FittedAdapter:
+    """Understand an adapter in PEFT's format for one model, without changing the model.
 
     Args:
-        model: A model without adapters, on the base that the adapter was trained on; frozen, as `attach` does.
-        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
-
-    Returns:
-        What was attached.
+        model: The bare model.
+        config: What the adapter's `adapter_config.json` says.
+        tensors: The adapter's tensors by PEFT's key names.
+        source: Where the adapter came from, for messages.
 
     Raises:
-        CheckpointError: The folder is damaged, uses an option that this library does not compute, or its keys or
-            shapes are not those of this model; the model is unchanged.
-        TargetError: The model has adapters already, or a host is of a kind that cannot be adapted.
+        CheckpointError: Keys or tensors do not fit the config or the model.
     """
-    folder = Path(folder)
-    if is_attached(model):
-        raise TargetError(f"This model has adapters already; load {folder} into a bare model, or detach them first.")
-    found = read_peft_folder(model, folder)
-    report = attach(model, found.method)
-    try:
-        load_adapter_state_dict(model, found.state)
-        if found.base_fingerprint is not None:
-            check_fingerprint(fingerprint(model), found.base_fingerprint, str(folder))
-    except CheckpointError as error:
-        detach(model)
-        raise CheckpointError(f"{folder}: {error}") from error
-    return report
-
-
-def read_peft_folder(model: nn.Module, folder: Path) -> PeftFolder:
-    """Read and check an adapter folder in PEFT's format, for one model and without changing it; see `load_peft`."""
-    _check_there(folder)
-    base_fingerprint = _own_fingerprint(folder)
-    config = read_peft_config(folder / CONFIG_NAME)
-    tensors = load_tensors(folder / PEFT_WEIGHTS_NAME)
-    check_finite(tensors, str(folder))
-    _warn_of_other_base(model, config, folder)
+    _warn_of_other_base(model, config, source)
     modules = {path: one for path, one in model.named_modules() if path and RESERVED not in path.split(".")}
     saved = saved_paths(list(modules), [*config.modules_to_save, *_implied_copies(config, tensors)])
-    found = sort_tensors(tensors, saved, model.state_dict().keys(), str(folder / PEFT_WEIGHTS_NAME))
+    found = sort_tensors(tensors, saved, model.state_dict().keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
     saved = [path for path in saved if modules[path].state_dict()]
     if not found.hosts:
-        raise CheckpointError(f"{folder / PEFT_WEIGHTS_NAME} holds no LoRA tensor; the file is no adapter of PEFT.")
-    _check_base_parameters(model, found, folder)
+        raise CheckpointError(f"{source}/{PEFT_WEIGHTS_NAME} holds no LoRA tensor; the file is no adapter of PEFT.")
+    _check_base_parameters(model, found, source)
     view = view_of(model)
-    parameters = _parameters(modules, config, folder)
+    parameters = _parameters(modules, config, source)
     ranks = {path: config.rank_and_alpha(path)[0] for path in parameters}
     found = replace(found, low_rank=own_names(found.low_rank, ranks))
     hosts = _hosts(modules, config, found, view, parameters)
-    _refuse_grouped(modules, hosts, folder)
-    return PeftFolder(
-        method=_method(config, view, list(modules), hosts, saved, folder),
-        state={**found.low_rank, **found.copies},
-        base_fingerprint=base_fingerprint,
-    )
-
-
-def _check_there(folder: Path) -> None:
-    """Refuse folders without a config or without safetensors, saying what is there instead."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; name the one that holds {CONFIG_NAME}.")
-    if (folder / OWN_WEIGHTS_NAME).is_file():
-        raise CheckpointError(
-            f"{folder} holds an adapter in this library's own format, which PEFT has no words for; attach its method "
-            "and use load_adapter."
-        )
-    if not (folder / CONFIG_NAME).is_file():
-        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}, so it is no adapter of PEFT.")
-    if (folder / PEFT_WEIGHTS_NAME).is_file():
-        return
-    if (folder / _PICKLED_NAME).is_file():
-        raise CheckpointError(
-            f"{folder} holds its weights as {_PICKLED_NAME}, a pickle, which could run code when it is read, so it is "
-            "refused. If you trust it, load it with PEFT and save it again: that writes safetensors."
-        )
-    raise CheckpointError(f"{folder} holds no {PEFT_WEIGHTS_NAME}; get the adapter again.")
+    _refuse_grouped(modules, hosts, source)
+    method = _method(config, view, list(modules), hosts, saved, source)
+    return FittedAdapter(method=method, state={**found.low_rank, **found.copies})
 
 
 def _implied_copies(config: PeftConfig, tensors: Mapping[str, Tensor]) -> list[str]:
@@ -151,28 +79,19 @@ def _implied_copies(config: PeftConfig, tensors: Mapping[str, Tensor]) -> list[s
     return [name for name in _CLASSIFIER_NAMES if any(re.search(rf"{name}\.[^.]+$", key) for key in tensors)]
 
 
-def _own_fingerprint(folder: Path) -> str | None:
-    """Return the base's fingerprint where this library wrote the folder, whose files are then checked too."""
-    if not is_adapter_folder(folder):
-        return None
-    manifest = read_manifest(folder)
-    check_files(folder, manifest)
-    return manifest.base_fingerprint
-
-
-def _warn_of_other_base(model: nn.Module, config: PeftConfig, folder: Path) -> None:
+def _warn_of_other_base(model: nn.Module, config: PeftConfig, source: str) -> None:
     """Say that the adapter names another base; only its last part counts, since folders move."""
     here = getattr(getattr(model, "config", None), "_name_or_path", None)
     names = [PurePosixPath(str(name).replace("\\", "/")).name.lower() for name in (here, config.base) if name]
     if len(names) == 2 and names[0] != names[1]:
         warnings.warn(
-            f"{folder} names {config.base!r} as its base, and this model came from {here!r}: the shapes are compared, "
+            f"{source} names {config.base!r} as its base, and this model came from {here!r}: the shapes are compared, "
             "the base's weights are not.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
-def _parameters(modules: Mapping[str, nn.Module], config: PeftConfig, folder: Path) -> list[str]:
+def _parameters(modules: Mapping[str, nn.Module], config: PeftConfig, source: str) -> list[str]:
     """Return the parameters of experts that the config names.
 
     Raises:
@@ -182,7 +101,7 @@ def _parameters(modules: Mapping[str, nn.Module], config: PeftConfig, folder: Pa
     other = [one for one in config.target_parameters if not any(has_suffix(path, one) for path in known)]
     if other:
         raise CheckpointError(
-            f"{folder / CONFIG_NAME}: target_parameters names {', '.join(map(repr, other[:3]))}, and this model has no "
+            f"{source}/{CONFIG_NAME}: target_parameters names {', '.join(map(repr, other[:3]))}, and this model has no "
             "such parameter of experts in the layout of transformers' experts interface; load the base that it was "
             "trained on, or merge the adapter with PEFT."
         )
@@ -241,7 +160,7 @@ def _all_linear(modules: Mapping[str, nn.Module], config: PeftConfig, view: Mode
 
 
 def _method(
-    config: PeftConfig, view: ModelView, paths: Sequence[str], hosts: list[str], saved: list[str], folder: Path
+    config: PeftConfig, view: ModelView, paths: Sequence[str], hosts: list[str], saved: list[str], source: str
 ) -> LoRA:
     """Build the method: with the config's own words for the targets where they mean the same here, else by paths."""
     cls = DoRA if config.use_dora else LoRA
@@ -267,19 +186,19 @@ def _method(
         method = cls(**settings, **own_words)
         if sorted(_selected(view, method) or ()) == sorted(hosts):
             return method
-        return cls(**settings, target_modules=_named(paths, hosts, folder))
+        return cls(**settings, target_modules=_named(paths, hosts, source))
     except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
+        raise CheckpointError(f"{source}/{CONFIG_NAME}: {error}") from error
 
 
-def _named(paths: Sequence[str], hosts: Sequence[str], folder: Path) -> list[str] | str:
+def _named(paths: Sequence[str], hosts: Sequence[str], source: str) -> list[str] | str:
     """Return our own target_modules for hosts and parameters of experts, by their paths."""
     modules = [path for path in hosts if path in paths]
     parameters = [path for path in hosts if path not in paths]
     targets = target_modules(paths, modules)
     if parameters and isinstance(targets, str):
         raise CheckpointError(
-            f"{folder} adapts experts, and beside them modules whose paths other modules' paths end in, for which this "
+            f"{source} adapts experts, and beside them modules whose paths other modules' paths end in, for which this "
             "library has no target_modules; merge it with PEFT."
         )
     return [*targets, *parameters] if parameters else targets
@@ -293,7 +212,7 @@ def _selected(view: ModelView, method: TargetedMethod) -> list[str] | None:
         return None
 
 
-def _check_base_parameters(model: nn.Module, found: SortedTensors, folder: Path) -> None:
+def _check_base_parameters(model: nn.Module, found: SortedTensors, source: str) -> None:
     """Compare the base's own parameters that PEFT put beside the adapter with those of the model.
 
     PEFT does so for embeddings that are targets or were resized; in the first case they are the base's, unchanged.
@@ -303,7 +222,7 @@ def _check_base_parameters(model: nn.Module, found: SortedTensors, folder: Path)
         mine = own[name]
         if mine.is_floating_point() and not _is_same(tensor, mine):
             raise CheckpointError(
-                f"{folder} holds {name!r} itself, {list(tensor.shape)}, which is not what this base has "
+                f"{source} holds {name!r} itself, {list(tensor.shape)}, which is not what this base has "
                 f"({list(mine.shape)}): the vocabulary was resized or the layer trained, or it is another base. Load "
                 "the base as it was in training, or merge the adapter with PEFT."
             )
@@ -316,11 +235,11 @@ def _is_same(left: Tensor, right: Tensor) -> bool:
     return torch.allclose(left.float().to(right.device), right.float(), rtol=_BASE_TOLERANCE, atol=1e-3 * scale)
 
 
-def _refuse_grouped(modules: Mapping[str, nn.Module], hosts: Sequence[str], folder: Path) -> None:
+def _refuse_grouped(modules: Mapping[str, nn.Module], hosts: Sequence[str], source: str) -> None:
     grouped = [path for path in hosts if getattr(modules.get(path), "groups", 1) != 1]
     if grouped:
         raise CheckpointError(
-            f"{folder} adapts {grouped[0]!r}, a convolution with groups, for which PEFT and this library build "
+            f"{source} adapts {grouped[0]!r}, a convolution with groups, for which PEFT and this library build "
             "different updates; merge it with PEFT."
         )
 

@@ -17,7 +17,7 @@ from lora_lightning.adapters import (
 from lora_lightning.adapters.weights import read_weight
 from lora_lightning.backbones.attach import attach
 from lora_lightning.backbones.quantized import quantized_modules
-from lora_lightning.checkpoint.peft_format import is_copy
+from lora_lightning.peft_format.copies import is_copy
 
 
 @torch.no_grad()

@@ -19,16 +19,16 @@ from lora_lightning.backbones.attach import merge
 from lora_lightning.backbones.load import load_tokenizer
 from lora_lightning.backbones.quantized import is_quantized
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
-from lora_lightning.checkpoint.dense import dequantize as dequantize_base
 from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import fingerprint
 from lora_lightning.checkpoint.manifest import FileRecord, Manifest, class_config, write_manifest
-from lora_lightning.checkpoint.merge_report import THRESHOLD, LayerMerge, MergeLoss, MergeReport, UpdateLost, measure
-from lora_lightning.checkpoint.peft_format import is_copy
-from lora_lightning.checkpoint.precision import dtype_of, final_dtypes, name_of, narrow, round_to, widen
-from lora_lightning.checkpoint.probe import Probe, sample_batch
 from lora_lightning.checkpoint.rebuild import read_checkpoint, rebuild_task, tokenizer_fingerprint_in
 from lora_lightning.errors import BackboneError, CheckpointError, NotMergeable
+from lora_lightning.merging.dense import dequantize as dequantize_base
+from lora_lightning.merging.precision import dtype_of, final_dtypes, name_of, narrow, round_to, widen
+from lora_lightning.merging.probe import Probe, sample_batch
+from lora_lightning.merging.report import THRESHOLD, LayerMerge, MergeLoss, MergeReport, UpdateLost, measure
+from lora_lightning.peft_format.copies import is_copy
 
 if TYPE_CHECKING:
     import lightning as L

@@ -7,7 +7,6 @@ covers the plain `alpha` scaling that PEFT has no word for. What PEFT cannot exp
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,33 +14,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters import Adapter, Role, attached_methods, folded_state_dict, iter_adapters
-from lora_lightning.adapters.weights import RESERVED, HostKind, original_class
-from lora_lightning.checkpoint.peft_experts import flatten, own_names, wrapper_paths
-from lora_lightning.checkpoint.peft_keys import PREFIX
-from lora_lightning.checkpoint.peft_updates import (
+from lora_lightning.adapters import attached_methods, folded_state_dict, iter_adapters
+from lora_lightning.adapters.weights import HostKind, original_class
+from lora_lightning.methods.dora import DoRAAdapter
+from lora_lightning.methods.expert_lora import ExpertLoRAAdapter
+from lora_lightning.peft_format.copies import extra_copies, is_copy, task_type_of
+from lora_lightning.peft_format.experts import flatten, wrapper_paths
+from lora_lightning.peft_format.keys import PREFIX
+from lora_lightning.peft_format.names import exactly, module_paths, target_modules
+from lora_lightning.peft_format.updates import (
     Update,
     computed_update,
     expert_updates,
     stored_update,
     why_no_update,
 )
-from lora_lightning.methods import DoRA, LoRA
-from lora_lightning.methods.dora import DoRAAdapter
-from lora_lightning.methods.expert_lora import ExpertLoRAAdapter
-
-# PEFT picks its wrapper by `task_type`; for classifiers that wrapper adds names of its own to `modules_to_save`.
-_TASK_TYPES: Mapping[str, str] = {
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-}
-_ADDED_BY_TASK_TYPE: Mapping[str | None, tuple[str, ...]] = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +77,11 @@ def to_peft(
     parts = _sort_adapters(model, state, as_lora=as_lora)
     if parts is None:
         return None
-    paths = _module_paths(model)
-    task_type = _task_type(model)
-    extra = _extra_copies(paths, parts, task_type)
+    paths = module_paths(model)
+    task_type = task_type_of(model)
+    extra = extra_copies(paths, parts.heads, parts.low_rank, task_type)
     if extra is None:  # without a task type PEFT adds no names of its own
-        task_type, extra = None, _extra_copies(paths, parts, None)
+        task_type, extra = None, extra_copies(paths, parts.heads, parts.low_rank, None)
     if extra is None:
         return None
     tensors = _rename(parts, state)
@@ -121,51 +108,6 @@ def why_not_peft(model: nn.Module) -> str:
     if not found:
         return "only full copies of modules were trained, and PEFT's LoRA wants at least one adapted layer"
     return "PEFT would match names of its modules_to_save or targets to other modules of this model too"
-
-
-def from_peft(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn tensors in PEFT's naming back into those of `adapter_state_dict`.
-
-    Args:
-        config: Content of `adapter_config.json`.
-        state: Tensors by PEFT's key names.
-
-    Returns:
-        Tensors by our names. Copies of modules that PEFT wraps only because their name ends like a saved one's are
-        left out.
-    """
-    saved = config.get("modules_to_save") or []
-    own = {}
-    for key, tensor in state.items():
-        path = key.removeprefix(PREFIX)
-        match = re.fullmatch(
-            r"(.+)\.(?:(lora_A|lora_B)\.weight|lora_embedding_(A|B)|(lora_magnitude_vector)(?:\.weight)?)", path
-        )
-        if match is None:
-            if any(path.startswith(f"{name}.") for name in saved):
-                own[path] = tensor
-        elif match[4]:
-            own[f"{match[1]}.magnitude"] = tensor.flatten()
-        else:
-            own[f"{match[1]}.{match[2] or f'lora_{match[3]}'}"] = tensor.flatten(1)
-    parameters, special = config.get("target_parameters") or (), config.get("rank_pattern") or {}
-    return own_names(own, {path: special.get(_exactly(path), config["r"]) for path in parameters})
-
-
-def method_of(config: Mapping[str, Any]) -> LoRA:
-    """Return the method that a config of `to_peft` describes."""
-    cls = DoRA if config["use_dora"] else LoRA
-    targets, parameters = config["target_modules"], config.get("target_parameters")
-    return cls(
-        r=config["r"],
-        alpha=config["lora_alpha"],
-        dropout=config["lora_dropout"],
-        scaling="rslora" if config["use_rslora"] else "standard",
-        rank_pattern=config["rank_pattern"] or None,
-        alpha_pattern=config["alpha_pattern"] or None,
-        target_modules=[*targets, *parameters] if parameters else targets,
-        modules_to_save=config["modules_to_save"],
-    )
 
 
 def _sort_adapters(model: nn.Module, state: Mapping[str, Tensor], *, as_lora: bool) -> _Parts | None:
@@ -199,40 +141,12 @@ def _names_parameters_alone(model: nn.Module, parts: _Parts) -> bool:
     ends = tuple(f".{path}" for path in parts.parameters)
     others = [name for name, _ in model.named_parameters() if name.endswith(ends)]
     modules = [path for path in parts.low_rank if path not in parts.parameters]
-    return not others and isinstance(target_modules(_module_paths(model), modules), list)
-
-
-def _module_paths(model: nn.Module) -> list[str]:
-    return [path for path, _ in model.named_modules() if path and RESERVED not in path.split(".")]
+    return not others and isinstance(target_modules(module_paths(model), modules), list)
 
 
 def _expert_updates(path: str, host: nn.Module, adapter: ExpertLoRAAdapter, *, as_lora: bool) -> dict[str, Update]:
     """Return the updates of experts; nothing where PEFT could not go on training: it has no dropout there."""
     return expert_updates(path, host, adapter) if as_lora or not adapter.dropout else {}
-
-
-def is_copy(adapter: Adapter) -> bool:
-    """Tell whether an adapter is a module trained as a full copy, such as a head."""
-    return {role for _, _, role in adapter.named_roles()} == {Role.HEAD}
-
-
-def _extra_copies(paths: Sequence[str], parts: _Parts, task_type: str | None) -> list[str] | None:
-    """Return the modules that PEFT would copy beyond our heads, or None where its matching breaks our adapters.
-
-    PEFT copies every module whose path ends with one of the names, without a dot between, so that `classifier` takes
-    `pre_classifier` too; and it leaves out targets that have one of the names in their path.
-    """
-    names = [*parts.heads, *_ADDED_BY_TASK_TYPE.get(task_type, ())]
-    if any(prefix.endswith(tuple(names)) for prefix in ("base_model", "base_model.model") if names):
-        return None
-    if any(re.match(rf"(^|.*\.){name}($|\..*)", host) for name in names for host in parts.low_rank):
-        return None
-    extra = [path for path in paths if path not in parts.heads and any(path.endswith(name) for name in names)]
-    taken = [*parts.heads, *parts.low_rank]
-    nested = any(
-        one.startswith(f"{other}.") or other.startswith(f"{one}.") for one in extra for other in [*taken, *extra]
-    )
-    return None if nested else extra
 
 
 def _rename(parts: _Parts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -319,21 +233,4 @@ def _most_common(values: Iterable[Any]) -> Any:  # noqa: ANN401 - ints or floats
 
 def _pattern(values: Mapping[str, Any], usual: Any) -> dict[str, Any]:  # noqa: ANN401 - ints or floats
     """Return PEFT's pattern for the hosts that differ from the usual value; `^` keeps it from matching suffixes."""
-    return {_exactly(path): value for path, value in values.items() if value != usual}
-
-
-def _exactly(path: str) -> str:
-    return f"^{re.escape(path)}"
-
-
-def target_modules(paths: Sequence[str], hosts: list[str]) -> list[str] | str:
-    """Return the hosts as a list where PEFT's suffix matching takes these alone, else as a regular expression."""
-    taken = [path for path in paths if any(path == host or path.endswith(f".{host}") for host in hosts)]
-    return hosts if set(taken) == set(hosts) else f"({'|'.join(re.escape(host) for host in hosts)})"
-
-
-def _task_type(model: nn.Module) -> str | None:
-    if not hasattr(model, "config"):
-        return None
-    names = [cls.__name__ for cls in type(model).__mro__]
-    return next((kind for suffix, kind in _TASK_TYPES.items() if any(n.endswith(suffix) for n in names)), None)
+    return {exactly(path): value for path, value in values.items() if value != usual}
