@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lora_lightning.backbones.load import load_tokenizer
 from lora_lightning.data.language.chat_templates import END_TOKENS, begins_with_bos, chat_template
-from lora_lightning.data.language.conversations import Sample
 from lora_lightning.data.language.encoding import Encoder
 from lora_lightning.data.model_facts import ModelFacts
 from lora_lightning.errors import ConfigError, DataError
@@ -24,7 +23,7 @@ def build_encoder(
     template: str | None,
     max_length: int | None,
     padding_side: str,
-    first_samples: Callable[[], Iterable[Sample]],
+    holds_instructions: Callable[[], bool],
     **settings: Any,  # noqa: ANN401 - those of Encoder
 ) -> Encoder:
     """Load a tokenizer and settle what the data's settings leave open; each choice is told.
@@ -35,7 +34,7 @@ def build_encoder(
         template: The chat template's name, or None for the tokenizer's own.
         max_length: Tokens after which a sample is too long; None means the usual number, or what the model takes.
         padding_side: `right` or `left`.
-        first_samples: Gives samples that show the data's shape.
+        holds_instructions: Tells whether the data are instructions, which have a template of their own.
         **settings: `too_long`, `train_on` and `template_arguments`; see `Encoder`.
 
     Raises:
@@ -48,7 +47,7 @@ def build_encoder(
     stop_ids = _settle_end(tokenizer, name, facts)
     _settle_padding(tokenizer, name, facts)
     begins = begins_with_bos(tokenizer)
-    _settle_template(tokenizer, name, template, begins, first_samples)
+    _settle_template(tokenizer, name, template, begins, holds_instructions)
     most = min(facts.context or int(1e30), tokenizer.model_max_length)
     if max_length is not None and max_length > most:
         raise ConfigError(
@@ -105,14 +104,13 @@ def _settle_template(
     name: str,
     wanted: str | None,
     begins: bool,
-    first_samples: Callable[[], Iterable[Sample]],
+    holds_instructions: Callable[[], bool],
 ) -> None:
     """Give the tokenizer the template that is asked for, or the one that the data's shape stands for."""
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.get_chat_template()
     if wanted is None and not tokenizer.chat_template:
-        messages = (message for sample in first_samples() for message in sample.messages)
-        wanted = "alpaca" if any("instruction" in message.extra for message in messages) else None
+        wanted = "alpaca" if holds_instructions() else None
     if wanted is not None:
         tokenizer.chat_template = chat_template(wanted, bos=begins)
     kind = wanted or ("the tokenizer's own" if tokenizer.chat_template else "none")
