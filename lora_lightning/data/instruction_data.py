@@ -21,7 +21,7 @@ from lora_lightning.data.batches.packing import UNSUPERVISED, DocumentBatch, Doc
 from lora_lightning.data.batches.streaming import StreamedRows, StreamLoader
 from lora_lightning.data.cache import temporary_folder
 from lora_lightning.data.language.chat_templates import chat_template
-from lora_lightning.data.language.conversations import COLUMNS, sample_from, sample_of, shape_of
+from lora_lightning.data.language.conversations import COLUMNS, sample_from, sample_of
 from lora_lightning.data.language.encoder_setup import build_encoder
 from lora_lightning.data.language.encoding import Encoder
 from lora_lightning.data.model_facts import model_facts
@@ -138,10 +138,7 @@ class InstructionData(RecordData):
 
     def _check_settings(self) -> None:
         self._require_at_least(max_length=2, shuffle_buffer=1)
-        known = {"train_on": ("assistant", "last", "all"), "padding_side": ("right", "left")}
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}: expected {' or '.join(values)}.")
+        self._require_one_of(train_on=("assistant", "last", "all"), padding_side=("right", "left"))
         if self.template is not None:
             chat_template(self.template)
         unknown = next((name for name in self.columns if name not in COLUMNS), None)
@@ -206,7 +203,8 @@ class InstructionData(RecordData):
         """Return whether some of the first records are instructions, for which there is a template of their own."""
         streams = [read_records(source, self.plan.settings, on_bad=_pass) for source in self.plan.parts("train")]
         first = itertools.chain.from_iterable(itertools.islice(records, _LOOKED_AT_FIRST) for records in streams)
-        return any(shape_of(record.fields, self.columns)[:1] == ("instruction",) for record in first)
+        names = {self.columns.get(name, name) for name in ("instruction", "output")}
+        return any(record.fields.keys() >= names for record in first)
 
     # The tokenizer and what it makes of the samples.
 
@@ -253,9 +251,6 @@ class InstructionData(RecordData):
 
     def _encode(self, split: str) -> DocumentRows:  # type: ignore[override]  # rows of documents
         documents = super()._encode(split)
-        return self._in_rows(split, documents)
-
-    def _in_rows(self, split: str, documents: EncodedRows) -> DocumentRows:
         max_length = self._require_encoder().max_length if self.packing else None
         mixture = self._mixture_of(documents) if self.packing and split == "train" else None
         rows = DocumentRows(documents, max_length=max_length, seed=self.seed, mixture=mixture)

@@ -136,9 +136,8 @@ class RecordData(TokenizedData, abc.ABC):
         # The settings of the subclass are found too. Data would not fit into a checkpoint; settings do.
         in_memory = [split for split, source in sources.items() if is_in_memory(source)]
         self.save_hyperparameters(logger=False, ignore=in_memory)
-        if too_long not in self.lengths_allowed:
-            raise ConfigError(f"too_long is {too_long!r}: expected {' or '.join(self.lengths_allowed)}.")
         self.too_long = too_long
+        self._require_one_of(too_long=self.lengths_allowed)
         self.cache = cache
         self.label_names: list[str] = []
         self.plan = Plan(

@@ -87,8 +87,9 @@ def sample_from(
     at = Context(record.place)
     fields = _renamed(record.fields, columns or {}, at)
     left = present(fields)
-    shape = _shape_of(fields)
-    if not shape:
+    # Fields with a value go before those without.
+    shape = next((shape for names in (left, fields) for shape in _READERS if names.keys() >= set(shape)), None)
+    if shape is None:
         raise at.error(
             "expected messages (a list of objects with role and content), conversations (with from and value), prompt "
             f"and completion, instruction and output (with input), or text; got {names_of(fields)}."
@@ -98,23 +99,6 @@ def sample_from(
     if ignored is not None:
         ignored.update(at.ignored)
     return sample
-
-
-def shape_of(fields: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the fields that tell a record's shape, such as `("prompt", "completion")`; nothing for an unknown shape.
-
-    Args:
-        fields: The record's fields.
-        columns: As in `sample_from`.
-    """
-    ours = {theirs: ours for ours, theirs in columns.items()}
-    return _shape_of({ours.get(name, name): value for name, value in fields.items()})
-
-
-def _shape_of(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the shape of a record; fields with a value go before those without."""
-    shapes = (shape for names in (present(fields), fields) for shape in _READERS if names.keys() >= set(shape))
-    return next(shapes, ())
 
 
 def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str], at: Context) -> dict[str, Any]:

@@ -22,12 +22,10 @@ class Encoded:
     Args:
         ids: The token ids.
         trained: For each of them, whether it is to be learnt.
-        cut: Whether it is a piece of a longer text.
     """
 
     ids: list[int]
     trained: list[bool]
-    cut: bool = False
 
     @property
     def num_trained(self) -> int:
@@ -147,7 +145,7 @@ class Encoder:
             return [text]
         end = {"cut": self.max_length, "split": length, "drop": 0}[self.too_long]
         parts = [slice(start, start + self.max_length) for start in range(0, end, self.max_length)]
-        return [Encoded(text.ids[part], text.trained[part], cut=True) for part in parts]
+        return [Encoded(text.ids[part], text.trained[part]) for part in parts]
 
     # From text to tokens.
 

@@ -99,8 +99,7 @@ class Renderer:
         Raises:
             DataError: There is no template, or it refuses the conversation.
         """
-        has_calls = any("tool_calls" in message.extra for message in sample.messages[:count])
-        return self._write(sample, count, prompt, self._call_form if has_calls else CallForm())
+        return self._write(sample, count, prompt, self._call_form)
 
     @cached_property
     def _call_form(self) -> CallForm:

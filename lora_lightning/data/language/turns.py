@@ -9,20 +9,14 @@ from typing import Any
 
 from lora_lightning.data.language.values import Context, from_json, names_of, present, shown, take_first, text_from
 
-ROLES = ("system", "user", "assistant", "tool")
 # The names that ShareGPT files and other exports give the roles.
-_ROLE_OF = {
-    **{role: role for role in ROLES},
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "developer": "system",
-    "function": "tool",
-    "observation": "tool",
+_ALIASES = {
+    "system": ("developer",),
+    "user": ("human",),
+    "assistant": ("gpt", "chatgpt", "model", "bot", "function_call"),
+    "tool": ("function", "observation"),
 }
+_ROLE_OF = {name: role for role, aliases in _ALIASES.items() for name in (role, *aliases)}
 _MARKS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 _MEANING_OF_MARK = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 _CALL = "a tool call must be an object with the name and arguments of a function"
@@ -67,7 +61,7 @@ def message_from(turn: object, at: Context) -> Message:
     role = _ROLE_OF.get(str(given).lower())
     if role is None:
         wrong = "the role is missing" if given is None else f"the role {given!r} is unknown"
-        raise at.error(f"{wrong}; expected one of {', '.join(ROLES)} (or human, gpt), got {names_of(turn)}.")
+        raise at.error(f"{wrong}; expected one of {', '.join(_ALIASES)} (or human, gpt), got {names_of(turn)}.")
     content = take_first(left, "content", "value")
     texts = [name for name in ("name", "tool_call_id") if isinstance(left.get(name), str | int)]
     extra = {name: left.pop(name) for name in texts}
