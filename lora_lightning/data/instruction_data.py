@@ -18,7 +18,7 @@ from lora_lightning.data.base import Batches
 from lora_lightning.data.batches.columns import EncodedRows
 from lora_lightning.data.batches.mixing import Mixture
 from lora_lightning.data.batches.packing import UNSUPERVISED, DocumentBatch, DocumentRows, document_from
-from lora_lightning.data.batches.streaming import StreamedRows, StreamLoader
+from lora_lightning.data.batches.streaming import StreamedRows, StreamLoader, pass_over
 from lora_lightning.data.cache import temporary_folder
 from lora_lightning.data.language.chat_templates import chat_template
 from lora_lightning.data.language.conversations import COLUMNS, sample_from, sample_of
@@ -201,7 +201,7 @@ class InstructionData(RecordData):
 
     def _holds_instructions(self) -> bool:
         """Return whether some of the first records are instructions, for which there is a template of their own."""
-        streams = [read_records(source, self.plan.settings, on_bad=_pass) for source in self.plan.parts("train")]
+        streams = [read_records(source, self.plan.settings, on_bad=pass_over) for source in self.plan.parts("train")]
         first = itertools.chain.from_iterable(itertools.islice(records, _LOOKED_AT_FIRST) for records in streams)
         names = {self.columns.get(name, name) for name in ("instruction", "output")}
         return any(record.fields.keys() >= names for record in first)
@@ -326,6 +326,7 @@ class InstructionData(RecordData):
                 bad.append((entry["reason"], entry["text"]))
         if bad:
             self._about.bad += bad
+            self.counts["rows_bad"] = len(self._about.bad)
             write_bad_rows(self._about.bad, bad_rows)
         self._tell_incomplete(lost)
         self._tell_too_long("train", lost["rows_read"], lost)
@@ -387,7 +388,3 @@ def _ends_of(path: Path, size: int = 1 << 20) -> bytes:
         first = file.read(size)
         file.seek(max(total - size, 0))
         return f"{path.name} {total}".encode() + first + file.read(size)
-
-
-def _pass(error: DataError, text: str) -> None:
-    """Leave a broken row out; the stream warns of it when it reads that far."""

@@ -105,7 +105,7 @@ class StreamedRows(IterableDataset[list[Document]]):
         """Return one worker's share of the records, those of several sources drawn by weight."""
 
         def begin(source: Source, is_first: bool) -> Iterator[Record]:
-            on_bad = self._skip if is_first else _pass
+            on_bad = self._skip if is_first else pass_over
             share = (worker, num_workers)
             return read_records(source, self.settings, on_bad=on_bad if self.skips_bad_rows else None, share=share)
 
@@ -247,5 +247,5 @@ class StreamLoader(DataLoader[Any]):
                 at_end()
 
 
-def _pass(error: DataError, text: str) -> None:
-    """Leave out a broken row that was counted before."""
+def pass_over(error: DataError, text: str) -> None:
+    """Leave out a broken row without a word, as it is told and counted elsewhere."""

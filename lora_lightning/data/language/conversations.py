@@ -135,10 +135,7 @@ def _read_prompt(left: _Fields, at: Context) -> Sample | None:
     are_texts = [isinstance(value, str | None) for value in (prompt, completion)]
     if all(are_texts):
         texts = (text_from(prompt, "prompt", at), text_from(completion, "completion", at))
-        sample = _conversation([Message("user", texts[0]), _answer(texts[1])], left, at)
-        # Joined plainly, a prompt and its completion would lose what stands beside them.
-        is_alone = sample is not None and len(sample.messages) == 2 and not sample.tools
-        return replace(sample, plain=texts) if sample and is_alone else sample
+        return _conversation([Message("user", texts[0]), _answer(texts[1])], left, at, plain=texts)
     if any(are_texts):
         kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
         raise at.error(f"prompt and completion must both be texts, or both lists of turns; got {kinds}.")
@@ -208,7 +205,9 @@ def _messages(value: object, name: str, at: Context) -> list[Message]:
     return [message_from(turn, at.inside(f"turn {number}", f"{name}[]")) for number, turn in turns]
 
 
-def _conversation(messages: Sequence[Message], left: _Fields, at: Context, *, num_given: int = 0) -> Sample | None:
+def _conversation(
+    messages: Sequence[Message], left: _Fields, at: Context, *, num_given: int = 0, plain: tuple[str, ...] = ()
+) -> Sample | None:
     """Return a conversation with what stands beside it in the record: the system's words, and tools.
 
     Args:
@@ -216,6 +215,7 @@ def _conversation(messages: Sequence[Message], left: _Fields, at: Context, *, nu
         left: The record's other fields.
         at: Where the record stands.
         num_given: Number of turns at the beginning of which none is an answer to be learnt.
+        plain: See `Sample`.
     """
     answers = [message for message in messages[num_given:] if message.role == "assistant"]
     if not answers:
@@ -231,7 +231,9 @@ def _conversation(messages: Sequence[Message], left: _Fields, at: Context, *, nu
         raise at.error(
             "the field system and the conversation's first turn give different system messages; keep one of them."
         )
-    return Sample(at.place, tuple(messages), tools=tools)
+    # Joined plainly, a prompt and its completion would lose what stands beside them.
+    is_alone = not (system.strip() or tools)
+    return Sample(at.place, tuple(messages), plain=plain if is_alone else (), tools=tools)
 
 
 def _tool(value: object, at: Context) -> Mapping[str, Any]:
