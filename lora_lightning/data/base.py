@@ -170,6 +170,11 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
             if value is not None and value < bound:
                 raise ConfigError(f"{name} is {value}: expected a whole number of at least {bound}.")
 
+    def _require_one_of(self, **known: tuple[str, ...]) -> None:
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: expected {' or '.join(values)}.")
+
     def _check_encoded(self, split: str) -> None:
         """Refuse rows longer than the backbone takes, where its tokenizer did not tell, and fewer rows than ranks."""
         lengths = getattr(self._encoded[split], "lengths", [0])

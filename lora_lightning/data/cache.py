@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,13 @@ def key_of(*parts: Any) -> str:  # noqa: ANN401 - whatever JSON can hold
     """Return 32 hexadecimal digits that tell apart everything a cached entry depends on."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def temporary_folder(owner: object) -> Path:
+    """Return a new folder outside the cache, which is removed together with an object."""
+    folder = Path(tempfile.mkdtemp(prefix="lora-lightning-"))
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def cached(name: str, build: Callable[[Path], None]) -> Path:

@@ -3,39 +3,27 @@
 from __future__ import annotations
 
 import abc
-import hashlib
 import json
-import tempfile
-import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from shutil import rmtree
 from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.data.base import TokenizedData
 from lora_lightning.data.batches.columns import EncodedRows, write_columns
-from lora_lightning.data.batches.mixing import Mixture, source_of_rows
-from lora_lightning.data.cache import cached, key_of
+from lora_lightning.data.batches.mixing import Mixture, drawn_fingerprint, source_of_rows
+from lora_lightning.data.cache import cached, key_of, temporary_folder
 from lora_lightning.data.keys import code_digest, rows_key
 from lora_lightning.data.rows.cells import ignored_message
 from lora_lightning.data.rows.conditions import parse_condition
 from lora_lightning.data.rows.named_sets import split_sources
 from lora_lightning.data.rows.plan import Plan
 from lora_lightning.data.rows.pool import About, SplitRows, kind_of, load_about, save_about
-from lora_lightning.data.rows.reports import read_message, write_bad_rows
+from lora_lightning.data.rows.reports import bad_rows_file, read_message, write_bad_rows
 from lora_lightning.data.rows.row import Example, Row, StoredRow
-from lora_lightning.data.sources import (
-    ReadSettings,
-    Record,
-    Source,
-    describe,
-    download,
-    is_hub_name,
-    is_in_memory,
-)
+from lora_lightning.data.sources import ReadSettings, Record, Source, describe, download, is_hub_name, is_in_memory
 from lora_lightning.data.tokenizers import tokenizer_key
 from lora_lightning.errors import ConfigError, DataError
 
@@ -149,9 +137,8 @@ class RecordData(TokenizedData, abc.ABC):
         # The settings of the subclass are found too. Data would not fit into a checkpoint; settings do.
         in_memory = {kind_of(split) for split, source in sources.items() if is_in_memory(source)}
         self.save_hyperparameters(logger=False, ignore=sorted(in_memory))
-        if too_long not in self.lengths_allowed:
-            raise ConfigError(f"too_long is {too_long!r}: expected {' or '.join(self.lengths_allowed)}.")
         self.too_long = too_long
+        self._require_one_of(too_long=self.lengths_allowed)
         self.cache = cache
         self.label_names: list[str] = []
         self.plan = Plan(
@@ -166,6 +153,7 @@ class RecordData(TokenizedData, abc.ABC):
             needed=self.needed,
         )
         self._about = About()
+        self._told_ignored: set[str] = set()
         self._folder: Path | None = None
         self._encoded_by: Any = None
         self._tokenizer_key = self._data_key = ""
@@ -268,6 +256,11 @@ class RecordData(TokenizedData, abc.ABC):
             for source in filter(is_hub_name, self.plan.parts(split)):
                 download(source, self.plan.settings, kind_of(split))
 
+    def setup(self, stage: str | None = None) -> None:
+        """Read, divide and encode rows (see `TokenizedData`), and name the fields that nothing reads."""
+        super().setup(stage)
+        self._tell_ignored()
+
     # The road.
 
     def read_row(self, record: Record, split: str, ignored: Counter[str]) -> Row | None:
@@ -295,16 +288,12 @@ class RecordData(TokenizedData, abc.ABC):
         self.counts = dict(self._about.counts)
         self.fingerprint = self._as_drawn(self._about.fingerprint)
         rank_zero_info(read_message(self.counts, self.needed))
-        if self._about.ignored:
-            self._tell_ignored(ignored_message(self.plan.source_name("train"), self._about.ignored))
-        write_bad_rows(self._about.bad, self.trainer)
+        if self._about.bad:
+            write_bad_rows(self._about.bad, bad_rows_file(self.trainer))
 
     def _as_drawn(self, fingerprint: str) -> str:
         """Return the fingerprint of rows together with the weights by which they are drawn."""
-        weights = self.plan.weights()
-        if weights is None:
-            return fingerprint
-        return hashlib.sha256(json.dumps([fingerprint, weights]).encode()).hexdigest()
+        return drawn_fingerprint(fingerprint, self.plan.weights())
 
     def _lay(self, folder: Path) -> None:
         # Not at the top: what only starts a parser does without Arrow.
@@ -312,7 +301,15 @@ class RecordData(TokenizedData, abc.ABC):
 
         save_about(lay(self.plan, folder, self), folder)
 
-    def _tell_ignored(self, message: str) -> None:
+    def _tell_ignored(self) -> None:
+        """Name the fields that nothing reads, each once."""
+        new = {name: count for name, count in self.ignored_fields.items() if name not in self._told_ignored}
+        if new:
+            self._announce(ignored_message(self.plan.source_name("train"), new))
+            self._told_ignored.update(new)
+
+    def _announce(self, message: str) -> None:
+        # Tables have columns for many purposes: no reason to warn.
         rank_zero_info(message)
 
     def _prepare(self) -> None:
@@ -396,7 +393,6 @@ class RecordData(TokenizedData, abc.ABC):
         """Return the folder of what is built once: in the cache, or in one that ends with this object."""
         if self.cache and code_digest(type(self)) is not None:
             return cached(name, build)
-        folder = Path(tempfile.mkdtemp(prefix="lora-lightning-"))
-        weakref.finalize(self, rmtree, folder, ignore_errors=True)
+        folder = temporary_folder(self)
         build(folder)
         return folder

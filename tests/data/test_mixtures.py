@@ -198,7 +198,7 @@ def test_broken_rows_of_one_source_are_counted_once(talks, talk_tokenizer, tmp_p
     broken.write_text('{"text": "few 0"}\n{"text": \n{"text": "few 1"}\n')
     with pytest.warns(UserWarning, match="broken rows? ") as told:
         texts = samples_of(instruction((str(broken), talks[1]), talk_tokenizer, (1, 1), streaming=True))
-    assert any("; 1 broken rows were left out" in str(one.message) for one in told)
+    assert any("1 broken rows are left out;" in str(one.message) for one in told)
     assert sum(text.startswith("few") for text in texts) > 10
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,6 +54,13 @@ class Mixture:
         """
         shares = [f"{quota} of {name}" for quota, name in zip(self.quotas, names, strict=True)]
         return f"an epoch draws {sum(self.quotas)} rows: {', '.join(shares)}."
+
+
+def drawn_fingerprint(fingerprint: str, weights: Sequence[float] | None) -> str:
+    """Return the fingerprint of rows together with the weights of their sources; without weights it stays as it is."""
+    if weights is None:
+        return fingerprint
+    return hashlib.sha256(json.dumps([fingerprint, list(weights)]).encode()).hexdigest()
 
 
 def source_of_rows(rows: npt.NDArray[Any], num_rows: Sequence[int]) -> npt.NDArray[np.int64]:
