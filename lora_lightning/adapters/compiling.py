@@ -1,4 +1,4 @@
-"""What `torch.compile` needs to follow selections: room for a compilation of each, and an entrance that it leaves alone."""
+"""What `torch.compile` needs to follow selections: room for a compilation of each, an entrance that it leaves alone."""
 
 from __future__ import annotations
 
