@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from lora_lightning.adapters import attach, bind, detach, disabled, iter_acting, iter_roles
 from lora_lightning.adapters.checkpointing import SelectionCheckpoint, unfollow_selection
-from lora_lightning.methods import LoRA
+from lora_lightning.methods import LoRA, PrefixTuning, PromptTuning
 from lora_lightning.methods.recompute import recompute_activations
 from tests import models
 from tests.test_contract import CASES, Example, adapted, largest_gap, step
@@ -23,9 +23,19 @@ from tests.test_contract import CASES, Example, adapted, largest_gap, step
 Backward = Callable[[nn.Module, Tensor], None]
 
 
-@pytest.fixture(params=CASES)
+# Hosts that the contract has not: experts, trained copies, a decoder that attends to a prompt.
+MORE = {
+    "experts-mixtral": (Example(method=LoRA(r=2, target_modules=["q_proj", "experts"])), "mixtral"),
+    "copies-bert": (Example(method=LoRA(r=2, modules_to_save=["LayerNorm", "classifier"])), "bert"),
+    "prompt-t5": (Example(method=PromptTuning(num_virtual_tokens=3)), "t5"),
+    "prefix-t5": (Example(method=PrefixTuning(num_virtual_tokens=3)), "t5"),
+}
+ALL_CASES = {**CASES, **MORE}
+
+
+@pytest.fixture(params=ALL_CASES)
 def case(request) -> tuple[Example, str]:
-    return CASES[request.param]
+    return ALL_CASES[request.param]
 
 
 @pytest.fixture
