@@ -23,7 +23,8 @@ from lora_lightning.adapters.base import (
     TargetedMethod,
 )
 from lora_lightning.adapters.merge import merge
-from lora_lightning.adapters.selection import bind
+from lora_lightning.adapters.selection.blocks import disabled, iter_acting, selected
+from lora_lightning.adapters.selection.state import bind
 from lora_lightning.adapters.state import (
     adapter_state_dict,
     fold,
@@ -31,7 +32,6 @@ from lora_lightning.adapters.state import (
     gathered,
     load_adapter_state_dict,
 )
-from lora_lightning.adapters.switching import disabled, iter_acting, selected
 from lora_lightning.adapters.view import ModelView, PlainView
 
 __all__ = [

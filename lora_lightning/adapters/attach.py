@@ -17,11 +17,11 @@ from lora_lightning.adapters.base import (
     Method,
     Role,
 )
-from lora_lightning.adapters.checkpointing import follow_selection, unfollow_selection
-from lora_lightning.adapters.compiling import watch
 from lora_lightning.adapters.head import HeadAdapter
 from lora_lightning.adapters.host import hang, no_op_hook, unhang
-from lora_lightning.adapters.selection import Selector, synchronize
+from lora_lightning.adapters.selection.checkpointing import follow_selection, unfollow_selection
+from lora_lightning.adapters.selection.compiling import watch
+from lora_lightning.adapters.selection.state import Selector, synchronize
 from lora_lightning.adapters.targets import find_modules, is_within
 from lora_lightning.adapters.view import ModelView, PlainView
 from lora_lightning.adapters.weights import RESERVED

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lora_lightning.adapters.base import Adapter, ForwardAdapter, InputAdapter, OutputAdapter
-from lora_lightning.adapters.selection import Selector
+from lora_lightning.adapters.selection.state import Selector
 from lora_lightning.adapters.weights import RESERVED
 
 _ADAPTED_CLASSES: dict[type[Any], type[Any]] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from lora_lightning.adapters import attach, bind, detach, disabled, iter_acting, iter_roles
-from lora_lightning.adapters.checkpointing import SelectionCheckpoint, unfollow_selection
+from lora_lightning.adapters.selection.checkpointing import SelectionCheckpoint, unfollow_selection
 from lora_lightning.methods import LoRA, PrefixTuning, PromptTuning
 from lora_lightning.methods.recompute import recompute_activations
 from tests import models

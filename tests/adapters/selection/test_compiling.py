@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounter
 
-from lora_lightning.adapters import Method, attach, compiling, disabled, iter_roles, selected
+from lora_lightning.adapters import Method, attach, disabled, iter_roles, selected
+from lora_lightning.adapters.selection import compiling
 from lora_lightning.methods import LoRA
 from tests.adapters.toys import Bias
 from tests.models import gap, perturb

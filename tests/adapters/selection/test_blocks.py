@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters import attach, bind, detach, disabled, iter_acting, selected, selection
+from lora_lightning.adapters import attach, bind, detach, disabled, iter_acting, selected
+from lora_lightning.adapters.selection import state
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods import LoRA
@@ -68,12 +69,12 @@ class Shared:
     """A state that all threads and tasks share, as a flag on a module would be."""
 
     def __init__(self) -> None:
-        self.state = selection._EMPTY
+        self.state = state._EMPTY
 
-    def get(self) -> selection._State:
+    def get(self) -> state._State:
         return self.state
 
-    def set(self, state: selection._State) -> None:
+    def set(self, state: state._State) -> None:
         self.state = state
 
 
@@ -171,7 +172,7 @@ def test_each_of_eight_threads_has_its_own_selection(model, monkeypatch):
     expected = answers_of(model)
     for _ in range(20):
         assert all(map(torch.equal, answer_together(model), expected))
-    monkeypatch.setattr(selection, "_STATE", Shared())
+    monkeypatch.setattr(state, "_STATE", Shared())
     assert not all(map(torch.equal, answer_together(model), expected))
 
 
@@ -267,20 +268,20 @@ def test_a_block_is_left_where_it_was_entered(model):
     thread.join()
     assert "left in another thread" in str(failures[0])
     assert torch.equal(answer(model), base)
-    selection._activate(selection._EMPTY)
+    state._activate(state._EMPTY)
     assert torch.equal(answer(model), adapted_output)
 
 
 def test_the_default_holds_in_all_threads_and_blocks_go_before_it(model):
     adapted_output, base, *_ = answers_of(model)
     selector = next(iter(iter_acting(model)))[1]._modules[RESERVED].selector
-    selector.default = selection.NONE
+    selector.default = state.NONE
     assert torch.equal(answer(model), base)
     assert torch.equal(in_a_thread(lambda: answer(model)), base)
     with selected(model, METHODS):
         assert torch.equal(answer(model), adapted_output)
     assert torch.equal(answer(copy.deepcopy(model)), base)
-    selector.default = selection.ALL
+    selector.default = state.ALL
     assert torch.equal(answer(model), adapted_output)
 
 
@@ -307,7 +308,7 @@ def test_each_task_has_its_own_selection(model, monkeypatch):
     expected = answers_of(model)
     assert all(map(torch.equal, asyncio.run(answer_in_tasks(model)), expected))
     assert torch.equal(answer(model), expected[0])
-    monkeypatch.setattr(selection, "_STATE", Shared())
+    monkeypatch.setattr(state, "_STATE", Shared())
     assert not all(map(torch.equal, asyncio.run(answer_in_tasks(model)), expected))
 
 

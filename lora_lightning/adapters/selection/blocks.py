@@ -10,7 +10,7 @@ from torch import nn
 from lora_lightning.adapters.attach import COPIES, adapters_of, iter_hosts
 from lora_lightning.adapters.base import Adapter, Method
 from lora_lightning.adapters.host import AdapterStack
-from lora_lightning.adapters.selection import NONE, Choice, Names, Selector, choosing
+from lora_lightning.adapters.selection.state import NONE, Choice, Names, Selector, choosing
 from lora_lightning.adapters.weights import RESERVED
 
 

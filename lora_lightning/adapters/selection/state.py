@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 import torch
 from torch import nn
 
-from lora_lightning.adapters.compiling import make_room_for
+from lora_lightning.adapters.selection.compiling import make_room_for
 from lora_lightning.errors import ConfigError
 
 P = ParamSpec("P")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning.adapters.selection import current_selection, run_under
+from lora_lightning.adapters.selection.state import current_selection, run_under
 
 _FUNCTION = "_gradient_checkpointing_func"
 
