@@ -48,7 +48,7 @@ def attend(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     stack: Any = module._modules.get(RESERVED)
-    adapters = [] if stack is None else [one for one in stack.of_kind(AttentionAdapter) if one.enabled]
+    adapters = [] if stack is None else stack.acting(AttentionAdapter)
     for adapter in adapters:
         prefix_keys, prefix_values = adapter(module)
         num = prefix_keys.shape[1]
