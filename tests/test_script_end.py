@@ -6,16 +6,13 @@ import sys
 import pytest
 
 _CODE = """
-import atexit, os, threading, time
+import atexit, threading, time
 import lora_lightning.__main__ as program
 if {distributed}:
     import torch.distributed as dist
     dist.init_process_group("gloo", init_method="file://{file}", rank=0, world_size=1)
 atexit.register(print, "atexit")
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
-left = []
-leave = os._exit
-os._exit = lambda status: (left.append(status), leave(status))
 program.main = lambda: print("main") or {status}
 program.script()
 """
