@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_lightning.adapters import adapter_state_dict, detach, disabled, load_adapter_state_dict
+    from lora_lightning.adapters import adapter_state_dict, bind, detach, disabled, load_adapter_state_dict
     from lora_lightning.backbones.attach import attach, merge
     from lora_lightning.backbones.quantization import Quantization
     from lora_lightning.callbacks import (
@@ -54,10 +54,10 @@ if TYPE_CHECKING:
     from lora_lightning.methods.recompute import recompute_activations
     from lora_lightning.optim import Optim, param_groups
     from lora_lightning.peft_format.preflight import preflight
+    from lora_lightning.strategies import FSDP2Strategy
     from lora_lightning.tasks import (
         AdapterTask,
         CausalLM,
-        FSDP2Strategy,
         MultipleChoice,
         PerTokenTask,
         Seq2SeqLM,
@@ -80,7 +80,7 @@ _HOME = {
     "DeltaLoRA": "methods",
     "DoRA": "methods",
     "Guards": "callbacks",
-    "FSDP2Strategy": "tasks",
+    "FSDP2Strategy": "strategies",
     "IA3": "methods",
     "IdleParameterGuard": "callbacks",
     "InstructionData": "data",
@@ -116,6 +116,7 @@ _HOME = {
     "VeRA": "methods",
     "adapter_state_dict": "adapters",
     "attach": "backbones.attach",
+    "bind": "adapters",
     "detach": "adapters",
     "disabled": "adapters",
     "export_peft": "checkpoint",
@@ -177,6 +178,7 @@ __all__ = [
     "__version__",
     "adapter_state_dict",
     "attach",
+    "bind",
     "detach",
     "disabled",
     "export_peft",

@@ -109,6 +109,10 @@ class ModelView(Protocol):
         """Give the module at `path` a weight of its own where it shares one with another module."""
         ...
 
+    def after_merge(self) -> None:
+        """Finish what `untie` began, once all adapters are merged."""
+        ...
+
     def prompt_place(self) -> PromptPlace:
         """Return where the model takes its tokens; raise TargetError where that is not known."""
         ...
@@ -177,6 +181,9 @@ class PlainView:
             if is_shared(self.model, host, parameter):
                 own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
                 setattr(host, name, own)
+
+    def after_merge(self) -> None:
+        """Do nothing: a plain module computes alike with and without shared weights."""
 
 
 def _unknown(model: nn.Module, what: str) -> TargetError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -47,7 +48,7 @@ def attend(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     stack: Any = module._modules.get(RESERVED)
-    adapters = [] if stack is None else [one for one in stack.of_kind(AttentionAdapter) if one.enabled]
+    adapters = [] if stack is None else stack.acting(AttentionAdapter)
     for adapter in adapters:
         prefix_keys, prefix_values = adapter(module)
         num = prefix_keys.shape[1]
@@ -107,7 +108,7 @@ def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a tran
     model.set_attn_implementation(_PROBED)
     try:
         with torch.no_grad(), _evaluating(model):
-            model(**_trial_inputs(model))
+            model(**trial_inputs(model))
     finally:
         model.set_attn_implementation(before)
     if not found:
@@ -151,10 +152,16 @@ def _register(name: str, function: Callable[..., Any]) -> None:
     AttentionMaskInterface.register(name, sdpa_mask)  # without it padding is ignored
 
 
-def _trial_inputs(model: Any) -> dict[str, Tensor]:  # noqa: ANN401 - a transformers model
+def trial_inputs(model: Any) -> dict[str, Tensor]:  # noqa: ANN401 - a transformers model
+    """Return two tokens to try a model with, for the decoder too where there is one, with boxes for documents."""
     device = next(model.parameters()).device
     ids = torch.ones(1, 2, dtype=torch.long, device=device)
-    return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    if "bbox" in inspect.signature(model.forward).parameters:
+        inputs["bbox"] = torch.zeros(1, 2, 4, device=device)
+    return inputs
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_lightning.adapters.targets import ends_with_any
 from lora_lightning.adapters.view import AttentionPlace, BlockPlaces, ModelView, PlainView, PromptPlace
-from lora_lightning.backbones import attention
+from lora_lightning.backbones import attention, ties
 from lora_lightning.backbones.blocks import BLOCKS
 from lora_lightning.backbones.defaults import USUAL_TARGETS
 from lora_lightning.backbones.prompt_place import find_prompt_place
@@ -23,6 +23,7 @@ class TransformersView(PlainView):
         super().__init__(model)
         self.config = model.config
         self.model_type: str | None = self.config.model_type
+        self._factor: float | None = None  # by which tied models scale what enters their head
 
     def usual_targets(self) -> list[str] | None:
         """Return queries and values, under this architecture's names."""
@@ -77,10 +78,21 @@ class TransformersView(PlainView):
         return 1 / 3 if places is not None and ends_with_any(path, places.fused) else 0.0
 
     def untie(self, path: str) -> None:
-        """Give the module at `path` its own weight, and say so in the config, or a reload would tie them again."""
+        """Give the module at `path` its own weight, and say so in the config, or a reload would tie them again.
+
+        Raises:
+            NotMergeable: The model computes otherwise where nothing is tied, by more than a factor.
+        """
+        if self._factor is None:
+            self._factor = ties.flag_factor(self.model)
         super().untie(path)
-        for config in (self.config, self.config.get_text_config()):
-            config.tie_word_embeddings = False
+        ties.give_up_ties(self.model, path)
+
+    def after_merge(self) -> None:
+        """Fold into the output head what the model's forward scales only where weights are tied."""
+        if self._factor is not None:
+            ties.scale_head(self.model, self._factor)
+            self._factor = None
 
 
 def view_of(model: nn.Module) -> ModelView:

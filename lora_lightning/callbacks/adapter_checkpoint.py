@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.adapters import adapter_state_dict, folded_state_dict, gathered
+from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint, tokenizer_of
 from lora_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
 from lora_lightning.callbacks.places import adapted_model, is_trial
@@ -28,7 +29,6 @@ from lora_lightning.checkpoint.pair import Fill, folder_of, replace_link
 from lora_lightning.checkpoint.saved_run import generation_settings_of
 from lora_lightning.errors import CheckpointError
 from lora_lightning.tasks.averaging import averaged_task
-from lora_lightning.tasks.sharding import is_sharded
 from lora_lightning.texts.files import text_files
 from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 

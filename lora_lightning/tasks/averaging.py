@@ -17,13 +17,13 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lora_lightning.adapters import gathered
 
 if TYPE_CHECKING:
-    from lora_lightning.tasks.base import AdapterTask
+    from lora_lightning.tasks.checkpoint_state import CheckpointState
 
 _CURRENT = "current_model_state"
 _SWA_STATE = "average_model_state"
 
 
-def averaged_task(trainer: L.Trainer | None) -> AdapterTask | None:
+def averaged_task(trainer: L.Trainer | None) -> CheckpointState | None:
     """Return the copy of the task that holds the averaged weights, which are what validation measures.
 
     Args:
@@ -35,11 +35,11 @@ def averaged_task(trainer: L.Trainer | None) -> AdapterTask | None:
     for callback in _callbacks(trainer):
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
             module: Any = callback._average_model.module
-            return cast("AdapterTask", module) if hasattr(module, "adapter_state") else None
+            return cast("CheckpointState", module) if hasattr(module, "adapter_state") else None
     return None
 
 
-def copy_for_averages(task: AdapterTask) -> None:
+def copy_for_averages(task: CheckpointState) -> None:
     """Give SWA, which copied the task before its model was built, the built one to average.
 
     Args:
@@ -51,7 +51,7 @@ def copy_for_averages(task: AdapterTask) -> None:
             callback._average_model = copy.deepcopy(task)
 
 
-def shrink_averages(task: AdapterTask, checkpoint: dict[str, Any]) -> None:
+def shrink_averages(task: CheckpointState, checkpoint: dict[str, Any]) -> None:
     """Put adapter states where the callbacks have put whole states into a checkpoint that is about to be written."""
     checkpoint["state_dict"] = gathered(task.adapter_state())
     averaged = averaged_task(task._trainer)
@@ -63,7 +63,7 @@ def shrink_averages(task: AdapterTask, checkpoint: dict[str, Any]) -> None:
         state[_SWA_STATE] = gathered(average.adapter_state())
 
 
-def complete_averages(task: AdapterTask, checkpoint: dict[str, Any]) -> None:
+def complete_averages(task: CheckpointState, checkpoint: dict[str, Any]) -> None:
     """Complete the averages of a checkpoint that was read, since `WeightAveraging` loads whole states alone."""
     averaged = averaged_task(task._trainer)
     if averaged is not None and _CURRENT in checkpoint:
@@ -71,7 +71,7 @@ def complete_averages(task: AdapterTask, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = averaged.state_dict()
 
 
-def _swa_states(task: AdapterTask, checkpoint: dict[str, Any]) -> Iterator[tuple[StochasticWeightAveraging, Any]]:
+def _swa_states(task: CheckpointState, checkpoint: dict[str, Any]) -> Iterator[tuple[StochasticWeightAveraging, Any]]:
     for callback in _swa(task._trainer):
         state = checkpoint.get("callbacks", {}).get(callback.state_key)
         if state is not None and state.get(_SWA_STATE) is not None:

@@ -11,41 +11,37 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from lora_lightning import methods as _known_methods  # noqa: F401 - checkpoints name these classes
 from lora_lightning.adapters import (
     AttachReport,
     Method,
-    adapter_state_dict,
     fold,
     is_attached,
-    load_adapter_state_dict,
     report_of,
     require_calls,
 )
-from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.backbones.attach import attach
 from lora_lightning.backbones.load import load_backbone
 from lora_lightning.backbones.quantization import Quantization
-from lora_lightning.backbones.tokenizer_identity import check_tokenizer, tokenizer_of
+from lora_lightning.backbones.tokenizer_identity import tokenizer_of
 from lora_lightning.backbones.view import view_of
-from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
-from lora_lightning.checkpoint.folder import check_finite
+from lora_lightning.checkpoint.fingerprint import fingerprint
 from lora_lightning.checkpoint.manifest import class_config
-from lora_lightning.checkpoint.own_state import MODEL, own_entries
 from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.checkpoint.starting import StartingAdapter, read_starting_adapter, starting_adapter
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
 from lora_lightning.resume import ExactResume
-from lora_lightning.tasks import loading
-from lora_lightning.tasks.averaging import complete_averages, copy_for_averages, shrink_averages
+from lora_lightning.strategies.fsdp2 import shard_for_trainer
+from lora_lightning.tasks.averaging import copy_for_averages
 from lora_lightning.tasks.backward import check_offloading, offloaded, recompute
 from lora_lightning.tasks.calibration import calibrate
-from lora_lightning.tasks.fsdp2 import shard_for_trainer
+from lora_lightning.tasks.checkpoint_state import CheckpointState
+from lora_lightning.tasks.evaluation import EvaluationSets, Measures, sets_of
 from lora_lightning.tasks.fusing import may_fuse
+from lora_lightning.tasks.loading import class_path_for_cli, refuse_unread_adapter
 from lora_lightning.tasks.log_pace import LogPace
 from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
 from lora_lightning.tasks.settings import Recomputing, is_plain, labels, methods_from, plain, refuse_packing
@@ -57,11 +53,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class AdapterTask(loading.CheckedLoading):
+class AdapterTask(CheckpointState):
     """Fine-tunes adapters on a frozen backbone; subclass it for a task.
 
     A subclass defines `compute_loss`, and where it wants them `configure_metrics` and `predict`. To train on a model of
     your own instead of a transformers backbone, override `configure_backbone` and return any module.
+
+    Loss and metrics of validation are logged as `val/<metric>`. With several sets (loaders in a mapping), those of each
+    set are logged as `val/<set>/<metric>` besides, and `val/<metric>` is over the rows of all sets together. The same
+    holds for `test`.
 
     Args:
         backbone: Hub name, folder, or `pkg://package/folder`; None where `configure_backbone` is overridden.
@@ -114,7 +114,7 @@ class AdapterTask(loading.CheckedLoading):
         self._stages_checked: set[str] = set()
         self._is_calibrated = False
         self._log_pace = LogPace()
-        self._metrics_of: dict[str, MetricCollection] = {}
+        self._measures_of: dict[str, Measures] = {}
         specs = [class_config(one) for one in self.methods]
         self.keep_settings(
             backbone=backbone,
@@ -125,7 +125,7 @@ class AdapterTask(loading.CheckedLoading):
             offload_activations=offload_activations,
             quantization=None if self.quantization is None else asdict(self.quantization),
             adapter=adapter,
-            **loading.class_path_for_cli(),
+            **class_path_for_cli(),
         )
 
     def keep_settings(self, **settings: Any) -> None:  # noqa: ANN401 - checked to be plain
@@ -211,7 +211,8 @@ class AdapterTask(loading.CheckedLoading):
         """Load the backbone, freeze it, attach the adapters, shard it under FSDP2; does nothing the second time."""
         check_offloading(self)
         if self.model is not None:
-            shard_for_trainer(self, self._trainer)  # it may have been built before there was a Trainer
+            # It may have been built before there was a Trainer.
+            shard_for_trainer(self.model, self.base_fingerprint, self._trainer)
             return
         if self.quantization is not None and self._trainer is not None:
             refuse_unfit_trainer(self._trainer)  # before minutes go into loading
@@ -231,12 +232,9 @@ class AdapterTask(loading.CheckedLoading):
         self.model = model.train()
         self.base_fingerprint = fingerprint(model)
         for stage in ("val", "test"):
-            metrics = self.configure_metrics()
-            if metrics is not None:
-                self._metrics_of[stage] = metrics.clone(prefix=f"{stage}/")
-                self.add_module(f"{stage}_metrics", self._metrics_of[stage])
+            self._add_measures(stage, f"{stage}_metrics")
         copy_for_averages(self)
-        shard_for_trainer(self, self._trainer)
+        shard_for_trainer(self.model, self.base_fingerprint, self._trainer)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - torch's own signature
         """Move the module; in a fit, methods may look at data once it is on its device.
@@ -265,15 +263,31 @@ class AdapterTask(loading.CheckedLoading):
         self._log_pace.log(self, values, batch_size_of(batch))
         return reduce(torch.add, values.values())
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 - the data module's own type
-        """Log the loss and the metrics of validation."""
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401 - the data module's own type
+        """Measure a batch of validation."""
         del batch_idx
-        self._evaluate(batch, "val")
+        self._evaluate(batch, sets_of(self._trainer, "val"), dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 - the data module's own type
-        """Log the loss and the metrics of the test."""
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401 - the data module's own type
+        """Measure a batch of the test."""
         del batch_idx
-        self._evaluate(batch, "test")
+        self._evaluate(batch, sets_of(self._trainer, "test"), dataloader_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start measuring."""
+        self._start_evaluation(sets_of(self._trainer, "val"))
+
+    def on_test_epoch_start(self) -> None:
+        """Start measuring."""
+        self._start_evaluation(sets_of(self._trainer, "test"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what is known only after the last batch of validation."""
+        self._end_evaluation(sets_of(self._trainer, "val"))
+
+    def on_test_epoch_end(self) -> None:
+        """Log what is known only after the last batch of the test."""
+        self._end_evaluation(sets_of(self._trainer, "test"))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:  # noqa: ANN401 - the data module's own type
         """Return the task's predictions for a batch."""
@@ -297,62 +311,6 @@ class AdapterTask(loading.CheckedLoading):
         """Drop what only training needs (the encoders of prompt methods); the model answers as before."""
         fold(self.adapted)
 
-    # What a checkpoint keeps.
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps: adapters, trained copies, and state of this module outside the model."""
-        adapters = {MODEL + name: tensor for name, tensor in adapter_state_dict(self.adapted).items()}
-        return {**adapters, **own_entries(self.state_dict())}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Replace the full state dict by the adapter state, and add what the methods carry along."""
-        shrink_averages(self, checkpoint)
-        checkpoint["lora_lightning"] = loading.entry_of(self)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare the base, and give the methods back what they carried along.
-
-        Raises:
-            CheckpointError: The checkpoint is not one of this library, was trained on another base, or holds too little
-                to train on from it.
-        """
-        own = loading.own_entry(checkpoint, len(self.methods))
-        loading.require_training_state(checkpoint, self._trainer)
-        self.configure_model()
-        self._is_calibrated = True
-        check_fingerprint(self.base_fingerprint or fingerprint(self.adapted), own["base_fingerprint"], "The checkpoint")
-        check_tokenizer(tokenizer_of(self._trainer), own.get("tokenizer_fingerprint"), "The checkpoint")
-        for method, state in zip(self.methods, own["method_state"], strict=True):
-            method.load_extra_state(self.adapted, state)
-        complete_averages(self, checkpoint)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401 - torch's own signature
-        """Load an adapter state, or a whole one; keys and shapes must be exactly this model's.
-
-        Raises:
-            CheckpointError: They are not; nothing is changed.
-        """
-        del strict  # a partly loaded adapter is never wanted
-        self.configure_model()
-        if any(RESERVED in name.split(".") for name in state_dict):
-            return super().load_state_dict(state_dict, assign=assign)
-        own = loading.own_entries_for(self, state_dict)
-        adapters = {name.removeprefix(MODEL): t for name, t in state_dict.items() if name.startswith(MODEL)}
-        check_finite(adapters, "The checkpoint")
-        load_adapter_state_dict(self.adapted, adapters)
-        self._takes_state_of_checkpoint = False
-        if own:
-            super().load_state_dict(own, strict=False, assign=assign)
-        return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])
-
-    def start_from(self, run: SavedRun) -> None:
-        """Take the adapter to start from out of a folder that was read already, instead of reading `adapter` again."""
-        self._starting_run = run
-
-    def expect_checkpoint(self) -> None:
-        """Leave `adapter` unread, since a checkpoint's weights follow: the folder may be gone or changed by then."""
-        self._takes_state_of_checkpoint = self.adapter is not None
-
     # Helpers.
 
     def _starting_adapter(self, model: nn.Module) -> StartingAdapter | None:
@@ -372,7 +330,7 @@ class AdapterTask(loading.CheckedLoading):
     def _checked(self, stage: str, compute: Callable[[Any], T], batch: Any) -> T:  # noqa: ANN401 - the data module's own type
         """Call `compute` on a batch; on a stage's first one, make sure that every adapter is called."""
         if self._takes_state_of_checkpoint:
-            loading.refuse_unread_adapter(self.adapter)
+            refuse_unread_adapter(self.adapter)
         compute = offloaded(self, compute) if stage == "train" else compute
         if stage in self._stages_checked or hasattr(self.model, "_orig_mod"):
             return compute(batch)
@@ -380,13 +338,38 @@ class AdapterTask(loading.CheckedLoading):
         with require_calls(self.adapted):
             return compute(batch)
 
-    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401 - the data module's own type
-        output = self._checked(stage, self.compute_loss, batch)
-        self.log(f"{stage}/loss", output.loss, prog_bar=True, sync_dist=True, batch_size=batch_size_of(batch))
-        metrics = self._metrics_of.get(stage)
-        if metrics is not None:
-            metrics.update(output.predictions, output.targets)
-            self.log_dict(metrics, prog_bar=True, batch_size=batch_size_of(batch))
+    def _start_evaluation(self, sets: EvaluationSets) -> None:
+        """Prepare for the first batch of an evaluation."""
+
+    def _evaluate(self, batch: Any, sets: EvaluationSets, index: int) -> None:  # noqa: ANN401 - the data module's own type
+        """Count a batch for its set, by the index of its loader, and for all sets together."""
+        output = self._checked(sets.stage, self.compute_loss, batch)
+        for prefix in sets.prefixes_of(index):
+            self._measures(prefix).update(output, batch_size_of(batch))
+        if not sets.names:
+            self._log_measures(sets)  # while batches pass, so that every hook at the end of the epoch finds it
+
+    def _end_evaluation(self, sets: EvaluationSets) -> None:
+        """Log after the last batch; figures of all sets together cannot be logged in the step of one loader."""
+        if sets.names:
+            self._log_measures(sets)
+
+    def _log_measures(self, sets: EvaluationSets) -> None:
+        for prefix in sets.prefixes:
+            for name, metric in self._measures(prefix).named():
+                self.log(f"{prefix}/{name}", metric, prog_bar=sets.is_all(prefix), metric_attribute=prefix)
+
+    def _measures(self, prefix: str) -> Measures:
+        """Return what is measured under a prefix; the names of sets are known only once there are loaders."""
+        if prefix not in self._measures_of:
+            self._add_measures(prefix, f"set_metrics_{len(self._measures_of)}")
+        return self._measures_of[prefix]
+
+    def _add_measures(self, prefix: str, attribute: str) -> None:
+        metrics = self.configure_metrics()
+        measures = Measures(None if metrics is None else metrics.clone()).to(self.device)
+        self._measures_of[prefix] = measures
+        self.add_module(attribute, measures)
 
     def _calibrate(self) -> None:
         if self._is_calibrated or self.model is None or self._trainer is None or self.trainer.state.fn != "fit":

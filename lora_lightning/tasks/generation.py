@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import iter_adapters, unwrap
+from lora_lightning.adapters import iter_acting
+from lora_lightning.adapters.attach import unwrap
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.token_loss import IGNORED
 from lora_lightning.texts.generation_config import own_ends
@@ -159,7 +160,7 @@ def max_positions(model: Any) -> float:  # noqa: ANN401 - a transformers model
     """Return how many tokens a model takes beside its virtual ones, infinity where its config sets no limit."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    virtual = (adapter.num_virtual_tokens for _, _, adapter in iter_adapters(model) if adapter.enabled)
+    virtual = (adapter.num_virtual_tokens for _, _, adapter in iter_acting(model))
     return (getattr(config, "max_position_embeddings", None) or float("inf")) - max(virtual, default=0)
 
 

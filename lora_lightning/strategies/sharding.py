@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 from lora_lightning.adapters import iter_adapters
 from lora_lightning.adapters.attach import unwrap
+from lora_lightning.adapters.sharded import is_shard
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import TargetError
 
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
 
 _BUCKET = 16 * 2**20
 """Elements that are averaged in one message."""
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Tell whether a model's parameters are spread over processes, none of which holds all of them."""
-    return any(hasattr(parameter, "device_mesh") for parameter in model.parameters())
 
 
 def shard_base(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -54,7 +50,7 @@ def shard_base(model: nn.Module, mesh: DeviceMesh) -> None:
 def broadcast_adapters(model: nn.Module) -> None:
     """Give the adapters of every process the values of rank 0, whatever seeds they were drawn from."""
     for tensor in _adapter_tensors(model):
-        if not hasattr(tensor, "device_mesh"):
+        if not is_shard(tensor):
             dist.broadcast(tensor.detach(), 0)
 
 
@@ -67,7 +63,7 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None)
         module: Any module, with the same parameters on every process.
         group: The processes; None means all.
     """
-    trained = [p for p in module.parameters() if p.requires_grad and not hasattr(p, "device_mesh")]
+    trained = [p for p in module.parameters() if p.requires_grad and not is_shard(p)]
     for parameters in _buckets(trained):
         _average(parameters, group)
 

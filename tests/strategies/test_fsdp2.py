@@ -16,9 +16,9 @@ from lora_lightning.adapters import adapter_state_dict
 from lora_lightning.callbacks.adapter_checkpoint import writes_folders
 from lora_lightning.checkpoint import read_adapter_folder
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks import fsdp2
+from lora_lightning.strategies import fsdp2
 from tests.callbacks.runs import LIGHTNING_WARNINGS
-from tests.tasks import sharded_runs
+from tests.strategies import sharded_runs
 from tests.tasks.toys import Tagger
 
 pytestmark = [
@@ -35,7 +35,7 @@ def ranks(tmp_path_factory):
     # A seed that another test left there would be drawn from on every rank.
     variables = {name: value for name, value in os.environ.items() if name != "PL_GLOBAL_SEED"}
     variables |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONWARNINGS": "ignore"}
-    script = [sys.executable, "-m", "tests.tasks.sharded_runs", str(folder)]
+    script = [sys.executable, "-m", "tests.strategies.sharded_runs", str(folder)]
     done = subprocess.run(script, env=variables, capture_output=True, text=True, timeout=570, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(sharded_runs.WORLD)], folder
@@ -158,7 +158,7 @@ def test_tensor_parallelism_is_refused():
     task.configure_model()
     trainer = type("Trainer", (), {"strategy": strategy})()
     with pytest.raises(ConfigError, match="2-fold tensor parallelism"):
-        fsdp2.shard_for_trainer(task, trainer)
+        fsdp2.shard_for_trainer(task.adapted, "ab", trainer)
 
 
 def test_no_folder_of_what_is_never_whole():

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
+from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks.sharding import average_gradients, broadcast_adapters, is_sharded, shard_base
+from lora_lightning.strategies.sharding import average_gradients, broadcast_adapters, shard_base
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
-
-    from lora_lightning.tasks.base import AdapterTask
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -117,14 +116,19 @@ class FSDP2Strategy(ModelParallelStrategy):
 StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Frozen base sharded over all processes, adapters whole")
 
 
-def shard_for_trainer(task: AdapterTask, trainer: L.Trainer | None) -> None:
-    """Shard a task's base where its Trainer has a strategy for that; does nothing the second time.
+def shard_for_trainer(model: nn.Module, fingerprint: str | None, trainer: L.Trainer | None) -> None:
+    """Shard the base of an adapted model where the Trainer has a strategy for that; do nothing the second time.
+
+    Args:
+        model: The model, with its adapters; changed in place.
+        fingerprint: That of its base, which all ranks must share.
+        trainer: The Trainer, where there is one.
 
     Raises:
         ConfigError: The strategy wants tensor parallelism as well, or the ranks hold different bases.
     """
     strategy = None if trainer is None else trainer.strategy
-    if not isinstance(strategy, ModelParallelStrategy) or strategy._device_mesh is None or is_sharded(task.adapted):
+    if not isinstance(strategy, ModelParallelStrategy) or strategy._device_mesh is None or is_sharded(model):
         return
     if not isinstance(strategy, FSDP2Strategy):
         # It would gather the base for every checkpoint, and resume only from one that holds the base.
@@ -136,8 +140,8 @@ def shard_for_trainer(task: AdapterTask, trainer: L.Trainer | None) -> None:
             "ModelParallelStrategy, over all devices of a node), and adapters train under data parallelism alone; use "
             "strategy=fsdp2, or data_parallel_size=<all processes> and tensor_parallel_size=1."
         )
-    _check_same_base(task.base_fingerprint)
-    shard_base(task.adapted, mesh["data_parallel"])
+    _check_same_base(fingerprint)
+    shard_base(model, mesh["data_parallel"])
 
 
 def _check_same_base(fingerprint: str | None) -> None:
