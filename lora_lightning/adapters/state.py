@@ -87,7 +87,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         raise CheckpointError(
             f"The adapter's keys do not fit this model: of {len(own)} expected, {len(missing)} are missing"
             f"{_first(missing)} and {len(unknown)} are unknown{_first(unknown)}. Attach the method that it was trained "
-            "with, on the same base and targets."
+            f"with, on the same base and targets{_statistics_hint(unknown)}."
         )
     wrong = [
         f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
@@ -101,6 +101,11 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         )
     for name, tensor in own.items():
         tensor.copy_(_spread_like(tensor, state[name]))
+
+
+def _statistics_hint(unknown: Sequence[str]) -> str:
+    is_of_norm = any(name.endswith(("running_mean", "running_var")) for name in unknown)
+    return ", with train_norm_statistics=True" if is_of_norm else ""
 
 
 def _is_sharded(tensor: Tensor) -> bool:
