@@ -17,11 +17,11 @@ from lora_lightning.adapters.base import (
     Method,
     Role,
 )
-from lora_lightning.adapters.calls import called_adapters, end_watch, refuse_idle, watch_first_calls
+from lora_lightning.adapters.calls import called_adapters, end_watch, read_past_message, refuse_idle, watch_first_calls
 from lora_lightning.adapters.frozen import NormStatistics, base_norms, freeze_norms, release_modes
 from lora_lightning.adapters.head import HeadAdapter
 from lora_lightning.adapters.host import hang, no_op_hook, unhang
-from lora_lightning.adapters.targets import find_modules, is_within
+from lora_lightning.adapters.targets import find_modules, is_within, weights_read_past
 from lora_lightning.adapters.view import ModelView, PlainView
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import ConfigError, TargetError
@@ -107,7 +107,7 @@ def attach(
     placed: list[tuple[str, str, Adapter]] = []
     saved = list(dict.fromkeys([*modules_to_save, *(name for one in methods for name in one.modules_to_save or [])]))
     if saved:
-        placed += [(path, "head", HeadAdapter(model.get_submodule(path))) for path in _saved_paths(model, saved)]
+        placed += [(path, "head", HeadAdapter(model.get_submodule(path))) for path in _saved_paths(view, saved)]
     for one in methods:  # after the copies, so that merging a delta adds to what a copy leaves
         informed = replace(one, modules_to_save=saved or None)  # all-linear leaves out what anybody copies
         for path, adapter in informed.adapters(view):
@@ -295,9 +295,13 @@ def _check_combination(methods: Sequence[Method]) -> None:
             )
 
 
-def _saved_paths(model: nn.Module, names: Sequence[str]) -> list[str]:
+def _saved_paths(view: ModelView, names: Sequence[str]) -> list[str]:
     """Return the paths of the modules to copy, without those that lie inside another one."""
-    paths = find_modules(model, names, "modules_to_save")
+    paths = find_modules(view.model, names, "modules_to_save")
+    read_past = weights_read_past(view)
+    for path in paths:
+        if path in read_past:
+            raise TargetError(read_past_message(path, read_past[path], "modules_to_save"))
     return [path for path in paths if not is_within(path, [other for other in paths if other != path])]
 
 

@@ -91,7 +91,7 @@ def _begin(model: nn.Module, watched: _FirstCalls) -> None:
         stack, thread, _ = watched.running
         if thread != threading.get_ident():
             return
-        stack.close()  # an interrupt ended the last call before its hook
+        _end_failed(stack, KeyboardInterrupt())  # an interrupt ended the last call before its hook
     stack = ExitStack()
     if model.training:
         if not watched.has_trained:
@@ -125,12 +125,17 @@ def _end(model: nn.Module, watched: _FirstCalls, running: tuple[ExitStack, int, 
     watched.running = None
     failure = sys.exc_info()[1]
     if failure is not None and failure is not error:
-        stack.__exit__(type(failure), failure, failure.__traceback__)
+        _end_failed(stack, failure)
         return
     stack.close()
     looks_on = watched.looks_at_calls or watched.looks_at_reads or not watched.has_trained or watched.buffers.paths
     if not looks_on:
         end_watch(model)
+
+
+def _end_failed(stack: ExitStack, failure: BaseException) -> None:
+    """Clean up after a call that has failed, and judge nothing by it."""
+    stack.__exit__(type(failure), failure, failure.__traceback__)
 
 
 def _acts(model: nn.Module) -> bool:
@@ -199,7 +204,7 @@ def _refuse_read_past(adapters: list[tuple[str, Adapter]], hosts: dict[str, nn.M
             names = sorted(calls.read_past.get(id(module), set()))
             names = [name for name in names if _stands_for(adapter, module, name)]
             if names:
-                raise TargetError(read_past_message(path, names[0], "its targets"))
+                raise TargetError(read_past_message(path, names[0], "the targets and of modules_to_save"))
 
 
 def _stands_for(adapter: Adapter, module: nn.Module, name: str) -> bool:

@@ -172,7 +172,7 @@ def read_past_message(path: str, name: str, setting: str) -> str:
     """Say that a weight is read without its module."""
     return (
         f"The model reads {name!r} of {path!r} without calling this module, so an adapter there would not act wherever "
-        f"the weight is used. Leave it out of {setting} (exclude_modules)."
+        f"the weight is used. Leave it out of {setting}."
     )
 
 
