@@ -58,7 +58,7 @@ class _FirstCalls:
 def watch_first_calls(model: nn.Module) -> None:
     """Have a model's first calls watched, by hooks that go when there is nothing left to see."""
     setattr(model, _WATCH, _FirstCalls(buffers=KeptBuffers(model)))
-    model.register_forward_pre_hook(_before)
+    model.register_forward_pre_hook(_before, prepend=True)  # before those of adapters on the model itself
     model.register_forward_hook(_after, always_call=True)
 
 
