@@ -108,13 +108,13 @@ def attach(
     saved = list(dict.fromkeys([*modules_to_save, *(name for one in methods for name in one.modules_to_save or [])]))
     if saved:
         placed += [(path, "head", HeadAdapter(model.get_submodule(path))) for path in _saved_paths(view, saved)]
+    if train_norm_statistics:
+        placed += _norm_statistics(model, placed)
     for one in methods:  # after the copies, so that merging a delta adds to what a copy leaves
         informed = replace(one, modules_to_save=saved or None)  # all-linear leaves out what anybody copies
         for path, adapter in informed.adapters(view):
             adapter.method = one
             placed.append((path, one.name, adapter))
-    if train_norm_statistics:
-        placed += _norm_statistics(model, placed)
     _check_placement(model, placed)
 
     named = model.named_parameters(remove_duplicate=False)  # each name of a tied weight, which merging may untie

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_lightning.adapters.arguments import argument_names, by_position
 from lora_lightning.adapters.base import Adapter, ForwardAdapter, InputAdapter, OutputAdapter
 from lora_lightning.adapters.weights import RESERVED
 
@@ -55,6 +56,8 @@ def _entrance(host_class: type[nn.Module]) -> Callable[..., Any]:
         stack: AdapterStack = self._modules[RESERVED]
         adapter = stack.of_kind(ForwardAdapter)[0]
         compute = adapter if adapter.enabled else stack.host_class.forward
+        if kwargs and compute is adapter and not adapter.takes_names:
+            args, kwargs = by_position(adapter.argument_names, args, kwargs)
         return compute(self, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(host_class.forward)  # type: ignore[attr-defined]  # what inspect asks for
@@ -95,6 +98,7 @@ def hang(host: nn.Module, name: str, adapter: Adapter) -> None:
         host.add_module(RESERVED, stack)
     assert isinstance(stack, AdapterStack)
     adapter.host_class = stack.host_class
+    adapter.argument_names = argument_names(stack.host_class)
     adapter.train(host.training)
     stack[name] = adapter
     if isinstance(adapter, ForwardAdapter):

@@ -84,7 +84,7 @@ def test_all_linear_leaves_them_out_with_one_line(name):
 
 
 def test_biases_that_are_read_past_get_no_delta():
-    with pytest.raises(TargetError, match="does not know how to shift, such as '.*dt_proj'"):
+    with pytest.raises(TargetError, match=r"does not know how to shift, such as '.*dt_proj'"):
         attach(build("mamba"), BitFit(bias=["dt_proj"]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -122,6 +122,8 @@ class NormStatistics(ForwardAdapter):
     Attributes:
         module: The norm as it is called, with buffers of its own and no parameters.
     """
+
+    takes_names: ClassVar[bool] = True
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
