@@ -30,6 +30,7 @@ from lora_lightning.adapters.state import (
     folded_state_dict,
     gathered,
     load_adapter_state_dict,
+    refresh,
 )
 from lora_lightning.adapters.view import ModelView, PlainView
 
@@ -59,6 +60,7 @@ __all__ = [
     "iter_roles",
     "load_adapter_state_dict",
     "merge",
+    "refresh",
     "report_of",
     "require_calls",
 ]

@@ -84,6 +84,9 @@ class Adapter(nn.Module):
     def fold(self) -> None:
         """Keep only what `folded_state` returns; the adapter computes as before. Does nothing the second time."""
 
+    def refresh(self, host: nn.Module) -> None:
+        """Forget what this adapter keeps of its host's weight, because that has changed."""
+
     def merge_into(self, host: nn.Module) -> None:
         """Fold this adapter into its host; `check_mergeable` has passed. Called with gradients off."""
         for _, _, merged in self.merged_weights(host):

@@ -54,6 +54,20 @@ def fold(model: nn.Module) -> None:
         adapter.fold()
 
 
+def refresh(model: nn.Module) -> None:
+    """Have a model's adapters look at the base's weights again.
+
+    What an adapter keeps of a weight (DoRA its norm) follows in-place writes, an assigned `.data`, loaded states and
+    moves by itself. In-place writes through `.data` (`weight.data.mul_(2)`) leave no trace in torch: call this after
+    them.
+
+    Args:
+        model: A model with adapters.
+    """
+    for _, host, adapter in iter_adapters(model):
+        adapter.refresh(host)
+
+
 def _named(model: nn.Module, state_of: Callable[[Adapter], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors of all adapters by their public names; one that several share, by its first."""
     seen: dict[int, Tensor] = {}  # with the tensors themselves: the identity of one that is gone may be given again
