@@ -79,12 +79,12 @@ def select_weights(view: ModelView, method: TargetedMethod) -> list[tuple[str, n
     modules = {path: module for path, module in view.model.named_modules() if RESERVED not in path.split(".")}
     places = _with_expert_weights(modules)
     saved = [path for path in modules if any(has_suffix(path, name) for name in method.modules_to_save or [])]
-    targets = method.target_modules or view.usual_targets() or ALL_LINEAR
+    targets = _targets(view, method)
     read_past = weights_read_past(view)
     if targets == ALL_LINEAR:
         chosen = _all_linear(modules, [*view.head_paths(), *saved], read_past)
     else:
-        chosen = _matching(places, targets, "target_modules")
+        chosen = _outside_copies(_matching(places, targets, "target_modules"), targets, saved)
     chosen = _exclude(places, _by_parameter(places, set(chosen)), method)
     chosen = _keep_layers(chosen, method.layers_to_transform)
     for path in chosen:
@@ -92,6 +92,31 @@ def select_weights(view: ModelView, method: TargetedMethod) -> list[tuple[str, n
             raise TargetError(read_past_message(path, read_past[path], "target_modules"))
     _refuse_unsupported(places, chosen, saved, method)
     return [(path, places[path]) for path in chosen]
+
+
+def _targets(view: ModelView, method: TargetedMethod) -> list[str] | str:
+    return method.target_modules or view.usual_targets() or ALL_LINEAR
+
+
+def takes_all_linear(view: ModelView, method: TargetedMethod) -> bool:
+    """Tell whether a method takes every linear layer, whatever its size."""
+    return _targets(view, method) == ALL_LINEAR
+
+
+def _outside_copies(chosen: list[str], targets: Sequence[str] | str, saved: Sequence[str]) -> list[str]:
+    """Leave out what a target takes inside modules that are trained as full copies, if it takes others too."""
+    inside = [path for path in chosen if is_within(path, saved)]
+    outside = [path for path in chosen if path not in inside]
+    names = [] if isinstance(targets, str) else targets
+    is_wanted_inside = any(not any(has_suffix(path, name) for path in outside) for name in names)
+    if not inside or not outside or is_wanted_inside:
+        return chosen  # `_refuse_unsupported` says what is wrong with those inside
+    warnings.warn(
+        f"target_modules leaves out {len(inside)} modules that modules_to_save trains as full copies, such as "
+        f"{inside[0]!r}.",
+        stacklevel=2,
+    )
+    return outside
 
 
 def weights_read_past(view: ModelView) -> dict[str, str]:

@@ -21,7 +21,7 @@ from lora_lightning.adapters import (
 )
 from lora_lightning.adapters.targets import has_suffix, select_weights
 from lora_lightning.adapters.view import ModelView
-from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec
+from lora_lightning.adapters.weights import RESERVED, HostKind, codec_of, find_codec
 from lora_lightning.backbones.attach import attach
 from lora_lightning.backbones.view import view_of
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
@@ -250,7 +250,7 @@ def _method(
         "alpha": config.alpha,
         "dropout": config.dropout,
         "scaling": "rslora" if config.use_rslora else "standard",
-        "rank_pattern": {f"^{_escape(p)}": r for p in hosts if (r := config.rank_and_alpha(p)[0]) != config.r} or None,
+        "rank_pattern": {f"^{_escape(path)}": r for path, r in _own_ranks(config, view, hosts).items()} or None,
         "alpha_pattern": {f"^{_escape(p)}": a for p in hosts if (a := config.rank_and_alpha(p)[1]) != config.alpha}
         or None,
         "modules_to_save": saved or None,
@@ -270,6 +270,22 @@ def _method(
         return cls(**settings, target_modules=_named(paths, hosts, folder))
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG_NAME}: {error}") from error
+
+
+def _own_ranks(config: PeftConfig, view: ModelView, hosts: list[str]) -> dict[str, int]:
+    """Return the ranks that differ from the usual one, or are larger than their weight, which `r` may not be."""
+    ranks = {path: config.rank_and_alpha(path)[0] for path in hosts}
+    return {path: r for path, r in ranks.items() if r != config.r or r > min(_shape(view.model, path))}
+
+
+def _shape(model: nn.Module, path: str) -> tuple[int, int]:
+    """Return `(out, in)` of a host, or of one expert of a parameter of experts."""
+    parent, _, name = path.rpartition(".")
+    stacked = model.get_submodule(parent)._parameters.get(name)
+    if stacked is not None:
+        return stacked.shape[-2], stacked.shape[-1]
+    host = model.get_submodule(path)
+    return codec_of(host).shape(host)
 
 
 def _named(paths: Sequence[str], hosts: Sequence[str], folder: Path) -> list[str] | str:
