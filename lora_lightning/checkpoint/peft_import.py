@@ -302,11 +302,13 @@ def _named(paths: Sequence[str], hosts: Sequence[str], folder: Path) -> list[str
 
 
 def _selected(view: ModelView, method: TargetedMethod) -> list[str] | None:
-    """Return the hosts and parameters of experts that a method would take, or None where it would refuse."""
-    try:
-        return [path for path, _ in select_weights(view, method)]
-    except (TargetError, ConfigError):
-        return None
+    """Return the hosts and parameters of experts that a method would take, or None where it would refuse or warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            return [path for path, _ in select_weights(view, method)]
+        except (TargetError, ConfigError, UserWarning):
+            return None
 
 
 def _check_base_parameters(model: nn.Module, found: SortedTensors, folder: Path) -> None:

@@ -211,7 +211,7 @@ class AdaLoRA(TargetedMethod):
     def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
         """Build one adapter per host; see `Method.adapters`."""
         hosts, r = select_hosts(view, self), self.start_rank
-        is_capped = takes_all_linear(view, self)
+        is_capped = takes_all_linear(view, self) and any(min(codec_of(host).shape(host)) >= r for _, host in hosts)
         for path, host in hosts:
             check_host(path, host)
             if not is_capped:

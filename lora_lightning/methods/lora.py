@@ -139,7 +139,10 @@ class LoRA(TargetedMethod):
             yield path, fitted._build_experts(path, host, experts[path]) if is_experts else fitted.build(path, host)
 
     def _capped(self, hosts: Sequence[tuple[str, nn.Module]]) -> Self:
-        """Return this method with the rank of each host that is narrower than `r` capped; the factor s stays."""
+        """Return this method with the rank of each host that is narrower than `r` capped; the factor s stays.
+
+        Where all of them are, `r` is the mistake, and stays for `check_rank` to refuse.
+        """
         ranks, alphas = {}, {}
         for path, host in hosts:
             limit = min(codec_of(host).shape(host))
@@ -148,7 +151,7 @@ class LoRA(TargetedMethod):
                 ranks[f"^{re.escape(path)}"] = limit
                 alphas[f"^{re.escape(path)}"] = scaling * self._divisor(limit)
                 narrowest = path, codec_of(host).shape(host)
-        if not ranks:
+        if len(ranks) in (0, len(hosts)):
             return self
         path, (num_out, num_in) = narrowest
         warnings.warn(
