@@ -12,7 +12,7 @@ from lora_lightning.adapters.functional.dora import dora_linear, rebuilt_dora_li
 from lora_lightning.adapters.functional.dropout import draw_seed, seeded_dropout
 from lora_lightning.adapters.functional.forms import NOT_REBUILT, Rebuilt, compute_dtype, rebuilding_pays
 from lora_lightning.adapters.functional.lora import lora_linear, low_rank_update
-from lora_lightning.adapters.functional.norms import dora_norm
+from lora_lightning.adapters.functional.norms import dora_norm, forget_kept_norms, kept_norm_squared
 from lora_lightning.adapters.functional.recompute import Source, find_source
 
 __all__ = [
@@ -28,6 +28,8 @@ __all__ = [
     "dora_norm",
     "draw_seed",
     "find_source",
+    "forget_kept_norms",
+    "kept_norm_squared",
     "lora_linear",
     "low_rank_update",
     "rebuilding_pays",
