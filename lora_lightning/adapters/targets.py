@@ -84,9 +84,11 @@ def select_weights(view: ModelView, method: TargetedMethod) -> list[tuple[str, n
     if targets == ALL_LINEAR:
         chosen = _all_linear(modules, [*view.head_paths(), *saved], read_past)
     else:
-        chosen = _outside_copies(_matching(places, targets, "target_modules"), targets, saved)
+        chosen = _matching(places, targets, "target_modules")
     chosen = _exclude(places, _by_parameter(places, set(chosen)), method)
     chosen = _keep_layers(chosen, method.layers_to_transform)
+    if targets != ALL_LINEAR:
+        chosen = _outside_copies(chosen, targets, saved)
     for path in chosen:
         if path in read_past:
             raise TargetError(read_past_message(path, read_past[path], "target_modules"))

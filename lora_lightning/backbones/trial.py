@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ log = logging.getLogger(__name__)
 _CACHES = ("past_key_values", "cache_params")
 _TOO_LARGE = 2 * 10**9
 """Parameters from which on a CPU takes seconds for two tokens."""
+_FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[str, int], ...], dict[str, frozenset[str]]]]
+_FOUND = WeakKeyDictionary()  # what a trial has shown, as long as the modules are the same
 _SMALL = 5 * 10**8
 """Parameters up to which more threads cost more than they gain."""
 
@@ -61,6 +64,15 @@ def read_past(model: Any) -> dict[str, frozenset[str]]:  # noqa: ANN401 - a tran
     Returns:
         Names of parameters by the path of the module that owns them.
     """
+    modules = tuple((path, id(module)) for path, module in model.named_modules() if RESERVED not in path.split("."))
+    before, found = _FOUND.get(model, ((), {}))
+    if before != modules:
+        found = _read_past(model)
+        _FOUND[model] = modules, found
+    return found
+
+
+def _read_past(model: Any) -> dict[str, frozenset[str]]:  # noqa: ANN401 - a transformers model
     if getattr(model, "main_input_name", None) != "input_ids" or not any(True for _ in model.parameters()):
         return {}
     runnable = _twin(model) if _is_costly(model) else model

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, Role, check_choice
-from lora_lightning.adapters.functional import adapted_dora_linear, dora_norm, forget_kept_norms, kept_norm_squared
+from lora_lightning.adapters.functional import (
+    adapted_dora_linear,
+    dora_norm,
+    forget_kept_norms,
+    is_exporting,
+    kept_norm_squared,
+)
+from lora_lightning.adapters.functional.norms import MIN_NORM
 from lora_lightning.adapters.weights import Host, HostKind, codec_of, read_weight
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.lora import LoRA
@@ -74,6 +81,9 @@ class DoRAAdapter(LowRankAdapter):
         a, b = self.factors()
         if self.axis == "input":
             a, b = b.t(), a.t()
+        if is_exporting():
+            rows = self._rows(host).to(a.dtype) + self.scaling * (b @ a)
+            return torch.linalg.vector_norm(rows, dim=1).clamp_min(MIN_NORM)
         return dora_norm(self._rows(host), a, b, self.scaling, None, host.weight)
 
     def _rows(self, host: Host) -> Tensor:

@@ -96,6 +96,7 @@ def test_usual_models_read_nothing_past(name):
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "recurrent_gemma"])
 def test_a_model_without_weights_shows_the_same(name, monkeypatch):
     found = read_past(build(name))
+    assert found
     with torch.device("meta"):
         assert read_past(CASES[name][0]()) == found
     monkeypatch.setattr(trial, "_TOO_LARGE", 10)  # then a twin without weights runs in its place
@@ -122,6 +123,19 @@ def test_a_trial_leaves_no_trace(name, training):
     for path, module in model.named_modules():
         assert module.__dict__.keys() == before[path].keys()
         assert all(module.__dict__[key] is value for key, value in before[path].items())
+
+
+def test_a_trial_runs_once_for_the_same_modules():
+    model, calls = build("mamba"), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    found = read_past(model)
+    once = len(calls)
+    assert read_past(model) == found
+    assert len(calls) == once > 0
+    mixer = model.get_submodule("backbone.layers.1.mixer")
+    mixer.dt_proj = nn.Linear(mixer.dt_proj.in_features, mixer.dt_proj.out_features)
+    assert read_past(model) == found
+    assert len(calls) == 2 * once
 
 
 def test_what_cannot_run_shows_nothing():
