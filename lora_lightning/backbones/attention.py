@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.nn import functional as F
 from lora_lightning.adapters.base import AttentionAdapter
 from lora_lightning.adapters.view import AttentionPlace
 from lora_lightning.adapters.weights import RESERVED
-from lora_lightning.backbones.prompt_place import path_of
+from lora_lightning.backbones.trial import Call, Trial, first_tensor, has_values, is_same, path_of, quiet
 from lora_lightning.errors import TargetError
 
 ROUTED = "lora_lightning"
@@ -91,12 +90,14 @@ def restore(model: Any, implementation: str) -> None:  # noqa: ANN401 - a transf
 
 
 def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a transformers model
-    """Return the attention modules that a trial run with two tokens calls, in the model's order.
+    """Return the attention modules that a trial call with a few tokens reaches, in the model's order.
 
     Raises:
-        TargetError: The architecture does not go through transformers' attention interface.
+        TargetError: The architecture does not go through transformers' attention interface, or computes its attention
+            in another way than `attend`.
     """
     before = _implementation(model)
+    trial = Trial.of(model)
     found: dict[nn.Module, tuple[int, int]] = {}
 
     def probe(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:  # noqa: ANN401 - the interface's own
@@ -104,19 +105,34 @@ def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a tran
         return attend(module, query, key, *args, **kwargs)
 
     _register(_PROBED, probe)
-    model.set_attn_implementation(_PROBED)
-    try:
-        with torch.no_grad(), _evaluating(model):
-            model(**_trial_inputs(model))
-    finally:
-        model.set_attn_implementation(before)
+    with quiet(model):
+        plain = trial.call(model, trial.rows(with_front=True, with_mask=False))
+        model.set_attn_implementation(_PROBED)
+        try:
+            probed = trial.call(model, trial.rows(with_front=True, with_mask=False))
+        finally:
+            model.set_attn_implementation(before)
     if not found:
-        raise _unsupported(model)
+        raise _unsupported(model, probed.problem)
+    _check_same(model, plain, probed)
     order = {id(module): index for index, module in enumerate(model.modules())}
     return [
         AttentionPlace(path=path_of(model, module), num_heads=heads, head_size=size)
         for module, (heads, size) in sorted(found.items(), key=lambda item: order[id(item[0])])
     ]
+
+
+def _check_same(model: Any, plain: Call, probed: Call) -> None:  # noqa: ANN401 - a transformers model
+    """Raise TargetError where attention through `attend`, without a prefix, is not the model's own."""
+    if probed.problem and not plain.problem:
+        raise _unsupported(model, probed.problem)
+    expected, actual = first_tensor(plain.output), first_tensor(probed.output)
+    if expected is None or actual is None or not has_values(model) or is_same(actual, expected):
+        return
+    raise TargetError(
+        f"Prefix methods do not work on {model.config.model_type}: its attention adds to scaled-dot-product attention, "
+        "such as sinks or a cap, which a prefix would drop. Use PromptTuning, or LoRA."
+    )
 
 
 def _implementation(model: Any) -> str:  # noqa: ANN401 - a transformers model
@@ -136,10 +152,11 @@ def _implementation(model: Any) -> str:  # noqa: ANN401 - a transformers model
     return str(name)
 
 
-def _unsupported(model: Any) -> TargetError:  # noqa: ANN401 - a transformers model
+def _unsupported(model: Any, problem: str = "") -> TargetError:  # noqa: ANN401 - a transformers model
+    because = f" ({problem})" if problem else ""
     return TargetError(
         f"Prefix methods do not work on {model.config.model_type}: its attention does not go through transformers' "
-        "attention interface. Use LoRA, or PromptTuning where that works."
+        f"attention interface{because}. Use LoRA, or PromptTuning where that works."
     )
 
 
@@ -149,21 +166,3 @@ def _register(name: str, function: Callable[..., Any]) -> None:
 
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)  # without it padding is ignored
-
-
-def _trial_inputs(model: Any) -> dict[str, Tensor]:  # noqa: ANN401 - a transformers model
-    device = next(model.parameters()).device
-    ids = torch.ones(1, 2, dtype=torch.long, device=device)
-    return {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back into its own afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -22,7 +22,8 @@ from lora_lightning.adapters.base import (
 from lora_lightning.adapters.view import AttentionPlace, ModelView, PromptPlace
 from lora_lightning.adapters.weights import Host
 from lora_lightning.errors import NotMergeable
-from lora_lightning.methods.soft_prompt import check_inputs, evaluating, positions_of
+from lora_lightning.methods.soft_prompt import evaluating
+from lora_lightning.methods.virtual_tokens import cached_length, check_inputs, positions_of, tokens_of
 
 PREFIX_STD = 0.02
 
@@ -121,14 +122,13 @@ class PositionShift(InputAdapter):
         """Give the body positions that count the prefix; see `check_inputs` for what is refused."""
         del host
         given = {**dict(zip(self.place.arguments, args, strict=False)), **kwargs}
-        num_past = check_inputs(self.place, given, self.num_virtual_tokens)
-        positions, mask = given.get("position_ids"), given.get("attention_mask")
-        tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        check_inputs(self.place, given, self.num_virtual_tokens)
+        positions, mask, tokens = given.get("position_ids"), given.get("attention_mask"), tokens_of(given)
         length = tokens.shape[1]
         if positions is None and mask is not None:
             positions = positions_of(mask, self.place.position_offset)[:, -length:]
         elif positions is None:
-            start = num_past + self.place.position_offset
+            start = cached_length(given) + self.place.position_offset
             positions = torch.arange(start, start + length, device=tokens.device).expand(len(tokens), -1)
         return (), {**given, "position_ids": positions + self.num_virtual_tokens}
 
@@ -159,7 +159,7 @@ class Prefix(Method):
 
     def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
         """Build the adapter of each attention, and the one that moves positions on."""
-        attentions, place = view.attention_places(), view.prompt_place()
+        place, attentions = view.prompt_place(), view.attention_places()
         weight = next(view.model.get_submodule(place.body).get_submodule(place.embedding).parameters())
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
         encoders = self.encoders(attentions, weight.shape[1])
