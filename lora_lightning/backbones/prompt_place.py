@@ -52,7 +52,7 @@ def find_prompt_place(model: Any) -> PromptPlace:  # noqa: ANN401 - a transforme
             outer = trial.call(model, rows)
         looked_up = _lookup(calls, known_embedding(model), rows)
         if looked_up is None:
-            raise _refusal(model, "it takes no token embeddings", outer.problem)
+            raise _refusal(model, "called with token ids alone, it looks up no token embeddings", outer.problem)
         body = _body(looked_up, rows)
         if body is None:
             what = "no part of it that takes token ids returns hidden states for each of them"

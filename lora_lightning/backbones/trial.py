@@ -121,8 +121,8 @@ class Trial:
             given["attention_mask"] = rows.mask
         if "decoder_input_ids" in names:
             given["decoder_input_ids"] = rows.ids[:, -NUM_FRONT:]
-        if "use_cache" in names:
-            given["use_cache"] = False
+        if "use_cache" in names:  # without a cache, masks are made by looking at values, which the meta device lacks
+            given["use_cache"] = not has_values(self.model)
         call = Call(module, (), given, ())
         try:
             call.output = module(**given)
@@ -229,4 +229,4 @@ def gap(one: Tensor, other: Tensor) -> float:
 
 def is_same(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are equal up to the rounding of their dtype."""
-    return gap(one, other) <= (1e-4 if one.dtype in (torch.float32, torch.float64) else 3e-2)
+    return gap(one, other) <= (1e-5 if one.dtype in (torch.float32, torch.float64) else 1e-2)

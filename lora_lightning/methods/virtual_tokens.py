@@ -119,10 +119,16 @@ def insert_defaults(given: dict[str, Any], num: int, mask: Tensor | None) -> Non
     """Give virtual tokens a value in every argument that has one for each token.
 
     Raises:
-        ConfigError: An argument has a value for each token, and none is known for virtual ones.
+        ConfigError: An argument has a value for each token, and none is known for virtual ones; or it holds positions
+            of something else, which would be the ones before the virtual tokens came.
     """
     size = tokens_of(given).shape[:2]
     for name, value in given.items():
+        if value is not None and name.endswith("_position_ids") and not name.startswith("decoder_"):
+            raise ConfigError(
+                f"Soft prompts move tokens on, and {name!r} says where they were; leave it out, or use a method "
+                "without virtual tokens, such as LoRA."
+            )
         is_by_token = isinstance(value, Tensor) and value.shape[:2] == size
         if not is_by_token or name in _EXTENDED or name.startswith(("encoder_", "decoder_")):
             continue
