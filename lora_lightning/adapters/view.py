@@ -53,12 +53,14 @@ class AttentionPlace:
     Args:
         path: Where it is.
         num_heads: Heads of its keys and values.
-        head_size: Width of a head.
+        head_size: Width of a head of the keys.
+        value_size: Width of a head of the values, which multi-head latent attention makes narrower.
     """
 
     path: str
     num_heads: int
     head_size: int
+    value_size: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,11 +98,18 @@ def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a tran
     """
     before = _implementation(model)
     trial = Trial.of(model)
-    found: dict[nn.Module, tuple[int, int]] = {}
+    found: dict[nn.Module, tuple[int, int, int]] = {}
 
-    def probe(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:  # noqa: ANN401 - the interface's own
-        found[module] = (key.shape[1], key.shape[3])
-        return attend(module, query, key, *args, **kwargs)
+    def probe(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,  # noqa: ANN401 - the interface's own
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Any]:
+        found[module] = (key.shape[1], key.shape[3], value.shape[3])
+        return attend(module, query, key, value, *args, **kwargs)
 
     _register(_PROBED, probe)
     with quiet(model):
@@ -117,8 +124,8 @@ def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a tran
     _check_same(model, plain, probed)
     order = {id(module): index for index, module in enumerate(model.modules())}
     return [
-        AttentionPlace(path=path_of(model, module), num_heads=heads, head_size=size)
-        for module, (heads, size) in sorted(found.items(), key=lambda item: order[id(item[0])])
+        AttentionPlace(path=path_of(model, module), num_heads=heads, head_size=keys, value_size=values)
+        for module, (heads, keys, values) in sorted(found.items(), key=lambda item: order[id(item[0])])
     ]
 
 
@@ -130,8 +137,8 @@ def _check_same(model: Any, plain: Call, probed: Call) -> None:  # noqa: ANN401 
     if expected is None or actual is None or not has_values(model) or is_same(actual, expected):
         return
     raise TargetError(
-        f"Prefix methods do not work on {model.config.model_type}: its attention adds to scaled-dot-product attention, "
-        "such as sinks or a cap, which a prefix would drop. Use PromptTuning, or LoRA."
+        f"Prefix methods do not work on {model.config.model_type}: its attention is another than "
+        "scaled-dot-product attention (it has sinks, a cap or a mask of its own). Use PromptTuning, or LoRA."
     )
 
 

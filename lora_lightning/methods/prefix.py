@@ -36,13 +36,14 @@ class PrefixAdapter(AttentionAdapter):
     Args:
         num_virtual_tokens: N.
         place: The attention module.
-        encoder: Makes keys and values `[N, 2, heads, head size]` during training; None where they are trained directly.
+        encoder: Makes keys and values, `[N, heads, head size]` each, during training; None where they are trained
+            directly.
         device: Where to.
         dtype: Of directly trained ones.
 
     Attributes:
         prefix_keys: `[heads, N, head size]`, or None while there is an encoder.
-        prefix_values: The same.
+        prefix_values: The same, of the values' head size.
     """
 
     prefix_keys: nn.Parameter | None
@@ -58,10 +59,10 @@ class PrefixAdapter(AttentionAdapter):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        shape = place.num_heads, num_virtual_tokens, place.head_size
-        for name in ("prefix_keys", "prefix_values"):
+        for name, size in (("prefix_keys", place.head_size), ("prefix_values", place.value_size)):
             fresh = None
             if encoder is None:
+                shape = place.num_heads, num_virtual_tokens, size
                 fresh = nn.Parameter(torch.empty(shape, device=device, dtype=dtype).normal_(std=PREFIX_STD))
             self.register_parameter(name, fresh)
         self.encoder = encoder
@@ -78,8 +79,8 @@ class PrefixAdapter(AttentionAdapter):
             assert self.prefix_keys is not None
             assert self.prefix_values is not None
             return self.prefix_keys, self.prefix_values
-        keys, values = self.encoder().permute(1, 2, 0, 3)
-        return keys, values
+        keys, values = self.encoder()
+        return keys.transpose(0, 1), values.transpose(0, 1)
 
     def folded_state(self) -> dict[str, Tensor]:
         """Return keys and values alone, as the encoder gives them in evaluation."""

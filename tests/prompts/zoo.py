@@ -125,6 +125,8 @@ def build(name: str, kind: str, seed: int = 0) -> nn.Module:
     """Build a model in eval mode with random weights; norms and biases are random too."""
     auto_class = getattr(transformers, KINDS[kind][0])
     config = config_of(name)
+    if kind == "causal" and hasattr(config, "is_decoder"):
+        config.is_decoder = True
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in auto_class.from_config(config).parameters())
     if size > MAX_PARAMETERS:
