@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -174,14 +176,19 @@ def has_values(model: nn.Module) -> bool:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients, and leave modes and random numbers as they were."""
+    """Put a model into evaluation mode without gradients or warnings; leave modes and random numbers as they were."""
     training = [module for module in model.modules() if module.training]
-    devices = {parameter.device.index for parameter in model.parameters() if parameter.device.type == "cuda"}
+    devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.device.type == "cuda"}
+    logger = logging.getLogger("transformers")
+    level = logger.level
     model.eval()
+    logger.setLevel(logging.ERROR)
     try:
-        with torch.no_grad(), torch.random.fork_rng(sorted(index or 0 for index in devices)):
+        with torch.no_grad(), torch.random.fork_rng(sorted(devices)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a call that no user made
             yield
     finally:
+        logger.setLevel(level)
         for module in training:
             module.training = True
 

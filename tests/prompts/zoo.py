@@ -45,7 +45,7 @@ _SIZES: dict[int, tuple[str, ...]] = {
     MAX_POSITIONS: ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"),
     VOCABULARY: ("vocab_size", "entity_vocab_size"),
 }
-_STANDARD_DEVIATIONS = ("initializer_range", "init_std", "initializer_factor", "initializer_std")
+_STANDARD_DEVIATIONS = ("initializer_range", "init_std", "initializer_std")
 
 _MIXED = {"layer_types": ["linear_attention", "full_attention"]}
 
@@ -99,30 +99,27 @@ def config_of(name: str) -> Any:
     default = cls()
     settings: dict[str, Any] = {}
     for value, keys in _SIZES.items():
-        settings.update(
-            {
-                key: value
-                for key in keys
-                if isinstance(getattr(default, key, None), int | None) and hasattr(default, key)
-            }
-        )
+        settings.update({key: value for key in keys if _is_size(default, key)})
     settings.update({key: 0.1 for key in _STANDARD_DEVIATIONS if isinstance(getattr(default, key, None), float)})
     special = [key for key in dir(default) if key.endswith(("_token_id", "_token_index"))]
     outside = [key for key in special if isinstance(getattr(default, key), int) and getattr(default, key) >= VOCABULARY]
-    for index, key in enumerate(outside):
-        settings[key] = VOCABULARY - 1 - index
+    settings.update({key: VOCABULARY - 1 - index for index, key in enumerate(outside)})
     if getattr(default, "pad_token_id", None) is None:
         settings["pad_token_id"] = 0
-    changes = _SPECIAL.get(name, {})
-    settings.update(changes)
-    for key, value in changes.items():
-        if value is None:
-            del settings[key]
-    return cls(**settings)
+    settings.update(_SPECIAL.get(name, {}))
+    return cls(**{key: value for key, value in settings.items() if value is not None})
+
+
+def _is_size(config: Any, key: str) -> bool:
+    return hasattr(config, key) and isinstance(getattr(config, key), int | None)
 
 
 def build(name: str, kind: str, seed: int = 0) -> nn.Module:
-    """Build a model in eval mode with random weights; norms and biases are random too."""
+    """Build a model in eval mode with random weights; nothing stays at zero, norms and biases included.
+
+    Raises:
+        TooLargeError: It has too many parameters even so.
+    """
     auto_class = getattr(transformers, KINDS[kind][0])
     config = config_of(name)
     if kind == "causal" and hasattr(config, "is_decoder"):
@@ -130,7 +127,7 @@ def build(name: str, kind: str, seed: int = 0) -> nn.Module:
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in auto_class.from_config(config).parameters())
     if size > MAX_PARAMETERS:
-        raise ValueError(f"{name} has {size:,} parameters")
+        raise TooLargeError(f"{name} has {size:,} parameters")
     torch.manual_seed(seed)
     model = auto_class.from_config(config)
     with torch.no_grad():
@@ -138,3 +135,7 @@ def build(name: str, kind: str, seed: int = 0) -> nn.Module:
             if parameter.dim() == 1 and parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+class TooLargeError(ValueError):
+    """A config cannot be made small by the settings that most configs share."""
