@@ -84,9 +84,9 @@ def select_weights(view: ModelView, method: TargetedMethod) -> list[tuple[str, n
     if targets == ALL_LINEAR:
         chosen = _all_linear(modules, [*view.head_paths(), *saved], read_past)
     else:
-        chosen = _outside_copies(_matching(places, targets, "target_modules"), targets, saved)
+        chosen = _matching(places, targets, "target_modules")
     chosen = _exclude(places, _by_parameter(places, set(chosen)), method)
-    chosen = _keep_layers(chosen, method.layers_to_transform)
+    chosen = _outside_copies(_keep_layers(chosen, method.layers_to_transform), targets, saved)
     for path in chosen:
         if path in read_past:
             raise TargetError(read_past_message(path, read_past[path], "target_modules"))
@@ -105,7 +105,7 @@ def takes_all_linear(view: ModelView, method: TargetedMethod) -> bool:
 
 def _outside_copies(chosen: list[str], targets: Sequence[str] | str, saved: Sequence[str]) -> list[str]:
     """Leave out what a target takes inside modules that are trained as full copies, if it takes others too."""
-    inside = [path for path in chosen if is_within(path, saved)]
+    inside = [path for path in chosen if is_within(path, saved) and path not in saved]
     outside = [path for path in chosen if path not in inside]
     names = [] if isinstance(targets, str) else targets
     is_wanted_inside = any(not any(has_suffix(path, name) for path in outside) for name in names)

@@ -382,7 +382,7 @@ class AdapterTask(CheckedLoading):
         if stage in self._stages_checked or hasattr(self.model, "_orig_mod"):
             return compute(batch)
         self._stages_checked.add(stage)
-        with require_calls(self.adapted):
+        with require_calls(self.adapted, of_all=False):
             return compute(batch)
 
     def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401 - the data module's own type
