@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from lightning.pytorch.utilities import rank_zero_warn
-
 from lora_lightning.data.language.conversations import Sample
 from lora_lightning.data.language.rendering import Renderer, Rendering, Span
 from lora_lightning.data.language.turns import Message
+from lora_lightning.data.notices import warn
 from lora_lightning.errors import DataError
 
 _END_OF_THOUGHTS = "</think>"
@@ -114,7 +113,7 @@ class AnswerFinder:
             )
         if prompt is not None and not self._has_warned:
             self._has_warned = True
-            rank_zero_warn(
+            warn(
                 f"The chat template of {self.renderer.tokenizer_name} begins answers in another way than its "
                 "generation prompt does; they are learnt as it writes them in the conversation."
             )

@@ -9,8 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_warn
-
+from lora_lightning.data.notices import warn
 from lora_lightning.data.sources.record import Broken, ReadSettings, Record
 from lora_lightning.data.sources.tables import named_apart
 from lora_lightning.data.sources.text import kind_of_file, text_lines
@@ -52,7 +51,7 @@ def read_csv(path: Path, name: str, settings: ReadSettings) -> Iterator[Record |
             continue
         if not has_warned and _hides_rows(cells, separator, len(columns)):
             has_warned = True
-            rank_zero_warn(
+            warn(
                 f"{place}: a quoted text holds lines that look like rows of their own; check that its quotation mark "
                 "is closed where it should be."
             )

@@ -6,8 +6,7 @@ import glob
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePath
 
-from lightning.pytorch.utilities import rank_zero_warn
-
+from lora_lightning.data.notices import warn
 from lora_lightning.data.sources.csv_file import read_csv
 from lora_lightning.data.sources.dialogues import read_conll, read_dialogues
 from lora_lightning.data.sources.json_file import read_json
@@ -121,7 +120,7 @@ def _in_folder(folder: Path, source: str, settings: ReadSettings) -> list[tuple[
     texts = _files_in(folder, {_TEXT}.intersection(tagged))
     if files and texts:
         # More likely notes, of which each line would pass for a word and its tag.
-        rank_zero_warn(
+        warn(
             f"{source} holds {texts[0].name} beside files of other kinds; its .txt files are not read. Where they are "
             "data, give a list of files or a pattern."
         )
