@@ -12,7 +12,7 @@ from pathlib import Path
 from lora_lightning.data.notices import warn
 from lora_lightning.data.sources.record import Broken, ReadSettings, Record
 from lora_lightning.data.sources.tables import named_apart
-from lora_lightning.data.sources.text import kind_of_file, text_lines
+from lora_lightning.data.sources.text import Undecoded, kind_of_file, text_lines
 from lora_lightning.errors import ConfigError, DataError
 
 _Row = tuple[int, list[str]]
@@ -86,6 +86,11 @@ def _rows(lines: Iterator[str], separator: str, name: str) -> Iterator[_Row | Br
             continue
         if cells is None:
             return
+        undecoded = next((line for line in of_row if isinstance(line, Undecoded)), None)
+        if undecoded is not None:
+            yield Broken(undecoded.error, "".join(of_row))
+            number += len(of_row)
+            continue
         # A line with a separator, or with an empty field in quotation marks, is a row.
         is_blank = len(cells) < 2 and not "".join(of_row).strip()
         if not is_blank:
@@ -109,6 +114,11 @@ def _malformed(name: str, line: int, reason: str) -> DataError:
         what = "a quotation mark that opens a field is not closed"
     elif "expected after" in reason:
         what = "text follows the quotation mark that closes a field"
+    elif "new-line character" in reason:
+        return DataError(
+            f"{name}, line {line}: a carriage return stands in a field that is not quoted. Quote such a field, and "
+            "let lines end with a line feed."
+        )
     else:
         what = reason
     return DataError(
