@@ -117,6 +117,15 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
         ) from error
 
 
+def built(name: str | None, build: Callable[[Path], None], owner: object) -> Path:
+    """Return the folder of an entry (see `cached`), or without a name a new one that is removed with its owner."""
+    if name is not None:
+        return cached(name, build)
+    folder = temporary_folder(owner)
+    build(folder)
+    return folder
+
+
 def entries() -> list[Entry]:
     """Return what the cache holds, the least recently used first."""
     found = (_entry(folder) for folder in cache_folder().glob("*/"))

@@ -14,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from lora_lightning.data.base import TokenizedData
 from lora_lightning.data.batches.columns import EncodedRows, write_columns
 from lora_lightning.data.batches.mixing import Mixture, drawn_fingerprint, source_of_rows
-from lora_lightning.data.cache import cached, key_of, temporary_folder
+from lora_lightning.data.cache import built, key_of
 from lora_lightning.data.keys import code_digest, rows_key
+from lora_lightning.data.notices import keeping, noting, tell_noted
 from lora_lightning.data.rows.cells import ignored_message
 from lora_lightning.data.rows.conditions import parse_condition
 from lora_lightning.data.rows.named_sets import split_sources
@@ -153,7 +154,7 @@ class RecordData(TokenizedData, abc.ABC):
             needed=self.needed,
         )
         self._about = About()
-        self._told_ignored: set[str] = set()
+        self._told: set[str] = set()
         self._folder: Path | None = None
         self._encoded_by: Any = None
         self._tokenizer_key = self._data_key = ""
@@ -282,7 +283,8 @@ class RecordData(TokenizedData, abc.ABC):
 
     def _read(self) -> None:
         """Read and divide the rows, or find them in the cache."""
-        self._data_key = rows_key(type(self), self.plan, self.reading_key())
+        with keeping():  # reading the rows warns of the same
+            self._data_key = rows_key(type(self), self.plan, self.reading_key())
         self._folder = self._kept(f"rows-{self._data_key}", self._lay)
         self._about = load_about(self._folder)
         self.counts = dict(self._about.counts)
@@ -303,10 +305,10 @@ class RecordData(TokenizedData, abc.ABC):
 
     def _tell_ignored(self) -> None:
         """Name the fields that nothing reads, each once."""
-        new = {name: count for name, count in self.ignored_fields.items() if name not in self._told_ignored}
+        new = {name: count for name, count in self.ignored_fields.items() if f"field {name}" not in self._told}
         if new:
             self._announce(ignored_message(self.plan.source_name("train"), new))
-            self._told_ignored.update(new)
+            self._told.update(f"field {name}" for name in new)
 
     def _announce(self, message: str) -> None:
         # Tables have columns for many purposes: no reason to warn.
@@ -391,8 +393,7 @@ class RecordData(TokenizedData, abc.ABC):
 
     def _kept(self, name: str, build: Callable[[Path], None]) -> Path:
         """Return the folder of what is built once: in the cache, or in one that ends with this object."""
-        if self.cache and code_digest(type(self)) is not None:
-            return cached(name, build)
-        folder = temporary_folder(self)
-        build(folder)
+        is_kept = self.cache and code_digest(type(self)) is not None
+        folder = built(name if is_kept else None, noting(build), owner=self)
+        tell_noted(folder, self._told)
         return folder

@@ -102,3 +102,19 @@ def test_a_stream_that_is_broken_off_writes_its_bad_rows(build, tmp_path):
     with pytest.warns(UserWarning, match=r"1 broken rows are left out; .* They are written to .*bad_rows\.jsonl"):
         fit(data, Model(), default_root_dir=tmp_path, max_epochs=-1, max_steps=2)
     assert len((tmp_path / "bad_rows.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.filterwarnings("ignore:A broken row is left out")
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (["{broken"] * 9, "no row can be used; the first broken one: .*line 1: this is no valid JSON"),
+        ([{"messages": [{"role": "boss", "content": "x"}]}] * 9, "no row can be used; .* the role 'boss' is unknown"),
+        ([{"prompt": "a", "completion": " "}] * 9, "nothing can be learnt from any of 9 rows"),
+    ],
+)
+def test_a_stream_of_which_nothing_is_left_is_refused(build, records, message):
+    """A run over it would go through empty epochs for ever."""
+    with pytest.raises(DataError, match=message):
+        build(records, streaming=True, template="chatml")
+    build([*records, *PAIRS], streaming=True, template="chatml")  # control

@@ -68,7 +68,7 @@ class StreamedRows(IterableDataset[list[Document]]):
     epoch: int = 0
     passed: _PassedBefore = ()
     notes: Path | None = None
-    _has_skipped: bool = field(default=False, init=False)
+    _first_skipped: DataError | None = field(default=None, init=False)
 
     def __iter__(self) -> Iterator[_Row]:
         """Return the rows of this rank and worker."""
@@ -94,11 +94,9 @@ class StreamedRows(IterableDataset[list[Document]]):
             ignored.update(encoded.ignored)
             has_documents = has_documents or bool(encoded.pieces)
             yield from map(document_from, encoded.pieces)
-        if lost["rows_read"] and not has_documents:
-            raise DataError(
-                f"{describe(self.source)}: nothing can be learnt from any of {lost['rows_read']} rows: their answers "
-                f"are blank, or beyond the first {self.encoder.max_length} tokens. Set a larger max_length."
-            )
+        # Of several workers, one may have a share of which nothing is left.
+        if not has_documents and num_workers == 1:
+            raise self._nothing_left(lost["rows_read"])
         note(self.notes, share=[worker, num_workers, epoch], lost=lost, ignored=ignored)
 
     def _records(self, worker: int, num_workers: int, epoch: int) -> Iterator[Record]:
@@ -128,10 +126,19 @@ class StreamedRows(IterableDataset[list[Document]]):
 
     def _skip(self, error: DataError, text: str) -> None:
         """Leave out a broken row and note it; warn of the first at once."""
-        if not self._has_skipped:
+        if self._first_skipped is None:
             rank_zero_warn(f"A broken row is left out: {error}")
-        self._has_skipped = True
+            self._first_skipped = error
         note(self.notes, reason=str(error), text=text)
+
+    def _nothing_left(self, num_read: int) -> DataError:
+        name = describe(self.source)
+        if self._first_skipped is not None:
+            return DataError(f"{name}: no row can be used; the first broken one: {self._first_skipped}")
+        return DataError(
+            f"{name}: nothing can be learnt from any of {num_read} rows: their answers are blank, marked as not to be "
+            f"learnt, or beyond the first {self.encoder.max_length} tokens. Set a larger max_length."
+        )
 
     # A group is one row for each rank: only whole groups are dealt, so that all ranks get as many rows.
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.data.language.conversations import Sample
 from lora_lightning.data.language.rendering import Renderer, Rendering, Span
 from lora_lightning.data.language.turns import Message
+from lora_lightning.data.notices import warn
 from lora_lightning.errors import DataError
+
+_END_OF_THOUGHTS = "</think>"
+# What occurs in no conversation.
+_WORDS, _THOUGHTS = "zq0qz", "zq1qz"
+_OTHER_CALL = {"name": _WORDS, "arguments": {_WORDS: _WORDS}}
+_TALK = Sample("", (Message("user", "x"), Message("assistant", _WORDS)))
+_THINKING_TALK = Sample("", (Message("user", "x"), Message("assistant", _WORDS, extra={"reasoning_content": "x"})))
 
 
 @dataclass(frozen=True)
@@ -38,8 +44,8 @@ class AnswerFinder:
 
     An answer is what the template writes up to the end of its turn, minus what it writes for the turns before with
     `add_generation_prompt`. Where the latter is no prefix of the former, the answer begins after its role's header in
-    the conversation's own text, and a warning tells so once. Of this, a template with generation markers has learnt
-    what it marks.
+    the conversation's own text, which is the last one before the first word that changes with the answer; a warning
+    tells so once. Of this, a template with generation markers has learnt what it marks.
 
     A conversation is one view where each answer's text is the beginning of the next one's. Where the template writes
     earlier turns anew (drops their thoughts, or frames the last answer in another way), each answer is learnt from a
@@ -69,10 +75,11 @@ class AnswerFinder:
             text = self.renderer.write(sample).text
             return [View(text, ((0, len(text)),), len(sample.messages), learnt)]
         views = [self._view(sample, index) for index in learnt]
-        if not all(views[-1].text.startswith(view.text[: view.spans[-1][1]]) for view in views):
+        if not views or not all(views[-1].text.startswith(view.text[: view.spans[-1][1]]) for view in views):
             return views
-        spans = tuple(span for view in views for span in view.spans)
-        return [View(view.text, spans, view.count, learnt) for view in views[-1:]]
+        whole = views[-1]
+        spans = tuple(self._with_end(span, whole.text) for view in views for span in view.spans)
+        return [View(whole.text, spans, whole.count, learnt)]
 
     def _view(self, sample: Sample, index: int) -> View:
         """Return a conversation's text up to the end of one answer, which is learnt."""
@@ -96,12 +103,8 @@ class AnswerFinder:
             # A template may write the header before answers though it writes no generation prompt.
             is_header_next = not prompt.endswith(header) and until.startswith(header, len(prompt))
             return len(prompt) + (len(header) if is_header_next else 0)
-        before = self._written(sample, index) or ""
-        shared = _num_shared(until, before)
-        found = until.find(header, max(shared - len(header), 0))
-        start = found + len(header) if header and found >= 0 else shared
-        question = sample.messages[index - 1].content if index else ""
-        if "".join(question.split()) not in "".join(until[:start].split()):
+        start = self._behind_header(sample, index, until) or self._behind_question(sample, index, until)
+        if start is None:
             raise DataError(
                 f"{sample.place}: the assistant's words cannot be told from the rest: the chat template of "
                 f"{self.renderer.tokenizer_name} has no assistant markers ({{% generation %}}), and what it writes for "
@@ -110,26 +113,51 @@ class AnswerFinder:
             )
         if prompt is not None and not self._has_warned:
             self._has_warned = True
-            rank_zero_warn(
+            warn(
                 f"The chat template of {self.renderer.tokenizer_name} begins answers in another way than its "
                 "generation prompt does; they are learnt as it writes them in the conversation."
             )
         return start
 
+    def _behind_header(self, sample: Sample, index: int, until: str) -> int | None:
+        """Return where the last header before the words of an answer ends; None where there is no header."""
+        other = self._written(_reworded(sample, index), index + 1)
+        if other is None:
+            return None
+        words = _num_shared(until, other)
+        found = [(until.rfind(header, 0, words), header) for header in (self._header, self._short_header) if header]
+        # The longer one may stand before an earlier answer only.
+        return max((place + len(header) for place, header in found if place >= 0), default=None)
+
+    def _behind_question(self, sample: Sample, index: int, until: str) -> int | None:
+        """Return where the text goes on after the turns before an answer; None where it does not begin with them."""
+        before = self._written(sample, index) or ""
+        start = _num_shared(until, before)
+        question = sample.messages[index - 1].content if index else ""
+        return start if "".join(question.split()) in "".join(until[:start].split()) else None
+
     @cached_property
     def _header(self) -> str:
         """What the template writes between a question and its answer; empty where that cannot be told, or is blank."""
-        talk = Sample("", (Message("user", "x"), Message("assistant", "zq0qz")))
-        asked, prompt, answered = self._written(talk, 1), self._written(talk, 1, prompt=True), self._written(talk, 2)
+        asked, prompt, answered = self._written(_TALK, 1), self._written(_TALK, 1, prompt=True), self._written(_TALK, 2)
         if asked is None or prompt is None or answered is None:
             return ""
-        before_words = answered.partition("zq0qz")[0]
+        before_words = answered.partition(_WORDS)[0]
         # A prompt that answers do not begin with may open a block of thoughts, which is not the header's.
         is_prompt_written = prompt != asked and before_words.startswith(prompt)
         opening = prompt if is_prompt_written else before_words
         header = opening[_num_shared(opening, asked) :]
         # White space before the words is the assistant's: a prompt ends without it.
         return header if header.strip() else ""
+
+    @cached_property
+    def _short_header(self) -> str:
+        """The header without a block of thoughts that the template closes at once, in which other answers think."""
+        thinking = self._written(_reworded(_THINKING_TALK, 1), 2) or ""
+        asked = self._written(_TALK, 1) or ""
+        opening = thinking[_num_shared(thinking, asked) :]
+        shared = self._header[: _num_shared(self._header, opening)].partition("<think>")[0]
+        return shared if shared.strip() else ""
 
     def _written(self, sample: Sample, count: int, *, prompt: bool = False) -> str | None:
         """Return what the template writes for the first turns, or None where it refuses so few."""
@@ -149,6 +177,13 @@ class AnswerFinder:
         last = marks[-1] if marks else self._end_mark.match(text, end)
         return last.end() if last else end
 
+    def _with_end(self, span: Span, text: str) -> Span:
+        """Return a span with the mark that ends it, where the template writes one only before a further turn."""
+        start, end = span
+        has_end = any(mark.end() == end for mark in self._end_mark.finditer(text, start, end))
+        mark = None if has_end else self._end_mark.match(text, end)
+        return (start, mark.end() if mark else end)
+
     @cached_property
     def _end_mark(self) -> re.Pattern[str]:
         """What ends a turn; matches nothing where no mark is known."""
@@ -161,6 +196,21 @@ class AnswerFinder:
             f"where the conversation has {num_answers}, and not turn {index + 1}; correct its generation markers, or "
             "choose a named template."
         )
+
+
+def _reworded(sample: Sample, index: int) -> Sample:
+    """Return a conversation with other words in one of its turns: content, thoughts and tool calls."""
+    message = sample.messages[index]
+    extra = dict(message.extra)
+    content = _WORDS if message.content.strip() else message.content
+    if _END_OF_THOUGHTS in message.content:
+        content = f"<think>\n{_THOUGHTS}\n{_END_OF_THOUGHTS}\n\n{_WORDS}"
+    if "reasoning_content" in extra:
+        extra["reasoning_content"] = _THOUGHTS
+    if "tool_calls" in extra:
+        extra["tool_calls"] = [{**call, "function": _OTHER_CALL} for call in extra["tool_calls"]]
+    other = replace(message, content=content, extra=extra)
+    return replace(sample, messages=(*sample.messages[:index], other, *sample.messages[index + 1 :]))
 
 
 def _num_shared(one: str, other: str) -> int:

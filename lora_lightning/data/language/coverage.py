@@ -68,6 +68,7 @@ class Coverage:
 
         Raises:
             DataError: The template leaves out content, a tool call, a tool's description, or thoughts to be learnt.
+            Earlier thoughts, and earlier words beside tool calls, it may leave out.
         """
         held: set[Item] = set()
         written: set[Item] = set()
@@ -75,7 +76,7 @@ class Coverage:
             probe = _Probe(sample, view.count)
             lost = self._lost_in(probe, view)
             for item in lost:
-                if item.field in _REQUIRED and (item.field != _THOUGHTS or item.turn in view.learnt):
+                if item.field in _REQUIRED and not _may_be_dropped(sample, item, view):
                     raise self._refusal(sample, item)
             held.update(probe.items)
             written.update(set(probe.items).difference(lost))
@@ -164,6 +165,13 @@ class _Probe:
         if value is None or path == f"{_CALLS}[].type":
             return value
         return self._word(turn, path, value)
+
+
+def _may_be_dropped(sample: Sample, item: Item, view: View) -> bool:
+    """Return whether a value belongs to the way to an earlier answer: thoughts, and words beside tool calls."""
+    if item.turn in view.learnt:
+        return False
+    return item.field == _THOUGHTS or (item.field == _CONTENT and "tool_calls" in sample.messages[item.turn].extra)
 
 
 def split_thoughts(message: Message) -> tuple[str, str]:

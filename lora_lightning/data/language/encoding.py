@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lora_lightning.data.language.answers import AnswerFinder
+from lora_lightning.data.language.answers import AnswerFinder, View
 from lora_lightning.data.language.conversations import Sample
 from lora_lightning.data.language.coverage import Coverage
 from lora_lightning.data.language.rendering import Renderer, Span
@@ -107,11 +107,20 @@ class Encoder:
             prompt, answer = sample.plain or ("", sample.text)
             text = prompt + answer
             return self._fitted([self._tokens(text, [(len(prompt), len(text))], sample.place, begin=self.begin)])
-        views = self._answers.views(sample)
+        views = self._views(sample)
         ignored = self._coverage.check(sample, views)
         ends = self.train_on != "all" or sample.messages[-1].role == "assistant"
         texts = [self._tokens(view.text, view.spans, sample.place, ends=ends) for view in views]
         return self._fitted(texts, frozenset(ignored))
+
+    def _views(self, sample: Sample) -> list[View]:
+        """Return a conversation's views; where an answer cannot be found, look first whether something is left out."""
+        try:
+            return self._answers.views(sample)
+        except DataError:
+            text = self._answers.renderer.write(sample).text
+            self._coverage.check(sample, [View(text, (), len(sample.messages), ())])
+            raise
 
     @cached_property
     def _answers(self) -> AnswerFinder:

@@ -10,9 +10,9 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.data.batches.columns import TableWriter, read_batches
+from lora_lightning.data.notices import warn
 from lora_lightning.data.rows.columns import ColumnWatch
 from lora_lightning.data.rows.plan import Plan
 from lora_lightning.data.rows.pool import About, Pool, fingerprint, kind_of, split_file
@@ -229,7 +229,7 @@ def _count_leaked(plan: Plan, trained: Indices, pools: Mapping[str, Pool]) -> di
         count = int(np.isin(groups, trained).sum())
         leaked[split] = count
         if count:
-            rank_zero_warn(
+            warn(
                 f"{count} of {len(groups)} rows of {plan.source_name(split)} have a {plan.shared} that is trained on "
                 f"too: the figures for {split} will be too good. Remove these rows from one of the two."
             )

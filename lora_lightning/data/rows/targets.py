@@ -9,8 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_warn
-
+from lora_lightning.data.notices import warn
 from lora_lightning.data.rows.cells import Cell, is_missing, number_of
 from lora_lightning.errors import DataError
 from lora_lightning.paths import some_of
@@ -169,7 +168,7 @@ def check_single_labels(label_counts: Mapping[str, int], source: str, num_rows: 
         )
     several = _several_labels(label_counts)
     if several is not None:  # their combinations may be many
-        rank_zero_warn(
+        warn(
             f"{source}: labels such as {several!r} look like several labels in one, and each is taken as a class of "
             "its own. Set `problem: multi_label` if they are several."
         )

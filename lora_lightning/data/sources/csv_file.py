@@ -9,11 +9,10 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_warn
-
+from lora_lightning.data.notices import warn
 from lora_lightning.data.sources.record import Broken, ReadSettings, Record
 from lora_lightning.data.sources.tables import named_apart
-from lora_lightning.data.sources.text import kind_of_file, text_lines
+from lora_lightning.data.sources.text import Undecoded, kind_of_file, text_lines
 from lora_lightning.errors import ConfigError, DataError
 
 _Row = tuple[int, list[str]]
@@ -52,7 +51,7 @@ def read_csv(path: Path, name: str, settings: ReadSettings) -> Iterator[Record |
             continue
         if not has_warned and _hides_rows(cells, separator, len(columns)):
             has_warned = True
-            rank_zero_warn(
+            warn(
                 f"{place}: a quoted text holds lines that look like rows of their own; check that its quotation mark "
                 "is closed where it should be."
             )
@@ -87,6 +86,11 @@ def _rows(lines: Iterator[str], separator: str, name: str) -> Iterator[_Row | Br
             continue
         if cells is None:
             return
+        undecoded = next((line for line in of_row if isinstance(line, Undecoded)), None)
+        if undecoded is not None:
+            yield Broken(undecoded.error, "".join(of_row))
+            number += len(of_row)
+            continue
         # A line with a separator, or with an empty field in quotation marks, is a row.
         is_blank = len(cells) < 2 and not "".join(of_row).strip()
         if not is_blank:
@@ -110,6 +114,11 @@ def _malformed(name: str, line: int, reason: str) -> DataError:
         what = "a quotation mark that opens a field is not closed"
     elif "expected after" in reason:
         what = "text follows the quotation mark that closes a field"
+    elif "new-line character" in reason:
+        return DataError(
+            f"{name}, line {line}: a carriage return stands in a field that is not quoted. Quote such a field, and "
+            "let lines end with a line feed."
+        )
     else:
         what = reason
     return DataError(

@@ -6,14 +6,14 @@ import glob
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePath
 
-from lightning.pytorch.utilities import rank_zero_warn
-
+from lora_lightning.data.notices import warn
+from lora_lightning.data.sources.conll import read_conll
 from lora_lightning.data.sources.csv_file import read_csv
-from lora_lightning.data.sources.dialogues import read_conll, read_dialogues
+from lora_lightning.data.sources.dialogues import read_dialogues
 from lora_lightning.data.sources.json_file import read_json
 from lora_lightning.data.sources.record import Found, ReadSettings, Record
 from lora_lightning.data.sources.tables import read_parquet
-from lora_lightning.data.sources.text import COMPRESSED, kind_of_file, text_lines
+from lora_lightning.data.sources.text import COMPRESSED, checked, kind_of_file, text_lines
 from lora_lightning.errors import DataError, UserError
 from lora_lightning.paths import nearest_in_folder, resolve
 
@@ -111,7 +111,7 @@ def read_file(path: Path, name: str, settings: ReadSettings) -> Iterator[Found]:
 
 def _read_text(path: Path, name: str, settings: ReadSettings) -> Iterator[Record]:
     """Read a text whose folder names its class."""
-    text = "".join(text_lines(path, name, settings.encoding))
+    text = "".join(checked(text_lines(path, name, settings.encoding)))
     yield Record(name, 1, "line", {settings.text_column: text, settings.label_column: path.parent.name})
 
 
@@ -121,7 +121,7 @@ def _in_folder(folder: Path, source: str, settings: ReadSettings) -> list[tuple[
     texts = _files_in(folder, {_TEXT}.intersection(tagged))
     if files and texts:
         # More likely notes, of which each line would pass for a word and its tag.
-        rank_zero_warn(
+        warn(
             f"{source} holds {texts[0].name} beside files of other kinds; its .txt files are not read. Where they are "
             "data, give a list of files or a pattern."
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.data.sources.record import Broken, Found, ReadSettings, Record
-from lora_lightning.data.sources.text import text_lines
+from lora_lightning.data.sources.text import Undecoded, checked, text_lines
 from lora_lightning.errors import DataError
 
 
@@ -28,7 +28,7 @@ def read_json(path: Path, name: str, settings: ReadSettings) -> Iterator[Found]:
     number, line = first
     if line.lstrip().startswith("["):
         # Empty lines are kept, so that an error has its line.
-        text = "\n" * (number - 1) + line + "".join(rest for _, rest in numbered)
+        text = "\n" * (number - 1) + "".join(checked(itertools.chain([line], (rest for _, rest in numbered))))
         for entry, value in enumerate(_parse(text, name, 1), start=1):
             yield _record(value, name, entry, "entry")
         return
@@ -37,6 +37,8 @@ def read_json(path: Path, name: str, settings: ReadSettings) -> Iterator[Found]:
 
 
 def _from_line(line: str, name: str, number: int) -> Record | Broken:
+    if isinstance(line, Undecoded):
+        return Broken(line.error, line)
     try:
         value = _parse(line.strip(), name, number)
     except DataError as error:
@@ -51,9 +53,19 @@ def _record(value: object, name: str, number: int, unit: str) -> Record | Broken
     return Broken(error, json.dumps(value))
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object; of a key that stands twice, one value would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in an object; keep one of them")
+    return found
+
+
 def _parse(text: str, name: str, line: int) -> Any:  # noqa: ANN401 - whatever stands there
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{name}, line {line + error.lineno - 1}: this is no valid JSON ({error.msg}, column {error.colno}); "
@@ -61,5 +73,5 @@ def _parse(text: str, name: str, line: int) -> Any:  # noqa: ANN401 - whatever s
         ) from error
     except RecursionError as error:
         raise DataError(f"{name}, line {line}: nested too deeply to be a record.") from error
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, or a key that stands twice
         raise DataError(f"{name}, line {line}: this cannot be read as JSON ({error}).") from error

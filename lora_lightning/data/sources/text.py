@@ -9,7 +9,7 @@ import io
 import itertools
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -58,8 +58,28 @@ def open_bytes(path: Path, name: str) -> Iterator[IO[bytes]]:
         raise DataError(f"{name} cannot be read: {reason}. Check that the file is whole.") from error
 
 
+class Undecoded(str):
+    """A line that cannot be decoded, with marks in the place of its wrong bytes, and the error that says so."""
+
+    error: DataError
+
+
+def checked(lines: Iterable[str]) -> Iterator[str]:
+    """Return lines, and refuse one that cannot be decoded.
+
+    Raises:
+        DataError: There is one.
+    """
+    for line in lines:
+        if isinstance(line, Undecoded):
+            raise line.error
+        yield line
+
+
 def text_lines(path: Path, name: str, encoding: str) -> Iterator[str]:
     """Return the lines of a text file with their ends, decoded as they are read; a byte order mark is left out.
+
+    One that cannot be decoded is `Undecoded`, where lines can be told apart without decoding them.
 
     Raises:
         DataError: The encoding is unknown, or is not the file's; those to try stand in the message.
@@ -88,7 +108,13 @@ def _decoded(file: IO[bytes], name: str, encoding: str) -> Iterator[str]:
             undecoded, _ = decoder.getstate()
             wrong = position - len(undecoded) + getattr(error, "start", 0)
             others = "utf-8" if is_wide else "latin-1, cp1252"
-            raise _not_encoded(name, encoding, wrong, number, others) from error
+            failure = _not_encoded(name, encoding, wrong, number, others)
+            if is_wide:
+                raise failure from error
+            decoder.reset()
+            yield _undecoded(rest + (undecoded + piece).decode(encoding, "replace"), failure)
+            position, number, rest = position + len(piece), number + 1, ""
+            continue
         position += len(piece)
         *lines, rest = text.split("\n")
         for line in lines:
@@ -96,6 +122,12 @@ def _decoded(file: IO[bytes], name: str, encoding: str) -> Iterator[str]:
             number += 1
     if rest:
         yield rest
+
+
+def _undecoded(line: str, error: DataError) -> Undecoded:
+    found = Undecoded(line)
+    found.error = error
+    return found
 
 
 def _not_encoded(name: str, encoding: str, byte: int, line: int, others: str) -> DataError:

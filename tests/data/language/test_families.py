@@ -3,19 +3,15 @@
 import warnings
 
 import pytest
-from transformers import AutoTokenizer
 
 from lora_lightning.data.language.conversations import sample_from
-from lora_lightning.data.language.encoding import Encoder
 from lora_lightning.data.sources import Record
 from lora_lightning.errors import DataError
 from lora_lightning.texts.chat_templates import TEMPLATE_NAMES, chat_template
 from tests.data.language import families
-from tests.data.talk import learnt, save_tokenizer, turns
+from tests.data.language.reading import CALL, said, sample, texts
+from tests.data.talk import turns
 
-END_MARKS = ("<eos>", "<|im_end|>")
-EXTRA = ("<|end|>", "<|return|>", "<|call|>", "<|eot_id|>", "<end_of_turn>", "</s>")
-CALL = {"type": "function", "function": {"name": "look", "arguments": {"city": "Rome"}}}
 SHAPES = {
     "one": turns("q", "4"),
     "system": turns("q", "4", system="Be kind."),
@@ -33,37 +29,6 @@ SHAPES = {
         {"role": "assistant", "content": "Sun."},
     ],
 }
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-    tokenizer.add_special_tokens({"additional_special_tokens": list(EXTRA)})
-    marks = tokenizer.convert_tokens_to_ids([*END_MARKS, *EXTRA])
-
-    def _build(template, **settings):
-        # Every end mark is one at which the model stops, so that nothing is added behind it.
-        ends = {"end_id": tokenizer.eos_token_id, "stop_ids": frozenset(marks), "turn_end_ids": frozenset(marks)}
-        return Encoder(
-            tokenizer=tokenizer, tokenizer_name="toy", template=template, **{"max_length": 999, **ends, **settings}
-        )
-
-    return _build
-
-
-def sample(messages, **fields):
-    return sample_from(Record("a.jsonl", 1, "line", {"messages": messages, **fields}))
-
-
-def said(encoder, messages, **fields):
-    """What is learnt, for each piece."""
-    pieces = encoder.encode(sample(messages, **fields)).pieces
-    labels = [[id_ if flag else -100 for id_, flag in zip(one.ids, one.trained, strict=True)] for one in pieces]
-    return [learnt(encoder.tokenizer, one.ids, those) for one, those in zip(pieces, labels, strict=True)]
-
-
-def texts(encoder, messages, **fields):
-    return [encoder.tokenizer.decode(one.ids) for one in encoder.encode(sample(messages, **fields)).pieces]
 
 
 EMPTY = "<think>\n\n</think>\n\n"

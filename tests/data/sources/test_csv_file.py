@@ -91,7 +91,7 @@ def test_every_cell_is_a_text(write):
         ('text,label\n"a,1\nb,2\n', ", line 2: a quotation mark that opens a field is not closed"),
         ('text,label\nx,1\n"a,1\nb "c",2\n', ", line 3: text follows the quotation mark that closes a field"),
         ('text,label\nx,1\n"a" b,1\n', ", line 3: text follows the quotation mark that closes a field"),
-        ("text,label\nx\ry,2\n", ", line 2: new-line character seen in unquoted field"),
+        ("text,label\nx\ry,2\n", ", line 2: a carriage return stands in a field that is not quoted"),
         ('text,"label\nx,1\n', ", line 1: a quotation mark that opens a field is not closed"),
     ],
 )

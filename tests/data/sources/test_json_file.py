@@ -37,6 +37,12 @@ def test_arrays(write, name, content):
         ("more.json", '[{"text": "a"}]\n{"text": 1}', r"more\.json, line 2: this is no valid JSON \(Extra data"),
         ("list.jsonl", '{"text": "a"}\n["b", 1]\n', r"list\.jsonl, line 2: expected an object such as .* got"),
         ("list.json", '[{"text": "a"}, 7]', r"list\.json, entry 2: expected an object"),
+        (
+            "twice.jsonl",
+            '{"n": 1}\n{"n": {"a": 1, "b": 2, "a": 3}}',
+            r"twice\.jsonl, line 2: .*the key 'a' stands twice",
+        ),
+        ("twice.json", '[{"n": 1, "n": 1}]', r"twice\.json, line 1: .*the key 'n' stands twice"),
         ("deep.jsonl", "[" * 100_000, r"deep\.jsonl, line 1: nested too deeply"),
         ("deep.jsonl", '{"a": 1}\n' + '{"a":' * 100_000, r"deep\.jsonl, line 2: nested too deeply"),
         ("long.jsonl", '{"a": ' + "1" * 5000 + "}", r"long\.jsonl, line 1: this cannot be read as JSON"),

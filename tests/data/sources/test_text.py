@@ -8,7 +8,7 @@ import pytest
 
 from lora_lightning.data.sources import read_records
 from lora_lightning.errors import DataError
-from tests.data.sources.conftest import SUFFIXES, compress, fields_of, read
+from tests.data.sources.conftest import SUFFIXES, compress, fields_of, read, tolerant
 
 CSV = 'text,label\n"a, b",00\né “c”,NA\n"two\nlines",\n'.encode()
 ROWS = [{"text": "a, b", "label": "00"}, {"text": "é “c”", "label": "NA"}, {"text": "two\nlines", "label": ""}]
@@ -22,6 +22,31 @@ def test_file_in_another_encoding(write):
     for unknown in ("latin-15x", "hex"):
         with pytest.raises(DataError, match=f"encoding '{unknown}' is unknown; try utf-8, latin-1"):
             fields_of(path, encoding=unknown)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "left"),
+    [
+        ("a.jsonl", [b'{"n": 1}', b'{"n": "caf\xe9"}', b'{"n": 3}'], [{"n": 1}, {"n": 3}]),
+        ("a.csv", [b"n,m", b'"x\ny",1', b"caf\xe9,2", b"z,3"], [{"n": "x\ny", "m": "1"}, {"n": "z", "m": "3"}]),
+        ("a.csv", [b"n,m", b'"x\ncaf\xe9",1', b"z,3"], [{"n": "z", "m": "3"}]),
+        ("a.conll", [b"a O", b"", b"caf\xe9 O", b"b O", b"", b"c O"], [{"tokens": ["a"], "tags": ["O"]}] * 2),
+        ("a.jsonl", [b'{"n": 1}', b'{"n": 2}\xe9'], [{"n": 1}]),
+    ],
+)
+def test_a_line_that_cannot_be_decoded_is_one_bad_row(write, name, lines, left):
+    content = b"\n".join(lines)
+    path = write(name, content)
+    with pytest.raises(DataError, match="is not utf-8"):
+        fields_of(path, conll=True)
+    records, (message,), (text,) = tolerant(path, conll=True)
+    wrong = content.index(b"\xe9")
+    line = content[:wrong].count(b"\n") + 1
+    assert f"(byte {wrong}, line {line})" in message
+    assert "\ufffd" in text
+    left = [{**row, "tokens": ["c"]} if number and "tokens" in row else row for number, row in enumerate(left)]
+    assert [dict(record.fields) for record in records] == left
+    assert len(read(write(name, content.replace(b"\xe9", b" ")), conll=True)) == len(left) + 1  # control
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "shift_jis", "gb18030"])

@@ -1,0 +1,63 @@
+"""Warnings about rows: told again by each run that uses what an earlier run, or another process, made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+_FILE = "warnings.json"
+_noted: ContextVar[list[str] | None] = ContextVar("noted", default=None)
+
+
+def warn(message: str) -> None:
+    """Warn of something in the rows: at once, or where `keeping` is on, when what is built is used."""
+    noted = _noted.get()
+    if noted is None:
+        rank_zero_warn(message)
+    else:
+        noted.append(message)
+
+
+@contextmanager
+def keeping() -> Iterator[list[str]]:
+    """Note warnings in the list that is returned, on every rank, instead of telling them."""
+    noted: list[str] = []
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+def noting(build: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Return what builds a folder and notes in it the warnings of doing so; it tells them if it fails."""
+
+    def _build(folder: Path) -> None:
+        with keeping() as noted:
+            try:
+                build(folder)
+            except Exception:
+                for message in dict.fromkeys(noted):
+                    rank_zero_warn(message)
+                raise
+        (folder / _FILE).write_text(json.dumps(noted), "utf-8")
+
+    return _build
+
+
+def tell_noted(folder: Path, told: set[str]) -> None:
+    """Tell the warnings that were noted in a folder.
+
+    Args:
+        folder: What `noting` built.
+        told: The warnings that were told already; takes those that are told now.
+    """
+    for message in json.loads((folder / _FILE).read_text("utf-8")):
+        if message not in told:
+            told.add(message)
+            rank_zero_warn(message)
