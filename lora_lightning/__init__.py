@@ -9,7 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_lightning.adapters import adapter_state_dict, bind, detach, disabled, load_adapter_state_dict
+    from lora_lightning.adapters import (
+        adapter_state_dict,
+        bind,
+        detach,
+        disabled,
+        load_adapter_state_dict,
+        refresh,
+    )
     from lora_lightning.backbones.attach import attach, merge
     from lora_lightning.backbones.quantization import Quantization
     from lora_lightning.callbacks import (
@@ -122,6 +129,7 @@ _HOME = {
     "export_peft": "checkpoint",
     "load_adapter": "checkpoint",
     "load_adapter_state_dict": "adapters",
+    "refresh": "adapters",
     "load_peft": "checkpoint",
     "merge": "backbones.attach",
     "merge_checkpoint": "merging",
@@ -190,6 +198,7 @@ __all__ = [
     "param_groups",
     "preflight",
     "recompute_activations",
+    "refresh",
 ]
 
 

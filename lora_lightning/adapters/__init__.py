@@ -31,6 +31,7 @@ from lora_lightning.adapters.state import (
     folded_state_dict,
     gathered,
     load_adapter_state_dict,
+    refresh,
 )
 from lora_lightning.adapters.view import ModelView, PlainView
 
@@ -62,6 +63,7 @@ __all__ = [
     "iter_roles",
     "load_adapter_state_dict",
     "merge",
+    "refresh",
     "report_of",
     "require_calls",
     "selected",

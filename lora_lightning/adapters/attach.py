@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,16 +18,18 @@ from lora_lightning.adapters.base import (
     Method,
     Role,
 )
+from lora_lightning.adapters.calls import called_adapters, end_watch, read_past_message, refuse_idle, watch_first_calls
+from lora_lightning.adapters.frozen import NormStatistics, base_norms, freeze_norms, release_modes
 from lora_lightning.adapters.head import HeadAdapter
 from lora_lightning.adapters.host import hang, no_op_hook, unhang
 from lora_lightning.adapters.selection.checkpointing import follow_selection, unfollow_selection
 from lora_lightning.adapters.selection.compiling import watch
 from lora_lightning.adapters.selection.state import Selector, synchronize
 from lora_lightning.adapters.sharded import is_sharded
-from lora_lightning.adapters.targets import find_modules, is_within
+from lora_lightning.adapters.targets import find_modules, is_within, weights_read_past
 from lora_lightning.adapters.view import ModelView, PlainView
 from lora_lightning.adapters.weights import RESERVED
-from lora_lightning.errors import AdapterNotCalled, ConfigError, TargetError
+from lora_lightning.errors import ConfigError, TargetError
 
 _RECORD = "_lora_lightning_attachment"
 COPIES = "modules_to_save"
@@ -71,18 +74,25 @@ def attach(
     view: ModelView | None = None,
     *,
     modules_to_save: Sequence[str] = (),
+    train_norm_statistics: bool = False,
 ) -> AttachReport:
     """Freeze a model and hang the adapters of one or several methods on it.
 
     Everything is checked and built before the first change, so an error leaves the model as it was. Adapter
     parameters are float32 (float64 on a float64 host). The base parameters keep their names: `model.state_dict()`
-    without adapter keys is the base model's.
+    without adapter keys is the base model's. Norms with running statistics compute with the stored ones in training
+    mode too, so that neither parameters nor persistent buffers of the base move.
+
+    The first training batch is watched: an adapter that it does not call raises AdapterNotCalled, a weight that is read
+    without its module a TargetError.
 
     Args:
         model: Any module; changed in place.
         method: The method, or a list of methods, to attach.
         view: What methods may ask of the model; None for a plain torch module.
         modules_to_save: Names (path suffixes) of modules to train as full copies, beside the methods' own.
+        train_norm_statistics: Compute with batch statistics in training mode, and let the running ones move: in copies
+            that belong to the adapters' state, so that `disabled` and `detach` give the base's.
 
     Returns:
         How many parameters train, and on which hosts.
@@ -105,12 +115,13 @@ def attach(
     placed: list[tuple[str, str, Adapter]] = []
     saved = list(dict.fromkeys([*modules_to_save, *(name for one in methods for name in one.modules_to_save or [])]))
     if saved:
-        placed += [(path, "head", HeadAdapter(model.get_submodule(path))) for path in _saved_paths(model, saved)]
+        placed += [(path, "head", HeadAdapter(model.get_submodule(path))) for path in _saved_paths(view, saved)]
+    if train_norm_statistics:
+        placed += _norm_statistics(model, placed)
     for _, _, copied in placed:
         copied.selected_as = COPIES
-    for one, selected_as in zip(
-        methods, _selection_names(methods), strict=True
-    ):  # after the copies, so that merging a delta adds to what a copy leaves
+    # After the copies, so that merging a delta adds to what a copy leaves.
+    for one, selected_as in zip(methods, _selection_names(methods), strict=True):
         informed = replace(one, modules_to_save=saved or None)  # all-linear leaves out what anybody copies
         for path, adapter in informed.adapters(view):
             adapter.method, adapter.selected_as = one, selected_as
@@ -129,6 +140,12 @@ def attach(
     if any(isinstance(adapter, AttentionAdapter) for _, _, adapter in placed):
         record.unroute = view.route_attention()
     setattr(model, _RECORD, record)
+    try:
+        freeze_norms(model)  # last, so that their class lies above the adapters'
+    except TargetError:
+        detach(model)
+        raise
+    watch_first_calls(model)
     return report_of(model)
 
 
@@ -152,6 +169,7 @@ def detach(model: nn.Module) -> None:
         TargetError: The model is sharded.
     """
     refuse_sharded(model, "detach")
+    release_modes(unwrap(model))
     for _, host in list(iter_hosts(model)):
         unhang(host)
     unfollow_selection(unwrap(model))
@@ -159,6 +177,7 @@ def detach(model: nn.Module) -> None:
         record: _Attachment | None = module.__dict__.pop(_RECORD, None)
         if record is None:
             continue
+        end_watch(module)
         if record.unroute is not None:
             record.unroute(module)
         for name in record.was_trainable:
@@ -227,21 +246,10 @@ def require_calls(model: nn.Module) -> Iterator[None]:
     Raises:
         AdapterNotCalled: Some were not; the message names their hosts.
     """
-    called: set[int] = set()
     adapters = [(path, adapter) for path, _, adapter in iter_adapters(model)]
-    handles = [adapter.register_forward_pre_hook(lambda module, _: called.add(id(module))) for _, adapter in adapters]
-    try:
+    with called_adapters([adapter for _, adapter in adapters]) as called:
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-    idle = [path for path, adapter in adapters if id(adapter) not in called]
-    if idle:
-        raise AdapterNotCalled(
-            f"{len(idle)} of {len(adapters)} adapters were not called in a forward pass, the first at "
-            f"{', '.join(map(repr, idle[:3]))}: the model does not run these modules, or reads their weights directly. "
-            "Leave them out with exclude_modules."
-        )
+    refuse_idle([path for path, adapter in adapters if id(adapter) not in called], len(adapters))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -299,10 +307,23 @@ def _selection_names(methods: Sequence[Method]) -> list[str]:
     return names
 
 
-def _saved_paths(model: nn.Module, names: Sequence[str]) -> list[str]:
+def _saved_paths(view: ModelView, names: Sequence[str]) -> list[str]:
     """Return the paths of the modules to copy, without those that lie inside another one."""
-    paths = find_modules(model, names, "modules_to_save")
+    paths = find_modules(view.model, names, "modules_to_save")
+    read_past = weights_read_past(view)
+    for path in paths:
+        if path in read_past:
+            raise TargetError(read_past_message(path, read_past[path], "modules_to_save"))
     return [path for path in paths if not is_within(path, [other for other in paths if other != path])]
+
+
+def _norm_statistics(model: nn.Module, placed: Sequence[tuple[str, str, Adapter]]) -> list[tuple[str, str, Adapter]]:
+    """Return statistics to train for each norm that is not copied as a whole."""
+    copied = [path for path, _, adapter in placed if isinstance(adapter, HeadAdapter)]
+    norms = [(path, norm) for path, norm in base_norms(model) if not is_within(path, copied)]
+    if not norms:
+        warnings.warn("train_norm_statistics: this model has no norm with running statistics.", stacklevel=3)
+    return [(path, "norm_statistics", NormStatistics(norm)) for path, norm in norms]
 
 
 def _check_placement(model: nn.Module, placed: Sequence[tuple[str, str, Adapter]]) -> None:

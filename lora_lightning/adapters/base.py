@@ -48,6 +48,7 @@ class Adapter(nn.Module):
     Attributes:
         roles: Role of each parameter by its name in this module.
         host_class: Class of the host before it was adapted.
+        argument_names: Names of what the host's forward takes by position.
         method: The method that it was attached for; None for a trained copy of a module.
         selected_as: The name by which a selection chooses it.
         num_virtual_tokens: Positions of the model that it takes up in front of the real tokens'.
@@ -58,6 +59,7 @@ class Adapter(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.host_class: type[nn.Module] = nn.Module
+        self.argument_names: tuple[str, ...] = ()
         self.method: Method | None = None
         self.selected_as = ""
         self.num_virtual_tokens = 0
@@ -81,6 +83,9 @@ class Adapter(nn.Module):
 
     def fold(self) -> None:
         """Keep only what `folded_state` returns; the adapter computes as before. Does nothing the second time."""
+
+    def refresh(self, host: nn.Module) -> None:
+        """Forget what this adapter keeps of its host's weight, because that has changed."""
 
     def merge_into(self, host: nn.Module) -> None:
         """Fold this adapter into its host; `check_mergeable` has passed. Called with gradients off."""
@@ -130,8 +135,12 @@ class Adapter(nn.Module):
 class ForwardAdapter(Adapter):
     """An adapter that computes its host's whole forward, so that base and update are one operation.
 
-    Subclasses define `forward(host, *args, **kwargs)`.
+    Subclasses define `forward(host, *args, **kwargs)`; the host's leading arguments come by position, however the host
+    was called.
     """
+
+    takes_names: ClassVar[bool] = False
+    """Whether arguments come exactly as the host got them instead, for adapters that hand them on."""
 
     def base_forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
         """Call the host as it was before it was adapted."""
@@ -141,14 +150,15 @@ class ForwardAdapter(Adapter):
 class InputAdapter(Adapter):
     """An adapter that changes what its host is called with.
 
-    Subclasses define `forward(host, args, kwargs) -> (args, kwargs)`.
+    Subclasses define `forward(host, args, kwargs) -> (args, kwargs)`; `by_position(self.argument_names, args, kwargs)`
+    has the leading arguments by position.
     """
 
 
 class OutputAdapter(Adapter):
     """An adapter that changes what its host returns.
 
-    Subclasses define `forward(host, args, kwargs, output) -> output`.
+    Subclasses define `forward(host, args, kwargs, output) -> output`; see `InputAdapter` for the arguments.
     """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ class HeadAdapter(ForwardAdapter):
     Raises:
         TargetError: The module stores a parameter quantized.
     """
+
+    takes_names: ClassVar[bool] = True
 
     def __init__(self, host: nn.Module) -> None:
         super().__init__()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lora_lightning.adapters.arguments import argument_names, by_position
 from lora_lightning.adapters.base import Adapter, ForwardAdapter, InputAdapter, OutputAdapter
 from lora_lightning.adapters.selection.state import Selector
 from lora_lightning.adapters.weights import RESERVED
@@ -69,8 +70,12 @@ def _entrance(host_class: type[nn.Module]) -> Callable[..., Any]:
         """Compute the host's forward with its adapter, or without it where that does not act."""
         stack: AdapterStack = self._modules[RESERVED]
         acting = stack.acting(ForwardAdapter)
-        compute = acting[0] if acting else stack.host_class.forward
-        return compute(self, *args, **kwargs)
+        if not acting:
+            return stack.host_class.forward(self, *args, **kwargs)
+        adapter = acting[0]
+        if kwargs and not adapter.takes_names:
+            args, kwargs = by_position(adapter.argument_names, args, kwargs)
+        return adapter(self, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(host_class.forward)  # type: ignore[attr-defined]  # what inspect asks for
     return forward
@@ -116,6 +121,7 @@ def hang(host: nn.Module, name: str, adapter: Adapter, selector: Selector, path:
         host.add_module(RESERVED, stack)
     assert isinstance(stack, AdapterStack)
     adapter.host_class = stack.host_class
+    adapter.argument_names = argument_names(stack.host_class)
     adapter.train(host.training)
     stack[name] = adapter
     if isinstance(adapter, ForwardAdapter):

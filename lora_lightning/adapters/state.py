@@ -55,6 +55,20 @@ def fold(model: nn.Module) -> None:
         adapter.fold()
 
 
+def refresh(model: nn.Module) -> None:
+    """Have a model's adapters look at the base's weights again.
+
+    What an adapter keeps of a weight (DoRA its norm) follows in-place writes, an assigned `.data`, loaded states and
+    moves by itself. In-place writes through `.data` (`weight.data.mul_(2)`) leave no trace in torch: call this after
+    them.
+
+    Args:
+        model: A model with adapters.
+    """
+    for _, host, adapter in iter_adapters(model):
+        adapter.refresh(host)
+
+
 def _named(model: nn.Module, state_of: Callable[[Adapter], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the tensors of all adapters by their public names; one that several share, by its first."""
     seen: dict[int, Tensor] = {}  # with the tensors themselves: the identity of one that is gone may be given again
@@ -88,7 +102,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         raise CheckpointError(
             f"The adapter's keys do not fit this model: of {len(own)} expected, {len(missing)} are missing"
             f"{_first(missing)} and {len(unknown)} are unknown{_first(unknown)}. Attach the method that it was trained "
-            "with, on the same base and targets."
+            f"with, on the same base and targets{_statistics_hint(unknown)}."
         )
     wrong = [
         f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
@@ -102,6 +116,11 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> No
         )
     for name, tensor in own.items():
         tensor.copy_(_spread_like(tensor, state[name]))
+
+
+def _statistics_hint(unknown: Sequence[str]) -> str:
+    is_of_norm = any(name.endswith(("running_mean", "running_var")) for name in unknown)
+    return ", with train_norm_statistics=True" if is_of_norm else ""
 
 
 def _spread_like(own: Tensor, value: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import TypeVar
 from torch import nn
 
 from lora_lightning.adapters.base import TargetedMethod
+from lora_lightning.adapters.calls.watch import is_container, read_past_message
 from lora_lightning.adapters.experts import check_experts, expert_weights, is_expert_weight
 from lora_lightning.adapters.patterns import compile_pattern, matches_whole
 from lora_lightning.adapters.view import ModelView
@@ -78,15 +79,57 @@ def select_weights(view: ModelView, method: TargetedMethod) -> list[tuple[str, n
     modules = {path: module for path, module in view.model.named_modules() if RESERVED not in path.split(".")}
     places = _with_expert_weights(modules)
     saved = [path for path in modules if any(has_suffix(path, name) for name in method.modules_to_save or [])]
-    targets = method.target_modules or view.usual_targets() or ALL_LINEAR
+    targets = _targets(view, method)
+    read_past = weights_read_past(view)
     if targets == ALL_LINEAR:
-        chosen = _all_linear(modules, [*view.head_paths(), *saved])
+        chosen = _all_linear(modules, [*view.head_paths(), *saved], read_past)
     else:
         chosen = _matching(places, targets, "target_modules")
     chosen = _exclude(places, _by_parameter(places, set(chosen)), method)
     chosen = _keep_layers(chosen, method.layers_to_transform)
+    if targets != ALL_LINEAR:
+        chosen = _outside_copies(chosen, targets, saved)
+    for path in chosen:
+        if path in read_past:
+            raise TargetError(read_past_message(path, read_past[path], "target_modules"))
     _refuse_unsupported(places, chosen, saved, method)
     return [(path, places[path]) for path in chosen]
+
+
+def _targets(view: ModelView, method: TargetedMethod) -> list[str] | str:
+    return method.target_modules or view.usual_targets() or ALL_LINEAR
+
+
+def takes_all_linear(view: ModelView, method: TargetedMethod) -> bool:
+    """Tell whether a method takes every linear layer, whatever its size."""
+    return _targets(view, method) == ALL_LINEAR
+
+
+def _outside_copies(chosen: list[str], targets: Sequence[str] | str, saved: Sequence[str]) -> list[str]:
+    """Leave out what a target takes inside modules that are trained as full copies, if it takes others too."""
+    inside = [path for path in chosen if is_within(path, saved)]
+    outside = [path for path in chosen if path not in inside]
+    names = [] if isinstance(targets, str) else targets
+    is_wanted_inside = any(not any(has_suffix(path, name) for path in outside) for name in names)
+    if not inside or not outside or is_wanted_inside:
+        return chosen  # `_refuse_unsupported` says what is wrong with those inside
+    warnings.warn(
+        f"target_modules leaves out {len(inside)} modules that modules_to_save trains as full copies, such as "
+        f"{inside[0]!r}.",
+        stacklevel=2,
+    )
+    return outside
+
+
+def weights_read_past(view: ModelView) -> dict[str, str]:
+    """Return the name of a weight, by path, that the model reads without calling its module: no host, on evidence."""
+    modules = dict(view.model.named_modules())
+    found: dict[str, str] = {}
+    for path, names in view.read_past().items():
+        weights = [name for name in sorted(names) if modules[path]._parameters[name].dim() > 1]
+        if weights:
+            found[path] = weights[0]
+    return found
 
 
 def _with_expert_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -120,6 +163,12 @@ def find_modules(model: nn.Module, names: Sequence[str], setting: str) -> list[s
     chosen = _matching(modules, list(names), setting)
     for path in chosen:
         _refuse_attention_output(modules, path, setting)
+        if is_container(modules[path]):
+            items = [f"{path}.{name}" for name, _ in modules[path].named_children()]
+            raise TargetError(
+                f"{setting}: {path!r} is a {type(modules[path]).__name__}, which holds modules and is never called "
+                f"itself; name what it holds: {', '.join(items[:4]) or 'it is empty'}{', …' if len(items) > 4 else ''}."
+            )
     return chosen
 
 
@@ -149,19 +198,27 @@ def check_patterns(setting: str, patterns: Mapping[str, object] | None, paths: S
             raise TargetError(f"{setting}: {pattern!r} fits no adapted module. {_nearest(pattern, paths)}")
 
 
-def _all_linear(modules: Mapping[str, nn.Module], left_out: Sequence[str]) -> list[str]:
-    chosen, unknown = [], []
+def _all_linear(modules: Mapping[str, nn.Module], left_out: Sequence[str], read_past: Mapping[str, str]) -> list[str]:
+    chosen: list[str] = []
+    unknown: list[str] = []
+    passed_by: list[str] = []
     for path, module in modules.items():
         if is_within(path, left_out) or _is_attention_output(modules, path):
             continue
         codec = find_codec(module)
         if codec is not None and codec.kind is HostKind.LINEAR:
-            chosen.append(path)
+            (passed_by if path in read_past else chosen).append(path)
         elif codec is None and isinstance(module, nn.Linear):
             unknown.append(f"{path} ({type(module).__name__})")
     if unknown:
         warnings.warn(
             f"all-linear leaves out layers whose forward or weight is not that of nn.Linear: {', '.join(unknown)}",
+            stacklevel=2,
+        )
+    if passed_by:
+        warnings.warn(
+            f"all-linear leaves out {len(passed_by)} layers whose weight this model reads without calling them, such "
+            f"as {passed_by[0]!r}.",
             stacklevel=2,
         )
     if not chosen:

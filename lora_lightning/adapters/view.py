@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -93,6 +93,10 @@ class ModelView(Protocol):
         """Return the paths of the output head: left out by `all-linear`, trained by a task."""
         ...
 
+    def read_past(self) -> Mapping[str, frozenset[str]]:
+        """Return names of parameters, by path, that the model is known to read without calling their modules."""
+        ...
+
     def block_places(self) -> BlockPlaces:
         """Return where the parts of this architecture's blocks are.
 
@@ -161,6 +165,10 @@ class PlainView:
     def route_attention(self) -> Callable[[nn.Module], None]:
         """Raise TargetError, as `attention_places`."""
         raise _unknown(self.model, "attends, so prefix methods do not work on it")
+
+    def read_past(self) -> Mapping[str, frozenset[str]]:
+        """Return nothing: how to call a plain module is unknown before the first batch."""
+        return {}
 
     def block_places(self) -> BlockPlaces:
         """Raise TargetError: a plain module does not say where its attention and feed-forward layers are."""

@@ -20,7 +20,13 @@ from lora_lightning.errors import BackboneError
 _MARK = "_warns_of_adapters"
 
 
-def attach(model: nn.Module, method: Method | Sequence[Method], *, modules_to_save: Sequence[str] = ()) -> AttachReport:
+def attach(
+    model: nn.Module,
+    method: Method | Sequence[Method],
+    *,
+    modules_to_save: Sequence[str] = (),
+    train_norm_statistics: bool = False,
+) -> AttachReport:
     """Freeze a model and hang the adapters of one or several methods on it.
 
     Works on any torch module; on a transformers model the method also knows the architecture's usual targets and its
@@ -35,7 +41,13 @@ def attach(model: nn.Module, method: Method | Sequence[Method], *, modules_to_sa
     settle(model)
     if hasattr(model, "save_pretrained"):
         _warn_where_adapters_are_saved()
-    report = adapters.attach(model, method, view_of(model), modules_to_save=modules_to_save)
+    report = adapters.attach(
+        model,
+        method,
+        view_of(model),
+        modules_to_save=modules_to_save,
+        train_norm_statistics=train_norm_statistics,
+    )
     try:
         start_at_quantization_error(model)
     except BackboneError:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,6 +14,7 @@ from lora_lightning.adapters.base import AttentionAdapter
 from lora_lightning.adapters.view import AttentionPlace
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.backbones.prompt_place import path_of
+from lora_lightning.backbones.trial import evaluating, trial_inputs
 from lora_lightning.errors import TargetError
 
 ROUTED = "lora_lightning"
@@ -107,7 +106,7 @@ def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a tran
     _register(_PROBED, probe)
     model.set_attn_implementation(_PROBED)
     try:
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             model(**trial_inputs(model))
     finally:
         model.set_attn_implementation(before)
@@ -150,27 +149,3 @@ def _register(name: str, function: Callable[..., Any]) -> None:
 
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, sdpa_mask)  # without it padding is ignored
-
-
-def trial_inputs(model: Any) -> dict[str, Tensor]:  # noqa: ANN401 - a transformers model
-    """Return two tokens to try a model with, for the decoder too where there is one, with boxes for documents."""
-    device = next(model.parameters()).device
-    ids = torch.ones(1, 2, dtype=torch.long, device=device)
-    inputs = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    if "bbox" in inspect.signature(model.forward).parameters:
-        inputs["bbox"] = torch.zeros(1, 2, 4, device=device)
-    return inputs
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back into its own afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from lora_lightning.adapters.targets import ends_with_any
 from lora_lightning.adapters.view import AttentionPlace, BlockPlaces, ModelView, PlainView, PromptPlace
-from lora_lightning.backbones import attention, ties
+from lora_lightning.backbones import attention, ties, trial
 from lora_lightning.backbones.blocks import BLOCKS
 from lora_lightning.backbones.defaults import USUAL_TARGETS
 from lora_lightning.backbones.prompt_place import find_prompt_place
@@ -24,6 +24,7 @@ class TransformersView(PlainView):
         self.config = model.config
         self.model_type: str | None = self.config.model_type
         self._factor: float | None = None  # by which tied models scale what enters their head
+        self._read_past: Mapping[str, frozenset[str]] | None = None
 
     def usual_targets(self) -> list[str] | None:
         """Return queries and values, under this architecture's names."""
@@ -61,6 +62,12 @@ class TransformersView(PlainView):
     def route_attention(self) -> Callable[[nn.Module], None]:
         """Send every attention through the function that asks adapters for keys and values."""
         return attention.route(self.model)
+
+    def read_past(self) -> Mapping[str, frozenset[str]]:
+        """Return what a trial run shows; it runs once for each view."""
+        if self._read_past is None:
+            self._read_past = trial.read_past(self.model)
+        return self._read_past
 
     def block_places(self) -> BlockPlaces:
         """Return where this architecture's attention and feed-forward layers are; TargetError where unknown."""

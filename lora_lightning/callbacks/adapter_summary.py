@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelSummary
 from torch import Tensor, nn
 
 from lora_lightning.adapters import Adapter, iter_adapters, iter_roles
+from lora_lightning.adapters.frozen import NormStatistics
 from lora_lightning.adapters.head import HeadAdapter
 from lora_lightning.callbacks.places import adapted_model
 from lora_lightning.tasks.backward import describe_backward
@@ -95,9 +96,11 @@ def count_roles(model: nn.Module) -> dict[str, RoleCount]:
 def adapter_buffers(adapter: Adapter) -> list[Tensor]:
     """Return the tensors that an adapter keeps beside its parameters, such as frozen projections.
 
-    What a trained copy of a module keeps is the base's own, once more, and tells nothing about the method.
+    What a trained copy of a module, or of its statistics, keeps is the base's own once more, and tells nothing about
+    the method.
     """
-    return [] if isinstance(adapter, HeadAdapter) else [one for one in adapter.buffers() if one.numel()]
+    is_copy = isinstance(adapter, HeadAdapter | NormStatistics)
+    return [] if is_copy else [one for one in adapter.buffers() if one.numel()]
 
 
 def build_table(counts: dict[str, RoleCount], caption: str = "") -> Table:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters import Method, Role, iter_adapters, iter_roles, load_adapter_state_dict
 from lora_lightning.adapters.attach import join
+from lora_lightning.adapters.frozen import NormStatistics
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.folder import check_methods
@@ -110,7 +111,8 @@ class StartingAdapter:
         """Return the model's own tensors of those copies that the folder has none of."""
         fresh: dict[str, Tensor] = {}
         for path, _, adapter in iter_adapters(model):
-            if is_copy(adapter) and not any(name.startswith(f"{path}.") for name in self.state):
+            is_own = is_copy(adapter) or isinstance(adapter, NormStatistics)
+            if is_own and not any(name.startswith(f"{path}.") for name in self.state):
                 fresh |= {join(path, adapter.public_name(name)): one for name, one in adapter.state_dict().items()}
         return fresh
 

@@ -28,7 +28,7 @@ def export(
     to: Literal["peft", "merged"] = "peft",
     task_class: str | None = None,
     dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = "1GB",
     dequantize: bool = False,
     force: bool = False,
     sample: str | None = None,

@@ -14,6 +14,7 @@ from lora_lightning.adapters import (
     iter_adapters,
     load_adapter_state_dict,
 )
+from lora_lightning.adapters.frozen import trains_statistics
 from lora_lightning.adapters.weights import read_weight
 from lora_lightning.backbones.attach import attach
 from lora_lightning.backbones.quantized import quantized_modules
@@ -34,12 +35,13 @@ def dequantize(model: nn.Module) -> int:
     methods = attached_methods(model)
     extra = [method.extra_state(model) for method in methods]
     copies = [path for path, _, adapter in iter_adapters(model) if is_copy(adapter)]
+    statistics = trains_statistics(model)
     detach(model)
     layers = list(quantized_modules(model))
     for path, layer in layers:
         model.set_submodule(path, _dense(layer))
     _forget_quantization(model)
-    attach(model, methods, modules_to_save=copies)
+    attach(model, methods, modules_to_save=copies, train_norm_statistics=statistics)
     load_adapter_state_dict(model, state)
     for method, one in zip(methods, extra, strict=True):
         method.load_extra_state(model, one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,13 +21,14 @@ from lora_lightning.adapters.base import (
     check_positive_int,
 )
 from lora_lightning.adapters.sharded import is_shard
-from lora_lightning.adapters.targets import select_hosts
+from lora_lightning.adapters.targets import select_hosts, takes_all_linear
 from lora_lightning.adapters.view import ModelView
-from lora_lightning.adapters.weights import Host
+from lora_lightning.adapters.weights import Host, codec_of
 from lora_lightning.errors import ConfigError
-from lora_lightning.methods.lora import check_host
+from lora_lightning.methods.lora import check_host, check_rank
 from lora_lightning.methods.low_rank import LowRankAdapter
 
+_REMEDY = "Lower init_r (one and a half times target_r unless given), or leave this layer out."
 _PARTS = ("lora_A", "lora_E", "lora_B")
 
 
@@ -140,7 +142,8 @@ class AdaLoRA(TargetedMethod):
 
     Args:
         target_r: Rank at the end, an average over the hosts.
-        init_r: Rank of every host at the start, at least `target_r`; None takes one and a half times `target_r`.
+        init_r: Rank of every host at the start, at least `target_r`; None takes one and a half times `target_r`. Under
+            `all-linear` a narrower host starts with its narrower side.
         t_init: Steps before the budget falls; None takes a tenth of the run.
         t_final: Steps after the final pruning; None takes three tenths of the run.
         delta_t: Steps from one pruning to the next.
@@ -209,11 +212,21 @@ class AdaLoRA(TargetedMethod):
     def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
         """Build one adapter per host; see `Method.adapters`."""
         hosts, r = select_hosts(view, self), self.start_rank
-        remedy = "Lower init_r (one and a half times target_r unless given), or leave this layer out."
+        is_capped = takes_all_linear(view, self) and any(min(codec_of(host).shape(host)) >= r for _, host in hosts)
         for path, host in hosts:
-            check_host("AdaLoRA", path, host, r, setting="init_r", remedy=remedy)
+            check_host(path, host)
+            if not is_capped:
+                check_rank("AdaLoRA", path, codec_of(host).shape(host), r, setting="init_r", remedy=_REMEDY)
+        ranks = {path: min(r, *codec_of(host).shape(host)) for path, host in hosts}
+        narrow = [path for path in ranks if ranks[path] < r]
+        if narrow:
+            warnings.warn(
+                f"all-linear: {len(narrow)} of {len(hosts)} layers are narrower than init_r={r}, such as "
+                f"{narrow[0]!r}; the rank of each is its narrower side.",
+                stacklevel=2,
+            )
         for path, host in hosts:
-            yield path, AdaLoRAAdapter(host, r=r, scaling=self.alpha / r, dropout=self.dropout)
+            yield path, AdaLoRAAdapter(host, r=ranks[path], scaling=self.alpha / r, dropout=self.dropout)
 
     def schedule(self, total_steps: int) -> tuple[int, int]:
         """Return the steps after which the budget starts to fall, and after which the final pruning comes.

@@ -53,10 +53,12 @@ class BitFit(Method):
         named = list(modules) if isinstance(self.bias, str) else find_modules(view.model, self.bias, "bias")
         chosen: list[str] = []
         unknown: list[str] = []
+        read_past = view.read_past()
         for path in named:
             if is_within(path, left_out) or not _bias_names(modules[path]):
                 continue
-            (chosen if _takes_delta(modules, path) else unknown).append(path)
+            is_called = "bias" not in read_past.get(path, ())
+            (chosen if is_called and _takes_delta(modules, path) else unknown).append(path)
         if not chosen:
             raise TargetError(self._nothing_fits(view.model, named, unknown, left_out))
         if unknown:

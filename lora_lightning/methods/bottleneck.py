@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_lightning.adapters.arguments import by_position
 from lora_lightning.adapters.base import (
     Adapter,
     InputAdapter,
@@ -246,8 +247,9 @@ class BesideModule(Bottleneck, OutputAdapter):
 
     def forward(self, host: Host, args: Any, kwargs: Any, output: Tensor) -> Tensor:  # noqa: ANN401 - the host's own
         """Return the host's output plus added(x) of its first argument x, both `[..., hidden]`."""
-        del host, kwargs
-        return output + self.added(args[0]).to(output.dtype)
+        del host
+        (x, *_), _ = by_position(self.argument_names, args, kwargs)
+        return output + self.added(x).to(output.dtype)
 
 
 class BesideResidual(Bottleneck, InputAdapter):
@@ -260,8 +262,5 @@ class BesideResidual(Bottleneck, InputAdapter):
     def forward(self, host: Host, args: Any, kwargs: Any) -> tuple[Any, Any]:  # noqa: ANN401 - the host's own
         """Return the arguments with x + added(x) for `input_tensor`, x `[..., hidden]`."""
         del host
-        if "input_tensor" in kwargs:
-            x = kwargs["input_tensor"]
-            return args, {**kwargs, "input_tensor": x + self.added(x)}
-        hidden_states, x, *rest = args
+        (hidden_states, x, *rest), kwargs = by_position(self.argument_names, args, kwargs)
         return (hidden_states, x + self.added(x), *rest), kwargs

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.base import Adapter, Role, check_choice
-from lora_lightning.adapters.functional import adapted_dora_linear, dora_norm
+from lora_lightning.adapters.functional import (
+    adapted_dora_linear,
+    dora_norm,
+    forget_kept_norms,
+    is_exporting,
+    kept_norm_squared,
+)
+from lora_lightning.adapters.functional.norms import MIN_NORM
 from lora_lightning.adapters.weights import Host, HostKind, codec_of, read_weight
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.lora import LoRA
@@ -29,19 +36,15 @@ class DoRAAdapter(LowRankAdapter):
 
     Attributes:
         magnitude: m, `[out]` or `[in]` by the axis; starts at ‖W‖, so the first forward equals the base's.
-        base_norm_squared: ‖W‖² along the axis, float32 or wider; follows the host's weight when that is reloaded.
     """
 
     magnitude: nn.Parameter
-    base_norm_squared: Tensor
 
     def __init__(self, host: Host, *, axis: MagnitudeAxis = "output", **settings: Any) -> None:  # noqa: ANN401 - see `LowRankAdapter`
         super().__init__(host, **settings)
         self.axis = axis
-        self.register_buffer("base_norm_squared", torch.empty(0), persistent=False)
-        self._seen: tuple[int, int] | None = None
-        self._refresh_base_norm(host)
-        self.magnitude = nn.Parameter(self.base_norm_squared.sqrt())
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        self.magnitude = nn.Parameter(kept_norm_squared(self._rows(host), host.weight, wide).sqrt())
 
     def role_of(self, name: str) -> Role:
         """Return MAGNITUDE for the magnitude, else as LoRA."""
@@ -71,13 +74,22 @@ class DoRAAdapter(LowRankAdapter):
 
     @torch.no_grad()
     def norm(self, host: Host) -> Tensor:
-        """Return ‖W + s B A‖ along the axis, without a gradient (section 4.3 of the paper)."""
-        if not torch.compiler.is_compiling():
-            self._refresh_base_norm(host)
-        weight, (a, b) = read_weight(host).detach(), self.factors()
+        """Return ‖W + s B A‖ along the axis, without a gradient (section 4.3 of the paper).
+
+        ‖W‖ is kept, and follows the host's weight: see `kept_norm_squared`.
+        """
+        a, b = self.factors()
         if self.axis == "input":
-            weight, a, b = weight.t(), b.t(), a.t()
-        return dora_norm(weight, a, b, self.scaling, self.base_norm_squared)
+            a, b = b.t(), a.t()
+        if is_exporting():
+            rows = self._rows(host).to(a.dtype) + self.scaling * (b @ a)
+            return torch.linalg.vector_norm(rows, dim=1).clamp_min(MIN_NORM)
+        return dora_norm(self._rows(host), a, b, self.scaling, None, host.weight)
+
+    def _rows(self, host: Host) -> Tensor:
+        """Return W with one norm for each row, `[out, in]` or `[in, out]` by the axis."""
+        weight = read_weight(host).detach()
+        return weight if self.axis == "output" else weight.t()
 
     def merged_weight(self, host: Host, weight: Tensor) -> Tensor:
         """Return m V / ‖V‖, `[out, in]`."""
@@ -86,17 +98,10 @@ class DoRAAdapter(LowRankAdapter):
         norm = torch.linalg.vector_norm(direction, dim=axis, keepdim=True).clamp_min(1e-30)
         return direction * (self.magnitude.to(weight.dtype).unsqueeze(axis) / norm)
 
-    @torch.no_grad()
-    def _refresh_base_norm(self, host: Host) -> None:
-        """Compute ‖W‖² unless the host's weight is the one seen last, by storage and version."""
-        stored = next(host.parameters(recurse=False))
-        seen = (stored.data_ptr() if stored.device.type != "meta" else 0, stored._version)
-        if seen == self._seen:
-            return
-        weight = read_weight(host)
-        wide = weight.to(torch.promote_types(self.lora_A.dtype, torch.float32))
-        self.base_norm_squared = wide.square().sum(1 if self.axis == "output" else 0)
-        self._seen = seen
+    def refresh(self, host: Host) -> None:
+        """Forget ‖W‖ of the host; with it goes that of others, which is only computed anew."""
+        del host
+        forget_kept_norms()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,16 +92,14 @@ def start_from_data(
 def _watched(adapters: Mapping[str, LowRankAdapter], found: Mapping[str, MainDirections]) -> Iterator[None]:
     """Hand the inputs of every host to its collector."""
 
-    def watch(path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = args[1] if len(args) > 1 else next(iter(kwargs.values()))
+    def watch(path: str, args: tuple[Any, ...]) -> None:
+        x: Tensor = args[1]  # after the host
         if not torch.isfinite(x).all():
             raise ConfigError(f"init='eva': the inputs of {path!r} are not finite; look for a fault in data or base.")
         found[path].add(x)
 
     handles = [
-        adapter.register_forward_pre_hook(
-            lambda _, args, kwargs, path=path: watch(path, args, kwargs), with_kwargs=True
-        )
+        adapter.register_forward_pre_hook(lambda _, args, path=path: watch(path, args))
         for path, adapter in adapters.items()
     ]
     try:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_lightning.adapters.arguments import by_position
 from lora_lightning.adapters.base import Adapter, InputAdapter, OutputAdapter, Role, TargetedMethod
 from lora_lightning.adapters.targets import select_hosts
 from lora_lightning.adapters.view import ModelView
@@ -127,7 +128,7 @@ class ScaledInput(InputAdapter):
     def forward(self, host: Host, args: Any, kwargs: Any) -> tuple[Any, Any]:  # noqa: ANN401 - the host's own
         """Scale the host's input, `[..., in]`; in float32, since bfloat16 holds no factor near one."""
         del host
-        x, *rest = args
+        (x, *rest), kwargs = by_position(self.argument_names, args, kwargs)
         return ((x * self.ia3_l).to(x.dtype), *rest), kwargs
 
     def merged_weight(self, host: nn.Module, weight: Tensor) -> Tensor:

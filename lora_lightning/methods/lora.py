@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ from lora_lightning.adapters.base import (
     check_positive_int,
 )
 from lora_lightning.adapters.experts import expert_weights, read_experts
-from lora_lightning.adapters.targets import by_pattern, check_patterns, select_hosts, select_weights
+from lora_lightning.adapters.targets import by_pattern, check_patterns, select_hosts, select_weights, takes_all_linear
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import HostKind, codec_of
 from lora_lightning.errors import ConfigError, TargetError
@@ -28,6 +30,9 @@ from lora_lightning.methods.expert_lora import EXPERT_INITS, ExpertLoRAAdapter
 from lora_lightning.methods.low_rank import LowRankAdapter
 
 Scaling = Literal["standard", "rslora", "alpha"]
+_LIMITED_INITS = ("pissa", "olora", "loftq")
+"""Starts that take a rank of the weight itself."""
+
 _REMEDY = "Lower r, or give this layer its own with rank_pattern."
 Init = Literal["kaiming", "gaussian", "gaussian_sqrt", "pissa", "olora", "loftq", "eva"]
 
@@ -43,7 +48,7 @@ class LoRA(TargetedMethod):
     them out. The router stays as it is.
 
     Args:
-        r: Rank, from 1 to the smaller side of each adapted weight.
+        r: Rank, from 1 to the smaller side of each adapted weight; `all-linear` caps it at that side instead.
         alpha: Numerator of the scaling s, above 0.
         dropout: Probability of zeroing an element of A's input in training, in [0, 1).
         scaling: `standard` is s = alpha / r, `rslora` is s = alpha / sqrt(r) (arXiv 2312.03732), `alpha` is s = alpha.
@@ -59,7 +64,8 @@ class LoRA(TargetedMethod):
             without a task, call `method.calibrate(model, batches, loss)` after `attach`, and until then A is as for
             `kaiming`. Linear hosts only. Experts take `kaiming`, `gaussian` and `gaussian_sqrt`.
         rank_pattern: Other ranks for some hosts, by path suffix or regular expression; a parameter of experts goes by
-            its own path first, then by its module's.
+            its own path first, then by its module's. They may exceed what `r` may be, as those of finished adapters
+            do, unless `init` starts in the weight.
         alpha_pattern: Other alphas for some hosts, likewise.
         target_modules: See `TargetedMethod`.
         exclude_modules: See `TargetedMethod`.
@@ -108,8 +114,7 @@ class LoRA(TargetedMethod):
         if parameter:
             inside = f"{path}.{parameter}"
             r, alpha = by_pattern(inside, self.rank_pattern, r), by_pattern(inside, self.alpha_pattern, alpha)
-        divisor = {"standard": r, "rslora": math.sqrt(r), "alpha": 1}[self.scaling]
-        return r, alpha / divisor
+        return r, alpha / self._divisor(r)
 
     def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
         """Build one adapter per host; see `Method.adapters`."""
@@ -123,14 +128,45 @@ class LoRA(TargetedMethod):
                 paths.append(path)
         check_patterns("rank_pattern", self.rank_pattern, paths)
         check_patterns("alpha_pattern", self.alpha_pattern, paths)
+        fitted = self._capped(hosts) if takes_all_linear(view, self) else self
         for path, host in hosts:
             if path in experts:
-                self._check_experts(path, host, experts[path])
+                fitted._check_experts(path, host, experts[path])
             else:
-                self._check_host(path, host)
+                fitted._check_host(path, host)
         for path, host in hosts:
             is_experts = path in experts
-            yield path, self._build_experts(path, host, experts[path]) if is_experts else self.build(path, host)
+            yield path, fitted._build_experts(path, host, experts[path]) if is_experts else fitted.build(path, host)
+
+    def _capped(self, hosts: Sequence[tuple[str, nn.Module]]) -> Self:
+        """Return this method with the rank of each host that is narrower than `r` capped; the factor s stays.
+
+        Where all of them are, `r` is the mistake, and stays for `check_rank` to refuse.
+        """
+        ranks, alphas = {}, {}
+        for path, host in hosts:
+            limit = min(codec_of(host).shape(host))
+            if self.r > limit and not self._has_own_rank(path):
+                _, scaling = self.rank_and_scaling(path)
+                ranks[f"^{re.escape(path)}"] = limit
+                alphas[f"^{re.escape(path)}"] = scaling * self._divisor(limit)
+                narrowest = path, codec_of(host).shape(host)
+        if len(ranks) in (0, len(hosts)):
+            return self
+        path, (num_out, num_in) = narrowest
+        warnings.warn(
+            f"all-linear: {len(ranks)} of {len(hosts)} layers are narrower than r={self.r}, such as {path!r} "
+            f"({num_out} x {num_in}); the rank of each is its narrower side.",
+            stacklevel=2,
+        )
+        rank_pattern, alpha_pattern = {**ranks, **(self.rank_pattern or {})}, {**alphas, **(self.alpha_pattern or {})}
+        return replace(self, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern)
+
+    def _has_own_rank(self, path: str) -> bool:
+        return by_pattern(path, dict.fromkeys(self.rank_pattern or {}, True), default=False)
+
+    def _divisor(self, r: int) -> float:
+        return {"standard": r, "rslora": math.sqrt(r), "alpha": 1}[self.scaling]
 
     @property
     def calibrates(self) -> bool:
@@ -163,11 +199,14 @@ class LoRA(TargetedMethod):
         for name in names:
             r, _ = self.rank_and_scaling(path, name)
             _, num_out, num_in = read_experts(host, name).shape
-            check_rank(owner, f"{path}.{name}", (num_out, num_in), r, remedy=_REMEDY)
+            if not (self._has_own_rank(path) or self._has_own_rank(f"{path}.{name}")):
+                check_rank(owner, f"{path}.{name}", (num_out, num_in), r, remedy=_REMEDY)
 
     def _check_host(self, path: str, host: nn.Module) -> None:
         r, _ = self.rank_and_scaling(path)
-        check_host(type(self).__name__, path, host, r, remedy=_REMEDY)
+        check_host(path, host)
+        if self.init in _LIMITED_INITS or not self._has_own_rank(path):
+            check_rank(type(self).__name__, path, codec_of(host).shape(host), r, remedy=_REMEDY)
         # A model without weights is quantized when it is filled.
         is_hollow = next(host.parameters(recurse=False)).is_meta
         if self.init == "loftq" and codec_of(host).write is not None and not is_hollow:
@@ -183,9 +222,8 @@ class LoRA(TargetedMethod):
             )
 
 
-def check_host(owner: str, path: str, host: nn.Module, r: int, *, setting: str = "r", remedy: str) -> None:
-    """Raise where a host is too small for a rank, or an embedding that rewrites its weight in each forward."""
-    check_rank(owner, path, codec_of(host).shape(host), r, setting=setting, remedy=remedy)
+def check_host(path: str, host: nn.Module) -> None:
+    """Raise where a host is an embedding that rewrites its weight in each forward."""
     if getattr(host, "max_norm", None) is not None:
         raise TargetError(
             f"{path!r} is an embedding with max_norm, which rewrites its weight in each forward; leave it out."

@@ -238,11 +238,11 @@ class LoRADrop(LoRA):
         device = adapters[0].factors()[0].device
         sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in adapters]
 
-        def hook(adapter: LoRADropAdapter, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            host, x = args[0], args[1] if len(args) > 1 else next(iter(kwargs.values()))
+        def hook(adapter: LoRADropAdapter, args: tuple[Any, ...]) -> None:
+            host, x = args[:2]
             sums[adapters.index(adapter)] += adapter.update(host, x).double().square().sum()
 
-        handles = [adapter.register_forward_pre_hook(hook, with_kwargs=True) for adapter in adapters]
+        handles = [adapter.register_forward_pre_hook(hook) for adapter in adapters]
         try:
             model.eval()
             for batch in sample:

@@ -15,6 +15,7 @@ from lora_lightning.adapters.functional import (
     adapted_linear,
     choose_form,
     draw_seed,
+    is_exporting,
     low_rank_update,
     seeded_dropout,
 )
@@ -142,8 +143,11 @@ class LowRankAdapter(ForwardAdapter):
         return self.dropout, draw_seed() if self.is_dropping else None
 
     def form_on(self, host: Host, x: Tensor, *, both_or_neither: bool = False) -> Form | None:
-        """Return the form to compute a dense layer in, see `choose_form`; None where the host computes its own part."""
-        if self.kind is not HostKind.LINEAR:
+        """Return the form to compute a dense layer in, see `choose_form`; None where the host computes its own part.
+
+        In a graph that is exported it always does: others know no autograd functions.
+        """
+        if self.kind is not HostKind.LINEAR or is_exporting():
             return None
         # With A frozen the point is not to keep the input, which rebuilding takes.
         may_rebuild = "lora_A" not in self._buffers and not self.is_dropping
@@ -170,7 +174,7 @@ class LowRankAdapter(ForwardAdapter):
         assert isinstance(weight, Tensor)
         if host.groups > 1:
             return host._conv_forward(x, (b @ a).view_as(weight) * self.scaling, None)
-        hidden = host._conv_forward(x, a.view(len(a), *weight.shape[1:]), None)
+        hidden = host._conv_forward(x, a.view(a.shape[0], *weight.shape[1:]), None)
         point = F.conv1d if weight.dim() == 3 else F.conv2d
         return point(hidden * self.scaling, b.view(*b.shape, *[1] * (weight.dim() - 2)))
 

@@ -36,6 +36,8 @@ class SoftPromptAdapter(ForwardAdapter):
 
     prompt: nn.Parameter | None
 
+    takes_names: ClassVar[bool] = True
+
     def __init__(
         self,
         place: PromptPlace,

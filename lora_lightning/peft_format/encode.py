@@ -192,6 +192,7 @@ def _build_config(model: nn.Module, parts: _Parts, paths: Sequence[str], task_ty
     r, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     classes = {original_class(update.host).__name__ for update in updates.values()}
     modules = [path for path in updates if path not in parts.parameters]
+    wide = {path for path, update in updates.items() if update.is_wide}  # `r` may not be, an own rank may
     config = {
         "alpha_pattern": _pattern(alphas, alpha),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -207,7 +208,7 @@ def _build_config(model: nn.Module, parts: _Parts, paths: Sequence[str], task_ty
         "modules_to_save": list(parts.heads) or None,
         "peft_type": "LORA",
         "r": r,
-        "rank_pattern": _pattern(ranks, r),
+        "rank_pattern": _pattern(ranks, r) | {exactly(path): rank for path, rank in ranks.items() if path in wide},
         "revision": None,
         "target_modules": target_modules(paths, modules) if modules else [],  # for null PEFT takes its own usual ones
         "task_type": task_type,

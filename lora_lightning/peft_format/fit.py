@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters import TargetedMethod
 from lora_lightning.adapters.targets import has_suffix, select_weights
 from lora_lightning.adapters.view import ModelView
-from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec
+from lora_lightning.adapters.weights import RESERVED, HostKind, codec_of, find_codec
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import CheckpointError, ConfigError, TargetError
 from lora_lightning.methods import DoRA, LoRA
@@ -169,7 +169,7 @@ def _method(
         "alpha": config.alpha,
         "dropout": config.dropout,
         "scaling": "rslora" if config.use_rslora else "standard",
-        "rank_pattern": {f"^{_escape(p)}": r for p in hosts if (r := config.rank_and_alpha(p)[0]) != config.r} or None,
+        "rank_pattern": {f"^{_escape(path)}": r for path, r in _own_ranks(config, view, hosts).items()} or None,
         "alpha_pattern": {f"^{_escape(p)}": a for p in hosts if (a := config.rank_and_alpha(p)[1]) != config.alpha}
         or None,
         "modules_to_save": saved or None,
@@ -191,6 +191,22 @@ def _method(
         raise CheckpointError(f"{source}/{CONFIG_NAME}: {error}") from error
 
 
+def _own_ranks(config: PeftConfig, view: ModelView, hosts: list[str]) -> dict[str, int]:
+    """Return the ranks that differ from the usual one, or are larger than their weight, which `r` may not be."""
+    ranks = {path: config.rank_and_alpha(path)[0] for path in hosts}
+    return {path: r for path, r in ranks.items() if r != config.r or r > min(_shape(view.model, path))}
+
+
+def _shape(model: nn.Module, path: str) -> tuple[int, int]:
+    """Return `(out, in)` of a host, or of one expert of a parameter of experts."""
+    parent, _, name = path.rpartition(".")
+    stacked = model.get_submodule(parent)._parameters.get(name)
+    if stacked is not None:
+        return stacked.shape[-2], stacked.shape[-1]
+    host = model.get_submodule(path)
+    return codec_of(host).shape(host)
+
+
 def _named(paths: Sequence[str], hosts: Sequence[str], source: str) -> list[str] | str:
     """Return our own target_modules for hosts and parameters of experts, by their paths."""
     modules = [path for path in hosts if path in paths]
@@ -205,11 +221,13 @@ def _named(paths: Sequence[str], hosts: Sequence[str], source: str) -> list[str]
 
 
 def _selected(view: ModelView, method: TargetedMethod) -> list[str] | None:
-    """Return the hosts and parameters of experts that a method would take, or None where it would refuse."""
-    try:
-        return [path for path, _ in select_weights(view, method)]
-    except (TargetError, ConfigError):
-        return None
+    """Return the hosts and parameters of experts that a method would take, or None where it would refuse or warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            return [path for path, _ in select_weights(view, method)]
+        except (TargetError, ConfigError, UserWarning):
+            return None
 
 
 def _check_base_parameters(model: nn.Module, found: SortedTensors, source: str) -> None:

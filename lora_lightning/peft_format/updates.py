@@ -46,6 +46,11 @@ class Update:
         """Rows of A."""
         return self.a.shape[-2]
 
+    @property
+    def is_wide(self) -> bool:
+        """Whether the rank is larger than a side of the weight."""
+        return self.rank > min(self.a.shape[-1], self.b.shape[-2])
+
 
 def expert_updates(path: str, host: nn.Module, adapter: ExpertLoRAAdapter) -> dict[str, Update]:
     """Return the updates of experts, by the paths of their parameters in the order in which the host lists them."""

@@ -37,7 +37,7 @@ from lora_lightning.resume import ExactResume
 from lora_lightning.strategies.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.averaging import copy_for_averages
 from lora_lightning.tasks.backward import check_offloading, offloaded, recompute
-from lora_lightning.tasks.calibration import calibrate
+from lora_lightning.tasks.calibration import calibrate_once
 from lora_lightning.tasks.checkpoint_state import CheckpointState
 from lora_lightning.tasks.evaluation import EvaluationSets, Measures, sets_of
 from lora_lightning.tasks.fusing import may_fuse
@@ -76,6 +76,8 @@ class AdapterTask(CheckpointState):
         quantization: Store the backbone's linear layers in 4 or 8 bits (QLoRA); None stores them dense.
         adapter: Folder of an adapter, of this library or of PEFT, to start from instead of a fresh one. It says which
             method is attached; a method given beside it must be the same.
+        train_norm_statistics: Let batch norms and their like compute with, and learn, the statistics of the training
+            batches: they become part of the adapter. Otherwise the base's stay in use.
 
     Attributes:
         model: The adapted model; None before `configure_model`.
@@ -94,6 +96,7 @@ class AdapterTask(CheckpointState):
         offload_activations: bool = False,
         quantization: Quantization | None = None,
         adapter: str | None = None,
+        train_norm_statistics: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -102,7 +105,7 @@ class AdapterTask(CheckpointState):
         self.backbone_dtype = dtype
         self.gradient_checkpointing, self.offload_activations = gradient_checkpointing, offload_activations
         self.quantization = Quantization(**quantization) if isinstance(quantization, Mapping) else quantization
-        self.adapter = adapter
+        self.adapter, self.train_norm_statistics = adapter, train_norm_statistics
         self._takes_method_of_adapter = adapter is not None and method is None
         # Settings from a checkpoint are plain: then its weights follow, and the folder may be gone or changed.
         self._takes_state_of_checkpoint = adapter is not None and is_plain(method)
@@ -126,6 +129,7 @@ class AdapterTask(CheckpointState):
             quantization=None if self.quantization is None else asdict(self.quantization),
             adapter=adapter,
             **class_path_for_cli(),
+            train_norm_statistics=train_norm_statistics,
         )
 
     def keep_settings(self, **settings: Any) -> None:  # noqa: ANN401 - checked to be plain
@@ -222,7 +226,8 @@ class AdapterTask(CheckpointState):
         check_quantization(model, self.quantization, self._trainer)
         start = self._starting_adapter(model)
         refuse_packing(self.methods, getattr(self._trainer, "datamodule", None))
-        attach(model, self.methods, modules_to_save=self.trained_modules(model))
+        saved, statistics = self.trained_modules(model), self.train_norm_statistics
+        attach(model, self.methods, modules_to_save=saved, train_norm_statistics=statistics)
         if start is not None:
             start.check_labels(self.label_names, model)
             start.load_into(model, self.methods, tokenizer_of(self._trainer))
@@ -243,7 +248,7 @@ class AdapterTask(CheckpointState):
         there: methods that change their parameters by the data need just that moment.
         """
         super().to(*args, **kwargs)
-        self._calibrate()
+        calibrate_once(self)
         return self
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union
@@ -370,13 +375,6 @@ class AdapterTask(CheckpointState):
         measures = Measures(None if metrics is None else metrics.clone()).to(self.device)
         self._measures_of[prefix] = measures
         self.add_module(attribute, measures)
-
-    def _calibrate(self) -> None:
-        if self._is_calibrated or self.model is None or self._trainer is None or self.trainer.state.fn != "fit":
-            return
-        self._is_calibrated = True
-        calibrating = [method for method in self.methods if method.calibrates]
-        calibrate(self, self.adapted, calibrating, offloaded(self, lambda batch: self.compute_loss(batch).loss))
 
     def _total_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches

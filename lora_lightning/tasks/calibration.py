@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from torch import Tensor, nn
 
 from lora_lightning.adapters import Method
+from lora_lightning.tasks.backward import offloaded
+
+if TYPE_CHECKING:
+    from lora_lightning.tasks.base import AdapterTask
+
+
+def calibrate_once(task: AdapterTask) -> None:
+    """Let a task's methods look at data, where a fit is about to begin and they have not yet."""
+    if task._is_calibrated or task.model is None or task._trainer is None or task.trainer.state.fn != "fit":
+        return
+    task._is_calibrated = True
+    calibrating = [method for method in task.methods if method.calibrates]
+    calibrate(task, task.adapted, calibrating, offloaded(task, lambda batch: task.compute_loss(batch).loss))
 
 
 def calibrate(

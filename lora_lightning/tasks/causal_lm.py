@@ -41,6 +41,7 @@ class CausalLM(PerTokenTask):
         adapter: See `AdapterTask`.
         loss_chunk_size: Tokens whose logits are held at one time; more take more memory and, on a GPU, less time.
         max_new_tokens: How many tokens `predict` adds to a prompt at most.
+        train_norm_statistics: See `AdapterTask`.
     """
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
@@ -57,6 +58,7 @@ class CausalLM(PerTokenTask):
         adapter: str | None = None,
         loss_chunk_size: int = CHUNK,
         max_new_tokens: int = 64,
+        train_norm_statistics: bool = False,
     ) -> None:
         super().__init__(
             backbone=backbone,
@@ -67,6 +69,7 @@ class CausalLM(PerTokenTask):
             offload_activations=offload_activations,
             quantization=quantization,
             adapter=adapter,
+            train_norm_statistics=train_norm_statistics,
         )
         for name, value in {"loss_chunk_size": loss_chunk_size, "max_new_tokens": max_new_tokens}.items():
             if value < 1:

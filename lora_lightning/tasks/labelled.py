@@ -33,6 +33,7 @@ class LabelledTask(AdapterTask, abc.ABC):
         offload_activations: See `AdapterTask`.
         quantization: See `AdapterTask`.
         adapter: See `AdapterTask`.
+        train_norm_statistics: See `AdapterTask`.
 
     Attributes:
         loss_weights: The weights by index `[classes]`, float32; None where all weigh 1.
@@ -54,6 +55,7 @@ class LabelledTask(AdapterTask, abc.ABC):
         offload_activations: bool = False,
         quantization: Quantization | None = None,
         adapter: str | None = None,
+        train_norm_statistics: bool = False,
     ) -> None:
         super().__init__(
             backbone=backbone,
@@ -64,6 +66,7 @@ class LabelledTask(AdapterTask, abc.ABC):
             offload_activations=offload_activations,
             quantization=quantization,
             adapter=adapter,
+            train_norm_statistics=train_norm_statistics,
         )
         self.label_names = None if label_names is None else [str(name) for name in label_names]
         if self.label_names is not None:

@@ -132,7 +132,8 @@ def _build(task: AdapterTask, precision: str, device: str) -> nn.Module:
             model = task.configure_backbone()
         task._starting_adapter(model)  # an adapter to start from brings its own methods
         with torch.device("meta"):
-            attach(model, task.methods, modules_to_save=task.trained_modules(model))
+            saved, statistics = task.trained_modules(model), task.train_norm_statistics
+            attach(model, task.methods, modules_to_save=saved, train_norm_statistics=statistics)
             if task.gradient_checkpointing == "activations":
                 recompute_activations(model)
     except UserError:

@@ -54,6 +54,7 @@ class Seq2SeqLM(PerTokenTask):
         num_beams: Answers that are followed at a time while generating; 1 takes the likeliest token each time.
         num_generated: Rows of the test, and of each validation set, that are answered, over all ranks; 0 generates
             nothing.
+        train_norm_statistics: See `AdapterTask`.
     """
 
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
@@ -72,6 +73,7 @@ class Seq2SeqLM(PerTokenTask):
         max_new_tokens: int = 64,
         num_beams: int = 1,
         num_generated: int = 64,
+        train_norm_statistics: bool = False,
     ) -> None:
         super().__init__(
             backbone=backbone,
@@ -82,6 +84,7 @@ class Seq2SeqLM(PerTokenTask):
             offload_activations=offload_activations,
             quantization=quantization,
             adapter=adapter,
+            train_norm_statistics=train_norm_statistics,
         )
         own = {
             "loss_chunk_size": loss_chunk_size,

@@ -59,6 +59,7 @@ class SequenceClassification(LabelledTask):
         quantization: See `AdapterTask`.
         adapter: See `AdapterTask`.
         problem: `single_label`, `multi_label` or `regression`.
+        train_norm_statistics: See `AdapterTask`.
 
     Attributes:
         threshold: The threshold of `multi_label`, scalar float32.
@@ -80,6 +81,7 @@ class SequenceClassification(LabelledTask):
         quantization: Quantization | None = None,
         adapter: str | None = None,
         problem: ProblemName = "single_label",
+        train_norm_statistics: bool = False,
     ) -> None:
         if problem not in PROBLEMS:
             raise ConfigError(f"problem must be one of {', '.join(PROBLEMS)}, got {problem!r}.")
@@ -97,6 +99,7 @@ class SequenceClassification(LabelledTask):
             offload_activations=offload_activations,
             quantization=quantization,
             adapter=adapter,
+            train_norm_statistics=train_norm_statistics,
         )
         self.problem: ProblemName = problem
         # Only a chosen threshold belongs into checkpoints.

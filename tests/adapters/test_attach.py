@@ -150,7 +150,7 @@ REFUSED = {
         "given twice",
     ),
     "target inside a copy": (
-        lambda: LoRA(r=2, target_modules=["query"], modules_to_save=["layer.0"]),
+        lambda: LoRA(r=2, target_modules=["layer.0.query"], modules_to_save=["layer.0"]),
         TargetError,
         "'layer.0.query' is both a target and in modules_to_save",
     ),

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from lora_lightning.adapters import attach, iter_adapters
+from lora_lightning.adapters.functional import norms
+from lora_lightning.adapters.functional.norms import Stamp
 from lora_lightning.methods import DoRA
 from tests.models import gap, perturb
 
@@ -58,12 +60,17 @@ def test_the_norm_follows_reloaded_base_weights(axis):
     assert gap(model(x), formula(model, adapter, x)) <= 1e-5
 
 
-def test_the_norm_is_not_recomputed_for_nothing():
+def test_the_norm_is_not_recomputed_for_nothing(monkeypatch):
     model, adapter = adapted(nn.Linear(8, 6))
-    before = adapter.base_norm_squared
     model(torch.randn(3, 8))
-    assert adapter.base_norm_squared is before
-    assert "base_norm_squared" not in adapter.state_dict()
+    calls = []
+    monkeypatch.setattr(norms, "Stamp", lambda tensor: calls.append(tensor) or Stamp(tensor))
+    model(torch.randn(3, 8))
+    assert not calls
+    model[0].weight.data = model[0].weight.data * 2
+    model(torch.randn(3, 8))
+    assert len(calls) == 1
+    assert adapter.state_dict().keys() == {"lora_A", "lora_B", "magnitude"}
 
 
 def test_the_norm_is_float32_in_a_bfloat16_model():

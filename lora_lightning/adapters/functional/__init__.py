@@ -10,9 +10,9 @@ each parameter. Frozen weights get no gradient.
 from lora_lightning.adapters.functional.choose import Form, adapted_dora_linear, adapted_linear, choose_form
 from lora_lightning.adapters.functional.dora import dora_linear, rebuilt_dora_linear
 from lora_lightning.adapters.functional.dropout import draw_seed, seeded_dropout
-from lora_lightning.adapters.functional.forms import NOT_REBUILT, Rebuilt, compute_dtype, rebuilding_pays
+from lora_lightning.adapters.functional.forms import NOT_REBUILT, Rebuilt, compute_dtype, is_exporting, rebuilding_pays
 from lora_lightning.adapters.functional.lora import lora_linear, low_rank_update
-from lora_lightning.adapters.functional.norms import dora_norm
+from lora_lightning.adapters.functional.norms import dora_norm, forget_kept_norms, kept_norm_squared
 from lora_lightning.adapters.functional.recompute import Source, find_source
 
 __all__ = [
@@ -28,6 +28,9 @@ __all__ = [
     "dora_norm",
     "draw_seed",
     "find_source",
+    "forget_kept_norms",
+    "is_exporting",
+    "kept_norm_squared",
     "lora_linear",
     "low_rank_update",
     "rebuilding_pays",

@@ -28,6 +28,14 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+def is_exporting() -> bool:
+    """Tell whether a graph is being made for others (`torch.export`, `torch.onnx.export`, `torch.jit.trace`).
+
+    Such a graph must hold torch's own operators alone, and no choice that one size of the input suggests.
+    """
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
 class Rebuilt(NamedTuple):
     """In which passes the update is added to the weight, V = W + s B A, and not to what the product gives.
 

@@ -1,0 +1,220 @@
+"""What a model's first calls after `attach` show: adapters that are not called, and frozen buffers that move."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lightning.adapters.base import Adapter, Role
+from lora_lightning.adapters.calls.watch import (
+    Calls,
+    called_adapters,
+    idle_message,
+    read_past_message,
+    refuse_idle,
+    watch,
+)
+from lora_lightning.adapters.frozen import KeptBuffers, restore_after_conversion
+from lora_lightning.adapters.head import HeadAdapter
+from lora_lightning.adapters.sharded import is_sharded
+from lora_lightning.adapters.weights import RESERVED
+from lora_lightning.errors import TargetError
+
+_WATCH = "_lora_lightning_first_calls"
+
+
+@dataclass
+class _FirstCalls:
+    """What is still to be looked at; plain data, kept on the model that `attach` was given.
+
+    Args:
+        buffers: The base's buffers, which training batches must leave as they are.
+        looks_at_calls: Whether every adapter is to be called in the next training batch.
+        looks_at_reads: Whether reads past a module are to be looked for.
+        has_warned: Whether a call in evaluation mode has told of idle adapters.
+        has_trained: Whether a training batch was seen.
+        running: What ends the call that is being watched, and its thread.
+    """
+
+    buffers: KeptBuffers
+    looks_at_calls: bool = True
+    looks_at_reads: bool = True
+    has_warned: bool = False
+    has_trained: bool = False
+    running: tuple[ExitStack, int, BaseException | None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a call."""
+        return {**self.__dict__, "running": None}
+
+
+def watch_first_calls(model: nn.Module) -> None:
+    """Have a model's first calls watched, by hooks that go when there is nothing left to see."""
+    setattr(model, _WATCH, _FirstCalls(buffers=KeptBuffers(model)))
+    model.register_forward_pre_hook(_before, prepend=True)  # before those of adapters on the model itself
+    model.register_forward_hook(_after, always_call=True)
+
+
+def end_watch(model: nn.Module) -> None:
+    """Take the hooks off, if they are there."""
+    model.__dict__.pop(_WATCH, None)
+    # By identity, not by handle: handles do not survive deepcopy and pickle, module-level functions do.
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_before, _after)]:
+            del hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
+
+
+def _before(model: nn.Module, _args: tuple[Any, ...]) -> None:
+    """Begin to watch a call, unless it is traced or there is nothing left to look at."""
+    watched: _FirstCalls | None = getattr(model, _WATCH, None)
+    if watched is None:
+        return
+    if torch.compiler.is_compiling():
+        if model.training and watched.buffers.paths:
+            watched.buffers.keep(model)
+        return
+    if torch._C._get_tracing_state() is None:
+        _begin(model, watched)
+
+
+def _begin(model: nn.Module, watched: _FirstCalls) -> None:
+    """Begin to watch a call."""
+    if watched.running is not None:
+        stack, thread, _ = watched.running
+        if thread != threading.get_ident():
+            return
+        _end_failed(stack, KeyboardInterrupt())  # an interrupt ended the last call before its hook
+    stack = ExitStack()
+    if model.training:
+        if not watched.has_trained:
+            restore_after_conversion(model)
+            watched.has_trained = True
+        stack.enter_context(watched.buffers.still(model))
+    looks = watched.looks_at_calls or watched.looks_at_reads
+    if looks and torch.is_grad_enabled() and _acts(model):
+        stack.enter_context(_looked_at(model, watched))
+    watched.running = stack, threading.get_ident(), sys.exc_info()[1]
+
+
+def _after(model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:  # noqa: ANN401 - the model's own
+    """End the watching of a call."""
+    watched: _FirstCalls | None = getattr(model, _WATCH, None)
+    if watched is None:
+        return
+    if torch.compiler.is_compiling():
+        if model.training and watched.buffers.paths:
+            watched.buffers.give_back(model)
+        return
+    if watched.running is not None:
+        _end(model, watched, watched.running)
+
+
+def _end(model: nn.Module, watched: _FirstCalls, running: tuple[ExitStack, int, BaseException | None]) -> None:
+    """End the watching of a call; raise what it has shown, unless the call itself has failed."""
+    stack, thread, error = running
+    if thread != threading.get_ident():
+        return
+    watched.running = None
+    failure = sys.exc_info()[1]
+    if failure is not None and failure is not error:
+        _end_failed(stack, failure)
+        return
+    stack.close()
+    looks_on = watched.looks_at_calls or watched.looks_at_reads or not watched.has_trained or watched.buffers.paths
+    if not looks_on:
+        end_watch(model)
+
+
+def _end_failed(stack: ExitStack, failure: BaseException) -> None:
+    """Clean up after a call that has failed, and judge nothing by it."""
+    stack.__exit__(type(failure), failure, failure.__traceback__)
+
+
+def _acts(model: nn.Module) -> bool:
+    """Tell whether all of a model's adapters act here, and its parameters are whole and there."""
+    stacks = [stack for _, stack in _stacks(model)]
+    all_act = all(len(stack.acting(Adapter)) == len(stack.of_kind(Adapter)) for stack in stacks)
+    is_there = not any(parameter.is_meta for parameter in model.parameters())
+    is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return bool(stacks) and all_act and is_there and not is_sharded(model) and not is_compiled
+
+
+def _stacks(model: nn.Module) -> list[tuple[str, Any]]:
+    """Return `(path of the host, its adapters)` of every host."""
+    return [
+        (path, module._modules[RESERVED])
+        for path, module in model.named_modules()
+        if RESERVED in module._modules and RESERVED not in path.split(".")
+    ]
+
+
+def _adapters(model: nn.Module) -> list[tuple[str, Adapter]]:
+    """Return `(path of the host, adapter)` of every adapter."""
+    return [(path, adapter) for path, stack in _stacks(model) for adapter in stack.of_kind(Adapter)]
+
+
+@contextmanager
+def _looked_at(model: nn.Module, watched: _FirstCalls) -> Iterator[None]:
+    """Check inside the block that adapters are called, and that nothing reads their hosts' weights past them.
+
+    An adapter that is not called is an error in training mode alone: in evaluation a model may well leave out a vision
+    tower, or an expert.
+    """
+    adapters = _adapters(model)
+    hosts = {path: model.get_submodule(path) for path, _ in adapters}
+    inside = [inner for path, adapter in adapters for inner in _read_by(hosts[path], adapter)]
+    with called_adapters([adapter for _, adapter in adapters]) as called, _watched(model, inside, watched) as calls:
+        yield
+    if watched.looks_at_reads:
+        watched.looks_at_reads = False
+        _refuse_read_past(adapters, hosts, calls)
+    idle = [path for path, adapter in adapters if id(adapter) not in called]
+    if model.training or not idle:
+        watched.looks_at_calls = False
+        refuse_idle(idle, len(adapters))
+    elif not watched.has_warned:
+        watched.has_warned = True
+        warnings.warn(idle_message(idle, len(adapters)), stacklevel=2)
+
+
+@contextmanager
+def _watched(model: nn.Module, modules: list[nn.Module], watched: _FirstCalls) -> Iterator[Calls]:
+    if not watched.looks_at_reads:
+        yield Calls()
+        return
+    with watch(model, modules) as calls:
+        yield calls
+
+
+def _read_by(host: nn.Module, adapter: Adapter) -> list[nn.Module]:
+    """Return the modules whose parameters an adapter replaces or adds to."""
+    if isinstance(adapter, HeadAdapter):
+        return [module for path, module in host.named_modules() if RESERVED not in path.split(".")]
+    return [host]
+
+
+def _refuse_read_past(adapters: list[tuple[str, Adapter]], hosts: dict[str, nn.Module], calls: Calls) -> None:
+    """Raise TargetError where a weight that an adapter stands for was read without its host."""
+    for path, adapter in adapters:
+        for module in _read_by(hosts[path], adapter):
+            names = sorted(calls.read_past.get(id(module), set()))
+            names = [name for name in names if _stands_for(adapter, module, name)]
+            if names:
+                raise TargetError(read_past_message(path, names[0], "the targets and of modules_to_save"))
+
+
+def _stands_for(adapter: Adapter, module: nn.Module, name: str) -> bool:
+    """Tell whether an adapter changes what this parameter of its host does: a bias only where it trains one."""
+    roles = {role for _, _, role in adapter.named_roles()}
+    parameter = module._parameters[name]
+    is_bias = parameter is not None and parameter.dim() < 2
+    return not is_bias or isinstance(adapter, HeadAdapter) or Role.BIAS in roles
