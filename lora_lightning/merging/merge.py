@@ -119,7 +119,7 @@ def merge_checkpoint(
     except OSError as error:
         raise CheckpointError(f"{output_dir} could not be written ({error}); nothing was left there.") from error
     if hasattr(model, "save_pretrained"):
-        warn_of_own_file(run.own_state, output_dir)
+        warn_of_own_file(task, run.own_state, output_dir)
     return MergeReport(output_dir=output_dir, loss=loss, num_bytes=num_bytes, has_tokenizer=tokenizer is not None)
 
 
