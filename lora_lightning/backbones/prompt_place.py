@@ -27,6 +27,7 @@ from lora_lightning.backbones.trial import (
     path_of,
     quiet,
     recording,
+    text_config,
 )
 from lora_lightning.errors import TargetError
 from lora_lightning.methods.soft_prompt import POOLINGS, CrossMaskAdapter, PlaceholderAdapter, SoftPromptAdapter
@@ -91,9 +92,13 @@ def _is_leaf(module: nn.Module) -> bool:
 
 def _body(looked_up: Call, rows: Rows) -> Call | None:
     """Return the innermost call that got the ids, and the mask itself where any did, and returned hidden states."""
-    fitting = [call for call in looked_up.inside if _returns_states(call, rows)]
+    fitting = [call for call in looked_up.inside if _returns_states(call, rows) and _has(call, looked_up)]
     masked = [call for call in fitting if _mask_of(call, rows) is not None]
     return next(reversed(masked or fitting), None)
+
+
+def _has(call: Call, part: Call) -> bool:
+    return any(module is part.module for module in call.module.modules())
 
 
 def _returns_states(call: Call, rows: Rows) -> bool:
@@ -119,8 +124,7 @@ def _mask_of(call: Call, rows: Rows) -> Tensor | None:
 
 def _describe(model: Any, body: Call, embedding: nn.Module, calls: list[Call], trial: Trial) -> PromptPlace:  # noqa: ANN401 - a transformers model
     """Return the place as the calls show it."""
-    text = model.config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = getattr(text_config(model), "max_position_embeddings", None)
     takes_mask = "attention_mask" in arguments_of(body.module)
     decoder = next((call.module for call in calls if _attends_to(call, body)), None)
     return PromptPlace(

@@ -84,16 +84,16 @@ class Trial:
         embedding = known_embedding(model)
         weight = None if embedding is None else next(embedding.parameters(), None)
         rows = len(weight) if weight is not None and weight.dim() == 2 else None
-        sizes = [one for one in (getattr(model.config.get_text_config(), "vocab_size", None), rows) if one]
+        sizes = [one for one in (getattr(text_config(model), "vocab_size", None), rows) if one]
         return cls(model, min(sizes, default=_UNKNOWN_VOCABULARY))
 
     def __post_init__(self) -> None:
         """Choose the ids."""
-        special = special_ids(self.model.config)
+        special = special_ids(self.model)
         plain = [one for one in range(self.vocabulary) if one not in special] or list(range(self.vocabulary))
         count = NUM_FRONT + _NUM_REAL
         *self.ids, self.placeholder = (plain[index * (len(plain) - 1) // count] for index in range(count + 1))
-        pad = getattr(self.model.config.get_text_config(), "pad_token_id", None)
+        pad = getattr(text_config(self.model), "pad_token_id", None)
         self.padding = pad if isinstance(pad, int) and 0 <= pad < self.vocabulary else 0
 
     @property
@@ -150,15 +150,20 @@ def path_of(model: nn.Module, wanted: nn.Module) -> str:
     return next(path for path, module in model.named_modules() if module is wanted)
 
 
-def special_ids(config: Any) -> set[int]:  # noqa: ANN401 - a transformers config
-    """Return the token ids to which a config gives a meaning, such as padding, ends and images."""
+def text_config(model: Any) -> Any:  # noqa: ANN401 - a transformers model and its config
+    """Return the config of the part of a model that reads text; a config of another library's own is that already."""
+    find = getattr(model.config, "get_text_config", None)
+    return model.config if find is None else find()
+
+
+def special_ids(model: Any) -> set[int]:  # noqa: ANN401 - a transformers model
+    """Return the token ids to which a model's config gives a meaning, such as padding, ends and images."""
     found: set[int] = set()
-    for part in (config, config.get_text_config()):
-        for name, value in part.to_dict().items():
+    for config in (model.config, text_config(model)):
+        for name, value in vars(config).items():
             if name.endswith(("_token_id", "_token_ids", "_token_index")):
-                found.update(
-                    one for one in (value if isinstance(value, list | tuple) else [value]) if isinstance(one, int)
-                )
+                values = value if isinstance(value, list | tuple) else [value]
+                found.update(one for one in values if isinstance(one, int))
     return found
 
 

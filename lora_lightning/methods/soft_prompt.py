@@ -110,8 +110,9 @@ class SoftPromptAdapter(ForwardAdapter):
             The body's output; hidden states have L positions.
 
         Raises:
-            ConfigError: The row is too long, the mask has four dimensions, rows are packed, the cache is static, or the
-                body got embeddings, which it treats in another way than those of ids.
+            ConfigError: The row is too long, the mask has four dimensions, rows are packed, the cache is static, the
+                body got embeddings, which it treats in another way than those of ids, or the token embedding is not
+                the one of `attach`.
         """
         given = {**dict(zip(self.place.arguments, args, strict=False)), **kwargs}
         if check_inputs(self.place, given, self.num_virtual_tokens):
@@ -122,8 +123,13 @@ class SoftPromptAdapter(ForwardAdapter):
         as_tuple = given.get("return_dict", getattr(config, "return_dict", True)) is False
         if as_tuple:  # a tuple does not say what it holds
             given["return_dict"] = True
-        with inserting(virtual):
+        with inserting(virtual) as state:
             output = self.base_forward(host, **given)
+            if state.now is not None:
+                raise ConfigError(
+                    "The virtual tokens of a soft prompt were not put in: the token embedding was replaced after "
+                    "`attach` (set_input_embeddings does that), or switched off alone. Attach the prompt afterwards."
+                )
         if not self.place.keeps_virtual:
             output = self._trim(host, output, mask, num_real)
         return output.to_tuple() if as_tuple and not isinstance(output, tuple) else output
@@ -175,7 +181,8 @@ class SoftPromptAdapter(ForwardAdapter):
         """Drop the virtual positions from hidden states, and pool again where the body pools."""
 
         def real(states: Tensor) -> Tensor:
-            return drop_virtual(states, self.num_virtual_tokens, mask, num_real)
+            is_by_token = states.shape[1] == num_real + self.num_virtual_tokens  # not where a body shortens its rows
+            return drop_virtual(states, self.num_virtual_tokens, mask, num_real) if is_by_token else states
 
         if isinstance(output, tuple):
             return (real(output[0]), *output[1:])
@@ -213,7 +220,7 @@ class VirtualTokens:
 
 
 class _Inserting(threading.local):
-    """What is being inserted in the running thread. A thread-local, because `torch.compile` traces no ContextVar."""
+    """What the embedding has yet to put in, in the running thread; `torch.compile` traces no ContextVar."""
 
     now: VirtualTokens | None = None
 
@@ -222,12 +229,12 @@ _INSERTING = _Inserting()
 
 
 @contextmanager
-def inserting(virtual: VirtualTokens | None) -> Iterator[None]:
-    """Make the token embedding put in virtual tokens inside the block."""
+def inserting(virtual: VirtualTokens | None) -> Iterator[_Inserting]:
+    """Make the token embedding put in virtual tokens inside the block, at its first call."""
     before = _INSERTING.now
     _INSERTING.now = virtual
     try:
-        yield
+        yield _INSERTING
     finally:
         _INSERTING.now = before
 
@@ -246,6 +253,7 @@ class PlaceholderAdapter(OutputAdapter):
         virtual = _INSERTING.now
         if virtual is None:
             return output
+        _INSERTING.now = None
         slots_bm = virtual.slots
         if slots_bm.shape != output.shape[:2]:
             slots_bm = functional.pad(slots_bm, (0, output.shape[1] - slots_bm.shape[1]), value=-1)

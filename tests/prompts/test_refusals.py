@@ -138,3 +138,15 @@ def test_a_static_cache_is_refused():
     with pytest.raises(ConfigError, match="static cache"):
         model(ids, past_key_values=cache)
     model(ids, past_key_values=transformers.DynamicCache())
+
+
+def test_an_embedding_that_was_replaced_is_an_error():
+    base = sweep.built("gpt2", "causal")
+    model = oracle.adapted(base)
+    ids, mask = oracle.rows(base, "whole")
+    expected = oracle.call(model, ids, mask)
+    model.resize_token_embeddings(70, mean_resizing=False)
+    assert torch.equal(oracle.call(model, ids, mask)[..., :64], expected)
+    model.set_input_embeddings(torch.nn.Embedding(70, 32))
+    with pytest.raises(ConfigError, match="the token embedding was replaced after `attach`"):
+        model(ids, attention_mask=mask)
