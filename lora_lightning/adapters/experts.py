@@ -37,11 +37,6 @@ def expert_weights(host: Host) -> tuple[str, ...]:
     return names if dense else ()
 
 
-def is_expert_weight(host: Host, name: str) -> bool:
-    """Tell whether `name` is a 3-D parameter of an experts module."""
-    return name in expert_weights(host)
-
-
 def read_experts(host: Host, name: str) -> Tensor:
     """Return one projection of all experts, a view of shape `[experts, out, in]`."""
     weight: Tensor = host._parameters[name]

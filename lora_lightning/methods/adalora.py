@@ -149,6 +149,7 @@ class AdaLoRA(TargetedMethod):
         orthogonality_weight: Weight of the penalty, 0 or above.
         alpha: Numerator of the scaling s, above 0.
         dropout: Probability of zeroing an element of Q's input in training, in [0, 1).
+        wide_ranks: Accept an `init_r` above the smaller side of a weight; see `LoRA`.
         target_modules: See `TargetedMethod`.
         exclude_modules: See `TargetedMethod`.
         layers_to_transform: See `TargetedMethod`.
@@ -162,7 +163,7 @@ class AdaLoRA(TargetedMethod):
     size_setting: ClassVar[str | None] = "target_r"
     usual_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)
     training_settings: ClassVar[frozenset[str]] = TargetedMethod.training_settings | {
-        *("dropout", "t_init", "t_final", "delta_t", "beta1", "beta2", "orthogonality_weight")
+        *("dropout", "wide_ranks", "t_init", "t_final", "delta_t", "beta1", "beta2", "orthogonality_weight")
     }
 
     target_r: int = 8
@@ -175,6 +176,7 @@ class AdaLoRA(TargetedMethod):
     orthogonality_weight: float = 0.5
     alpha: float = 16.0
     dropout: float = 0.0
+    wide_ranks: bool = False
 
     def __post_init__(self) -> None:
         """Check every value's range."""
@@ -211,7 +213,7 @@ class AdaLoRA(TargetedMethod):
         hosts, r = select_hosts(view, self), self.start_rank
         remedy = "Lower init_r (one and a half times target_r unless given), or leave this layer out."
         for path, host in hosts:
-            check_host("AdaLoRA", path, host, r, setting="init_r", remedy=remedy)
+            check_host("AdaLoRA", path, host, r, setting="init_r", remedy=remedy, wide_ranks=self.wide_ranks)
         for path, host in hosts:
             yield path, AdaLoRAAdapter(host, r=r, scaling=self.alpha / r, dropout=self.dropout)
 

@@ -77,6 +77,7 @@ class DeltaLoRA(LoRA):
         init: See `LoRA`.
         rank_pattern: See `LoRA`.
         alpha_pattern: See `LoRA`.
+        wide_ranks: See `LoRA`.
         target_modules: See `TargetedMethod`.
         exclude_modules: See `TargetedMethod`.
         layers_to_transform: See `TargetedMethod`.

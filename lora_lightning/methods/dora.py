@@ -118,6 +118,7 @@ class DoRA(LoRA):
         init: See `LoRA`.
         rank_pattern: See `LoRA`.
         alpha_pattern: See `LoRA`.
+        wide_ranks: See `LoRA`.
         target_modules: See `TargetedMethod`.
         exclude_modules: See `TargetedMethod`.
         layers_to_transform: See `TargetedMethod`.

@@ -21,11 +21,12 @@ from lora_lightning.adapters.base import (
 from lora_lightning.adapters.experts import expert_weights, read_experts
 from lora_lightning.adapters.targets import by_pattern, check_patterns, select_hosts, select_weights
 from lora_lightning.adapters.view import ModelView
-from lora_lightning.adapters.weights import HostKind, codec_of
+from lora_lightning.adapters.weights import HostKind, codec_of, find_codec
 from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.methods.eva import start_from_data
 from lora_lightning.methods.expert_lora import EXPERT_INITS, ExpertLoRAAdapter
 from lora_lightning.methods.low_rank import LowRankAdapter
+from lora_lightning.methods.parameter_lora import ParameterLoRAAdapter
 
 Scaling = Literal["standard", "rslora", "alpha"]
 _REMEDY = "Lower r, or give this layer its own with rank_pattern."
@@ -40,7 +41,8 @@ class LoRA(TargetedMethod):
     ones too), GPT-2's Conv1D, embeddings, 1-d and 2-d convolutions, and the experts of transformers' mixtures, whose
     3-D parameters get an A `[experts, r, in]` and a B `[experts, out, r]` each. They are taken where they are named:
     `experts` takes all parameters of these modules, `experts.down_proj` in a list this one alone; `all-linear` leaves
-    them out. The router stays as it is.
+    them out. A 2-D or 3-D parameter of any other module is taken where a list names it with its module, such as a
+    router's `gate.weight`; its update is built whole in each forward, without dropout.
 
     Args:
         r: Rank, from 1 to the smaller side of each adapted weight.
@@ -61,6 +63,8 @@ class LoRA(TargetedMethod):
         rank_pattern: Other ranks for some hosts, by path suffix or regular expression; a parameter of experts goes by
             its own path first, then by its module's.
         alpha_pattern: Other alphas for some hosts, likewise.
+        wide_ranks: Accept ranks above the smaller side of a weight, which train no more than that side's rank but cost
+            more. A finished adapter of another library may have them, and `load_peft` then sets this.
         target_modules: See `TargetedMethod`.
         exclude_modules: See `TargetedMethod`.
         layers_to_transform: See `TargetedMethod`.
@@ -72,7 +76,7 @@ class LoRA(TargetedMethod):
 
     name: ClassVar[str] = "lora"
     size_setting: ClassVar[str | None] = "r"
-    training_settings: ClassVar[frozenset[str]] = TargetedMethod.training_settings | {"dropout", "init"}
+    training_settings: ClassVar[frozenset[str]] = TargetedMethod.training_settings | {"dropout", "init", "wide_ranks"}
     takes_experts: ClassVar[bool] = True
 
     r: int = 8
@@ -82,6 +86,7 @@ class LoRA(TargetedMethod):
     init: Init = "kaiming"
     rank_pattern: dict[str, int] | None = None
     alpha_pattern: dict[str, float] | None = None
+    wide_ranks: bool = False
 
     def __post_init__(self) -> None:
         """Check every value's range."""
@@ -92,6 +97,11 @@ class LoRA(TargetedMethod):
         check_dropout(owner, self.dropout)
         check_choice(owner, "scaling", self.scaling, ("standard", "rslora", "alpha"))
         check_choice(owner, "init", self.init, get_args(Init))
+        if self.wide_ranks and self.init not in EXPERT_INITS:
+            raise ConfigError(
+                f"{owner}: init={self.init!r} takes its start from the weight, which has no more directions than its "
+                "smaller side; leave out wide_ranks, or use init='kaiming'."
+            )
         for pattern, rank in (self.rank_pattern or {}).items():
             check_positive_int(owner, f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in (self.alpha_pattern or {}).items():
@@ -114,23 +124,23 @@ class LoRA(TargetedMethod):
     def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
         """Build one adapter per host; see `Method.adapters`."""
         hosts = select_hosts(view, self)
-        experts: dict[str, list[str]] = {path: [] for path, host in hosts if expert_weights(host)}
+        by_parameter: dict[str, list[str]] = {path: [] for path, host in hosts if find_codec(host) is None}
         paths = [path for path, _ in hosts]
-        for path, _ in select_weights(view, self) if experts else ():
+        for path, _ in select_weights(view, self) if by_parameter else ():
             holder, _, name = path.rpartition(".")
-            if holder in experts:
-                experts[holder].append(name)
+            if holder in by_parameter:
+                by_parameter[holder].append(name)
                 paths.append(path)
         check_patterns("rank_pattern", self.rank_pattern, paths)
         check_patterns("alpha_pattern", self.alpha_pattern, paths)
         for path, host in hosts:
-            if path in experts:
-                self._check_experts(path, host, experts[path])
+            if path in by_parameter:
+                self._check_parameters(path, host, by_parameter[path])
             else:
                 self._check_host(path, host)
         for path, host in hosts:
-            is_experts = path in experts
-            yield path, self._build_experts(path, host, experts[path]) if is_experts else self.build(path, host)
+            names = by_parameter.get(path)
+            yield path, self.build(path, host) if names is None else self._build_parameters(path, host, names)
 
     @property
     def calibrates(self) -> bool:
@@ -148,26 +158,31 @@ class LoRA(TargetedMethod):
         r, scaling = self.rank_and_scaling(path)
         return LowRankAdapter(host, r=r, scaling=scaling, dropout=self.dropout, init=self.init)
 
-    def _build_experts(self, path: str, host: nn.Module, names: Sequence[str]) -> Adapter:
+    def _build_parameters(self, path: str, host: nn.Module, names: Sequence[str]) -> Adapter:
         found = {name: self.rank_and_scaling(path, name) for name in names}
         ranks, scalings = {name: r for name, (r, _) in found.items()}, {name: s for name, (_, s) in found.items()}
-        return ExpertLoRAAdapter(host, ranks=ranks, scalings=scalings, dropout=self.dropout, init=self.init)
+        if expert_weights(host):
+            return ExpertLoRAAdapter(host, ranks=ranks, scalings=scalings, dropout=self.dropout, init=self.init)
+        return ParameterLoRAAdapter(host, ranks=ranks, scalings=scalings, init=self.init)
 
-    def _check_experts(self, path: str, host: nn.Module, names: Sequence[str]) -> None:
+    def _check_parameters(self, path: str, host: nn.Module, names: Sequence[str]) -> None:
         owner = type(self).__name__
         if self.init not in EXPERT_INITS:
             raise ConfigError(
-                f"{owner}: init={self.init!r} is not defined for experts, and {path!r} holds some; use one of "
-                f"{', '.join(EXPERT_INITS)}, or leave the experts out of the targets."
+                f"{owner}: init={self.init!r} is not defined for experts and other parameters, and {path!r} holds "
+                f"some; use one of {', '.join(EXPERT_INITS)}, or leave them out of the targets."
             )
+        is_experts = bool(expert_weights(host))
         for name in names:
             r, _ = self.rank_and_scaling(path, name)
-            _, num_out, num_in = read_experts(host, name).shape
-            check_rank(owner, f"{path}.{name}", (num_out, num_in), r, remedy=_REMEDY)
+            weight = read_experts(host, name) if is_experts else host.get_parameter(name)
+            num_out, num_in = weight.shape[-2:]
+            if not self.wide_ranks:
+                check_rank(owner, f"{path}.{name}", (num_out, num_in), r, remedy=_REMEDY)
 
     def _check_host(self, path: str, host: nn.Module) -> None:
         r, _ = self.rank_and_scaling(path)
-        check_host(type(self).__name__, path, host, r, remedy=_REMEDY)
+        check_host(type(self).__name__, path, host, r, remedy=_REMEDY, wide_ranks=self.wide_ranks)
         # A model without weights is quantized when it is filled.
         is_hollow = next(host.parameters(recurse=False)).is_meta
         if self.init == "loftq" and codec_of(host).write is not None and not is_hollow:
@@ -183,9 +198,12 @@ class LoRA(TargetedMethod):
             )
 
 
-def check_host(owner: str, path: str, host: nn.Module, r: int, *, setting: str = "r", remedy: str) -> None:
+def check_host(
+    owner: str, path: str, host: nn.Module, r: int, *, setting: str = "r", remedy: str, wide_ranks: bool = False
+) -> None:
     """Raise where a host is too small for a rank, or an embedding that rewrites its weight in each forward."""
-    check_rank(owner, path, codec_of(host).shape(host), r, setting=setting, remedy=remedy)
+    if not wide_ranks:
+        check_rank(owner, path, codec_of(host).shape(host), r, setting=setting, remedy=remedy)
     if getattr(host, "max_norm", None) is not None:
         raise TargetError(
             f"{path!r} is an embedding with max_norm, which rewrites its weight in each forward; leave it out."

@@ -120,6 +120,7 @@ class LoRADrop(LoRA):
         init: `kaiming`, `gaussian` or `gaussian_sqrt`; see `LoRA`.
         rank_pattern: See `LoRA`.
         alpha_pattern: See `LoRA`.
+        wide_ranks: See `LoRA`.
         target_modules: See `TargetedMethod`.
         exclude_modules: See `TargetedMethod`.
         layers_to_transform: See `TargetedMethod`.

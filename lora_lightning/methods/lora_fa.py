@@ -31,6 +31,7 @@ class LoRAFA(LoRA):
         init: See `LoRA`.
         rank_pattern: See `LoRA`.
         alpha_pattern: See `LoRA`.
+        wide_ranks: See `LoRA`.
         target_modules: See `TargetedMethod`.
         exclude_modules: See `TargetedMethod`.
         layers_to_transform: See `TargetedMethod`.
