@@ -18,7 +18,7 @@ def bare_weights(host: Host) -> tuple[str, ...]:
     """
     if find_codec(host) is not None or expert_weights(host):
         return ()
-    if original_class(host).forward in (nn.Module.forward, getattr(nn.Module, "_forward_unimplemented", None)):
+    if original_class(host).forward is nn.Module.forward:
         return ()
     return tuple(name for name, parameter in host._parameters.items() if _is_dense_matrix(parameter))
 
@@ -34,7 +34,7 @@ def with_parameters(host: Host, changed: Mapping[str, Tensor]) -> nn.Module:
 
     It shares everything else with the host, which stays as it is: other threads may call it meanwhile.
     """
-    host_class = original_class(host)
+    host_class: Any = original_class(host)
     twin: nn.Module = host_class.__new__(host_class)
     twin.__dict__ = {**host.__dict__, "_parameters": {**host._parameters, **changed}}
     return twin

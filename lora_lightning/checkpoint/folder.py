@@ -31,6 +31,7 @@ from lora_lightning.checkpoint.manifest import (
     write_manifest,
 )
 from lora_lightning.errors import CheckpointError
+from lora_lightning.peft_format.adapter import PeftAdapter
 from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
 from lora_lightning.peft_format.decode import from_peft, method_of
 from lora_lightning.peft_format.encode import to_peft
@@ -59,7 +60,7 @@ def write_adapter_folder(
     *,
     base_fingerprint: str | None = None,
     state: Mapping[str, Tensor] | None = None,
-    as_lora: bool = False,
+    peft: PeftAdapter | None = None,
 ) -> Manifest:
     """Write the adapters of a model into a folder, all of it or nothing; the manifest goes in last.
 
@@ -69,8 +70,7 @@ def write_adapter_folder(
         facts: What the manifest shall tell about the run.
         base_fingerprint: The base's fingerprint, where the caller has it already; a sharded base has none to measure.
         state: The model's `folded_state_dict`, where the caller has it already: gathered from all processes.
-        as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same; the manifest then
-            names that LoRA.
+        peft: How PEFT is to read them, where they are written for PEFT (`for_peft`) and not just beside a checkpoint.
 
     Returns:
         The manifest that was written.
@@ -80,7 +80,7 @@ def write_adapter_folder(
     """
     refuse_foreign(folder)
     with atomic_folder(folder) as temporary:
-        settings: dict[str, Any] = {"base_fingerprint": base_fingerprint, "state": state, "as_lora": as_lora}
+        settings: dict[str, Any] = {"base_fingerprint": base_fingerprint, "state": state, "peft": peft}
         return fill_adapter_folder(temporary, model, facts, **settings)
 
 
@@ -92,7 +92,7 @@ def fill_adapter_folder(
     checkpoint: FileRecord | None = None,
     base_fingerprint: str | None = None,
     state: Mapping[str, Tensor] | None = None,
-    as_lora: bool = False,
+    peft: PeftAdapter | None = None,
 ) -> Manifest:
     """Write the adapters of a model into an empty folder, the manifest last; see `write_adapter_folder`.
 
@@ -103,25 +103,28 @@ def fill_adapter_folder(
         checkpoint: The `.ckpt` that the folder is going to stand beside.
         base_fingerprint: The base's fingerprint, where the caller has it already.
         state: The model's `folded_state_dict`, where the caller has it already.
-        as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same.
+        peft: How PEFT is to read them, where they are written for PEFT. If that alone does not give our own tensors
+            back, these stand in the folder too.
 
     Raises:
         CheckpointError: A weight is NaN or infinite.
     """
     state = folded_state_dict(model) if state is None else dict(state)
     check_finite(state, "The adapter")
-    peft, methods = to_peft(model, state), attached_methods(model)
-    if peft is None and as_lora and (peft := to_peft(model, state, as_lora=True)) is not None:
-        methods = (method_of(peft.config),)
-    if peft is None:
+    exact, methods = to_peft(model, state), attached_methods(model)
+    if exact is None and peft is not None and peft.reads_back:
+        methods = (method_of(peft.config),)  # the LoRA that computes the same
+    peft = exact or peft
+    reads_back = peft is not None and peft.reads_back
+    if not reads_back:
         _save_tensors(folder / OWN_WEIGHTS_NAME, state)
-    else:
+    if peft is not None:
         text = json.dumps(peft.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         _save_tensors(folder / PEFT_WEIGHTS_NAME, peft.state)
     manifest = Manifest(
         **asdict(facts or RunFacts()),
-        adapter_format="lora_lightning" if peft is None else "peft",
+        adapter_format="peft" if reads_back else "lora_lightning",
         methods=[class_config(method) for method in methods],
         base_fingerprint=base_fingerprint or fingerprint(model),
         files={path.name: FileRecord.of(path) for path in sorted(folder.iterdir())},

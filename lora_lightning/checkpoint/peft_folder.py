@@ -7,7 +7,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters import AttachReport, detach, is_attached, load_adapter_state_dict
+from lora_lightning.adapters import (
+    AttachReport,
+    Method,
+    detach,
+    folded_state_dict,
+    is_attached,
+    load_adapter_state_dict,
+)
 from lora_lightning.backbones.attach import attach
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.folder import (
@@ -21,9 +28,8 @@ from lora_lightning.checkpoint.folder import (
 )
 from lora_lightning.checkpoint.manifest import Manifest, check_files, read_manifest
 from lora_lightning.errors import CheckpointError, TargetError
-from lora_lightning.methods import LoRA
 from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME, PeftConfig, parse_peft_config
-from lora_lightning.peft_format.encode import to_peft, why_not_peft
+from lora_lightning.peft_format.export import for_peft, why_not_for_peft
 from lora_lightning.peft_format.fit import fit_to_model
 
 _PICKLED_NAME = "adapter_model.bin"
@@ -34,30 +40,38 @@ class PeftFolder:
     """An adapter folder in PEFT's format, understood for one model.
 
     Args:
-        method: What to attach; it names copies to train in `modules_to_save`.
+        methods: What to attach; the first names copies to train in `modules_to_save`.
         state: The tensors by the names of `adapter_state_dict`.
         base_fingerprint: The base's digest where this library wrote the folder, else None.
     """
 
-    method: LoRA
+    methods: tuple[Method, ...]
     state: dict[str, Tensor]
     base_fingerprint: str | None
 
 
 def export_peft(
-    model: nn.Module, folder: str | Path, facts: RunFacts | None = None, *, base_fingerprint: str | None = None
+    model: nn.Module,
+    folder: str | Path,
+    facts: RunFacts | None = None,
+    *,
+    base_fingerprint: str | None = None,
+    own_kind: bool = False,
 ) -> Manifest:
     """Write the adapters of a model in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, a manifest.
 
     `peft.PeftModel.from_pretrained(base, folder)` and transformers' `model.load_adapter(folder)` read it, and so does
     `load_peft`. Trained copies (heads) go in as `modules_to_save`. A relative of LoRA goes in as the LoRA that computes
-    the same, from its `factors()`: often of another rank, and no longer to be trained by its own method.
+    the same, from its `factors()`: often of another rank, and no longer to be trained by its own method. IA3, soft
+    prompts, prefixes and trainable tokens go in as PEFT's own kinds; the folder then holds the adapter a second time in
+    this library's format, from which training goes on. `docs/peft.md` lists what goes in and out.
 
     Args:
-        model: A model with adapters of LoRA, DoRA or a relative of theirs.
+        model: A model with adapters of a method that PEFT has too, or of a relative of LoRA.
         folder: Where to; an adapter folder already there is replaced.
         facts: What the manifest shall tell about the run.
         base_fingerprint: The base's fingerprint, where the caller has it already.
+        own_kind: Write AdaLoRA and VeRA as PEFT's AdaLoRA and VeRA, which fewer tools read than LoRA.
 
     Returns:
         The manifest.
@@ -68,12 +82,13 @@ def export_peft(
     """
     if not is_attached(model):
         raise CheckpointError("The model has no adapters, so there is nothing to export; attach and train them first.")
-    if to_peft(model, as_lora=True) is None:
-        raise CheckpointError(
-            f"This adapter cannot be written in PEFT's format: {why_not_peft(model)}. Merge it into the base instead "
-            "(lora-lightning export --to merged)."
-        )
-    return write_adapter_folder(Path(folder), model, facts, base_fingerprint=base_fingerprint, as_lora=True)
+    state = folded_state_dict(model)
+    adapter = for_peft(model, state, own_kind=own_kind)
+    if adapter is None:
+        raise CheckpointError(f"This adapter cannot be written in PEFT's format: {why_not_for_peft(model)}.")
+    return write_adapter_folder(
+        Path(folder), model, facts, base_fingerprint=base_fingerprint, state=state, peft=adapter
+    )
 
 
 def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
@@ -99,7 +114,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
     if is_attached(model):
         raise TargetError(f"This model has adapters already; load {folder} into a bare model, or detach them first.")
     found = read_peft_folder(model, folder)
-    report = attach(model, found.method)
+    report = attach(model, found.methods)
     try:
         load_adapter_state_dict(model, found.state)
         if found.base_fingerprint is not None:
@@ -118,7 +133,7 @@ def read_peft_folder(model: nn.Module, folder: Path) -> PeftFolder:
     tensors = load_tensors(folder / PEFT_WEIGHTS_NAME)
     check_finite(tensors, str(folder))
     fitted = fit_to_model(model, config, tensors, str(folder))
-    return PeftFolder(method=fitted.method, state=fitted.state, base_fingerprint=base_fingerprint)
+    return PeftFolder(methods=fitted.methods, state=fitted.state, base_fingerprint=base_fingerprint)
 
 
 def read_peft_config(path: Path) -> PeftConfig:
@@ -134,12 +149,11 @@ def _check_there(folder: Path) -> None:
     """Refuse folders without a config or without safetensors, saying what is there instead."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder; name the one that holds {CONFIG_NAME}.")
-    if (folder / OWN_WEIGHTS_NAME).is_file():
-        raise CheckpointError(
-            f"{folder} holds an adapter in this library's own format, which PEFT has no words for; attach its method "
-            "and use load_adapter."
-        )
     if not (folder / CONFIG_NAME).is_file():
+        if (folder / OWN_WEIGHTS_NAME).is_file():
+            raise CheckpointError(
+                f"{folder} holds an adapter in this library's own format alone; attach its method and use load_adapter."
+            )
         raise CheckpointError(f"{folder} holds no {CONFIG_NAME}, so it is no adapter of PEFT.")
     if (folder / PEFT_WEIGHTS_NAME).is_file():
         return

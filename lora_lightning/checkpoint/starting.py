@@ -119,6 +119,5 @@ def read_starting_adapter(model: nn.Module, folder: str) -> StartingAdapter:
             tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         )
     found = read_peft_folder(model, path)
-    return StartingAdapter(
-        folder=path, methods=[class_config(found.method)], state=found.state, base_fingerprint=None, label_names=None
-    )
+    methods = [class_config(one) for one in found.methods]
+    return StartingAdapter(folder=path, methods=methods, state=found.state, base_fingerprint=None, label_names=None)
