@@ -31,7 +31,9 @@ class Beside:
     methods: list[Method] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
 
-    def add_tokens(self, model: nn.Module, path: str, ids: Sequence[int], rows: Tensor) -> None:
+    def add_tokens(
+        self, model: nn.Module, path: str, ids: Sequence[int], rows: Tensor, saved: list[str] | None = None
+    ) -> None:
         """Add trained rows of one embedding.
 
         Args:
@@ -39,9 +41,11 @@ class Beside:
             path: The embedding's path.
             ids: The tokens.
             rows: Their rows, `[tokens, width]`.
+            saved: Modules to train as copies beside.
         """
         order = sorted(range(len(ids)), key=lambda index: ids[index])
-        self.methods.append(TrainableTokens(token_indices=[ids[index] for index in order], target_modules=[path]))
+        named = [ids[index] for index in order]
+        self.methods.append(TrainableTokens(token_indices=named, target_modules=[path], modules_to_save=saved))
         self.state[join(first_holder(model, path), "tokens")] = rows[order]
 
 

@@ -135,6 +135,11 @@ def _copies(
     paths = module_paths(model)
     is_bound = "task_type" in config  # a prompt method works through the wrapper of its task
     task_type = config["task_type"] if is_bound else task_type_of(model)
+    if config["peft_type"] == "TRAINABLE_TOKENS":
+        # PEFT has no modules_to_save for it: only its wrapper for classifiers of rows adds a copy.
+        is_bound, task_type = bool(heads), "SEQ_CLS" if task_type == "SEQ_CLS" else None
+        if not set(heads) <= {"classifier", "score"} or (heads and task_type is None):
+            return None
     extra = extra_copies(paths, heads, hosts, task_type)
     if extra is None and not is_bound:
         task_type, extra = None, extra_copies(paths, heads, hosts, None)

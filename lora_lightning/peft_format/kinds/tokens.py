@@ -62,13 +62,20 @@ def fit_tokens(model: nn.Module, config: TokensConfig, tensors: Mapping[str, Ten
     if not found.tokens:
         raise CheckpointError(f"{source}/{PEFT_WEIGHTS_NAME} holds no trained rows; the file is no adapter of PEFT.")
     refuse_different(model, [*found.tokens, *saved], source)
-    beside = read_tokens(model, dict.fromkeys(found.tokens, config.token_indices), found, source)
+    saved = [path for path in saved if any(name.startswith(f"{path}.") for name in found.copies)]
+    beside = read_tokens(model, dict.fromkeys(found.tokens, config.token_indices), found, source, saved)
     rest = read_base(model, found.base, list(found.tokens), source)
     methods = (*beside.methods, *rest.methods)
     return FittedAdapter(methods=methods, state={**beside.state, **rest.state, **found.copies})
 
 
-def read_tokens(model: nn.Module, indices: Mapping[str, list[int]], found: SortedTensors, source: str) -> Beside:
+def read_tokens(
+    model: nn.Module,
+    indices: Mapping[str, list[int]],
+    found: SortedTensors,
+    source: str,
+    saved: list[str] | None = None,
+) -> Beside:
     """Return the rows of embeddings that were trained alone; what shares a weight shares its rows.
 
     Args:
@@ -76,6 +83,7 @@ def read_tokens(model: nn.Module, indices: Mapping[str, list[int]], found: Sorte
         indices: The tokens of each embedding, by its path.
         found: The tensors.
         source: Where the adapter came from, for messages.
+        saved: Modules to train as copies beside.
 
     Raises:
         CheckpointError: An embedding has other tokens than rows, or is none of this model.
@@ -93,7 +101,7 @@ def read_tokens(model: nn.Module, indices: Mapping[str, list[int]], found: Sorte
             raise CheckpointError(f"{source} trains rows of {path!r}, and {reason}; use it in PEFT.")
         holder = first_holder(model, path)
         if holder not in done:
-            beside.add_tokens(model, path, ids, rows)
+            beside.add_tokens(model, path, ids, rows, saved or None)
         done.add(holder)
     return beside
 
@@ -104,9 +112,6 @@ def why_other_tokens(model: nn.Module, path: str) -> str | None:
     tied = [modules[other] for other in tied_to(modules, [path])]
     if any(isinstance(module, nn.Linear) and module.bias is not None for module in [modules[path], *tied]):
         return "PEFT leaves out the bias of an output layer that shares them"
-    config = getattr(model, "config", None)
-    if tied and getattr(config, "is_encoder_decoder", False):
-        return "PEFT gives them to some of the modules of an encoder-decoder that share the weight, not to all"
     return None
 
 
