@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters import Method, attached_methods, folded_state_dict, load_adapter_state_dict
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
+from lora_lightning.checkpoint.base_sample import BASE_SAMPLE_NAME, base_sample_of, read_base_sample
 from lora_lightning.checkpoint.files import atomic_folder
-from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.fingerprint import check_base, fingerprint
 from lora_lightning.checkpoint.manifest import (
     MANIFEST_NAME,
     MAX_BYTES,
@@ -117,16 +118,20 @@ def fill_adapter_folder(
     peft = exact or peft
     reads_back = peft is not None and peft.reads_back
     if not reads_back:
-        _save_tensors(folder / OWN_WEIGHTS_NAME, state)
+        save_tensors(folder / OWN_WEIGHTS_NAME, state)
     if peft is not None:
         text = json.dumps(peft.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-        _save_tensors(folder / PEFT_WEIGHTS_NAME, peft.state)
+        save_tensors(folder / PEFT_WEIGHTS_NAME, peft.state)
+    base_fingerprint = base_fingerprint or fingerprint(model)
+    sampled = base_sample_of(model)
+    if sampled is not None:
+        save_tensors(folder / BASE_SAMPLE_NAME, sampled.values, sampled.metadata())
     manifest = Manifest(
         **asdict(facts or RunFacts()),
         adapter_format="peft" if reads_back else "lora_lightning",
         methods=[class_config(method) for method in methods],
-        base_fingerprint=base_fingerprint or fingerprint(model),
+        base_fingerprint=base_fingerprint,
         files={path.name: FileRecord.of(path) for path in sorted(folder.iterdir())},
         checkpoint=checkpoint,
     )
@@ -194,7 +199,7 @@ def load_adapter(model: nn.Module, folder: str | Path, tokenizer: Any = None) ->
     folder = Path(folder)
     manifest, state = read_adapter_folder(folder)
     check_methods(attached_methods(model), manifest.methods, folder)
-    check_fingerprint(fingerprint(model), manifest.base_fingerprint, str(folder))
+    check_base(model, manifest.base_fingerprint, read_base_sample(folder), str(folder))
     check_tokenizer(tokenizer, manifest.tokenizer_fingerprint, str(folder))
     load_adapter_state_dict(model, state)
     return manifest
@@ -225,11 +230,11 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
         )
 
 
-def _save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors; each gets storage of its own, since the format refuses shared ones."""
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     try:
-        save_file(own, path, metadata={"format": "pt"})
+        save_file(own, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

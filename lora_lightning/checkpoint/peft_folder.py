@@ -16,7 +16,8 @@ from lora_lightning.adapters import (
     load_adapter_state_dict,
 )
 from lora_lightning.backbones.attach import attach
-from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.base_sample import read_base_sample
+from lora_lightning.checkpoint.fingerprint import check_base
 from lora_lightning.checkpoint.folder import (
     OWN_WEIGHTS_NAME,
     RunFacts,
@@ -118,7 +119,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
     try:
         load_adapter_state_dict(model, found.state)
         if found.base_fingerprint is not None:
-            check_fingerprint(fingerprint(model), found.base_fingerprint, str(folder))
+            check_base(model, found.base_fingerprint, read_base_sample(folder), str(folder))
     except CheckpointError as error:
         detach(model)
         raise CheckpointError(f"{folder}: {error}") from error

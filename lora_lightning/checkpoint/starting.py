@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lora_lightning.adapters import Method, Role, iter_adapters, iter_roles, load_adapter_state_dict
 from lora_lightning.adapters.attach import join
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
-from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.base_sample import read_base_sample
+from lora_lightning.checkpoint.fingerprint import check_base
 from lora_lightning.checkpoint.folder import check_methods, is_adapter_folder, read_adapter_folder
 from lora_lightning.checkpoint.manifest import class_config, read_manifest
 from lora_lightning.checkpoint.peft_folder import read_peft_folder
@@ -61,7 +62,7 @@ class StartingAdapter:
         """
         check_methods(methods, self.methods, self.folder)
         if self.base_fingerprint is not None:
-            check_fingerprint(fingerprint(model), self.base_fingerprint, str(self.folder))
+            check_base(model, self.base_fingerprint, read_base_sample(self.folder), str(self.folder))
         check_tokenizer(tokenizer, self.tokenizer_fingerprint, str(self.folder))
         fresh = self._fresh_copies(model)
         if fresh:

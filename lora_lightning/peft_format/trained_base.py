@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +31,15 @@ class Beside:
     methods: list[Method] = field(default_factory=list)
     state: dict[str, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, parts: Iterable[Beside]) -> Beside:
+        """Return several parts as one."""
+        whole = cls()
+        for part in parts:
+            whole.methods += part.methods
+            whole.state |= part.state
+        return whole
+
     def add_tokens(
         self, model: nn.Module, path: str, ids: Sequence[int], rows: Tensor, saved: list[str] | None = None
     ) -> None:
@@ -45,7 +54,10 @@ class Beside:
         """
         order = sorted(range(len(ids)), key=lambda index: ids[index])
         named = [ids[index] for index in order]
-        self.methods.append(TrainableTokens(token_indices=named, target_modules=[path], modules_to_save=saved))
+        alike = [one for one in self.methods if isinstance(one, TrainableTokens) and one.token_indices == named]
+        targets = [*(alike[0].target_modules or [] if alike else []), path]
+        self.methods = [one for one in self.methods if one not in alike]
+        self.methods.append(TrainableTokens(token_indices=named, target_modules=targets, modules_to_save=saved))
         self.state[join(first_holder(model, path), "tokens")] = rows[order]
 
 
@@ -126,11 +138,15 @@ def read_base(model: nn.Module, base: Mapping[str, Tensor], hosts: Collection[st
     taken: set[int] = set()
     for name, tensor in base.items():
         mine, path = own[name], name.rpartition(".")[0]
-        if not mine.is_floating_point() or _is_same(tensor, mine) or mine.data_ptr() in taken:
+        if not mine.is_floating_point() or mine.data_ptr() in taken:
             continue
         ids = _changed_rows(tensor, mine)
         if ids is None or path in hosts or not name.endswith(".weight"):
-            raise CheckpointError(_another_base(name, tensor, mine, source))
+            if not _is_same(tensor, mine):
+                raise CheckpointError(_another_base(name, tensor, mine, source))
+            continue
+        if not ids:
+            continue
         beside.add_tokens(model, path, ids, tensor[ids])
         taken.add(mine.data_ptr())
     return beside
@@ -140,14 +156,13 @@ def _changed_rows(tensor: Tensor, mine: Tensor) -> list[int] | None:
     """Return the rows in which two embeddings differ; None where these are most, or the shapes differ."""
     if tensor.shape != mine.shape or tensor.dim() != 2:
         return None
-    scale = mine.detach().abs().max().float()
-    distance = (tensor.float().to(mine.device) - mine.float()).abs().amax(1)
-    ids: list[int] = (distance > _BASE_TOLERANCE * scale).nonzero().flatten().tolist()
+    differs = (tensor.to(mine.device, mine.dtype) != mine).any(1)
+    ids: list[int] = differs.nonzero().flatten().tolist()
     return ids if 2 * len(ids) <= len(mine) else None
 
 
 def _another_base(name: str, tensor: Tensor, mine: Tensor, source: str) -> str:
-    remedy = "Load the base as it was in training, or merge the adapter with PEFT."
+    remedy = "Load the base as it was in training (or copy these values into it), or merge the adapter with PEFT."
     if tensor.dim() == 2 and mine.dim() == 2 and tensor.shape[0] != mine.shape[0]:
         remedy = f"Extend the vocabulary first, as in training: model.resize_token_embeddings({tensor.shape[0]})."
     return (

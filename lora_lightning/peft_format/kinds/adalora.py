@@ -32,10 +32,11 @@ from lora_lightning.peft_format.hosts import (
     refuse_different,
 )
 from lora_lightning.peft_format.keys import ADALORA, sort_tensors
+from lora_lightning.peft_format.kinds.tokens import read_listed_tokens
 from lora_lightning.peft_format.lora.config import LORA_FIELDS, refuse_changed_base
 from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, module_paths, target_modules
 from lora_lightning.peft_format.targets import TargetConfig, in_lists
-from lora_lightning.peft_format.trained_base import read_base, read_biases
+from lora_lightning.peft_format.trained_base import Beside, read_base, read_biases
 
 _EPSILON = 1e-5  # what PEFT adds to the rank that it divides by
 
@@ -64,6 +65,7 @@ class AdaLoraConfig(TargetConfig):
         orthogonality_weight: `orth_reg_weight`.
         kept: Which triplets of a host are left, by `<path>.lora_E`.
         bias: `none`, or whose biases of the base were trained.
+        token_indices: Rows trained of the input embeddings, or by the endings of embeddings' paths; None for none.
     """
 
     target_r: int
@@ -78,6 +80,7 @@ class AdaLoraConfig(TargetConfig):
     orthogonality_weight: float
     kept: dict[str, list[bool]]
     bias: str
+    token_indices: list[int] | dict[str, list[int]] | None
 
 
 def parse_adalora(data: Mapping[str, Any], source: str) -> AdaLoraConfig:
@@ -107,9 +110,13 @@ def fit_adalora(model: nn.Module, config: AdaLoraConfig, tensors: Mapping[str, T
         state |= _padded(path, found.own, config, source)
     biases = {name: tensor for name, tensor in found.base.items() if name.endswith(".bias") and config.bias != "none"}
     rest = {name: tensor for name, tensor in found.base.items() if name not in biases}
-    beside = read_biases(model, biases, {}, saved, source)
-    read_base(model, rest, hosts, source)
+    parts = (
+        read_biases(model, biases, {}, saved, source),
+        read_base(model, rest, hosts, source),
+        read_listed_tokens(model, config.token_indices, found, source),
+    )
     method = _method(config, modules, hosts, [path for path in saved if any(_in(path, key) for key in found.copies)])
+    beside = Beside.of(parts)
     return FittedAdapter(methods=(method, *beside.methods), state={**state, **found.copies, **beside.state})
 
 
@@ -202,7 +209,7 @@ def _is_masks(value: object) -> bool:
 
 _FIELDS = {
     **TARGETS,
-    **{name: LORA_FIELDS[name] for name in ("lora_alpha", "lora_dropout", "bias")},
+    **{name: LORA_FIELDS[name] for name in ("lora_alpha", "lora_dropout", "bias", "trainable_token_indices")},
     "target_r": Field("target_r", "a whole number from 1", is_count, 8),
     "init_r": Field("init_r", "a whole number from 1", is_count, 12),
     "tinit": Field("t_init", "a whole number from 0", is_whole, 0),

@@ -76,12 +76,22 @@ def why_no_kind(model: nn.Module) -> str | None:
         return why_no_prompt(model)
     if isinstance(method, _PREFIXES):
         return why_no_prefix(model)
+    if isinstance(method, TrainableTokens) and _why_no_copies(model) is not None:
+        return _why_no_copies(model)
     shared = shared_modules(model)
     for path, host, adapter in iter_adapters(model):
         reason = SHARED if path in shared else _why_another(model, path, host, adapter, method)
         if reason is not None:
             return f"{reason} (at {path!r})"
     return None
+
+
+def _why_no_copies(model: nn.Module) -> str | None:
+    """Return why PEFT's trainable tokens hold no copies of a model, as the end of a sentence, or None."""
+    heads = copies_of(model)
+    if not heads or (set(heads) <= {"classifier", "score"} and task_type_of(model) == "SEQ_CLS"):
+        return None
+    return f"PEFT trains no copies of modules beside trainable tokens, such as {heads[0]!r}, but a classifier of rows"
 
 
 def _why_another(model: nn.Module, path: str, host: nn.Module, adapter: Adapter, method: Method) -> str | None:
@@ -138,8 +148,6 @@ def _copies(
     if config["peft_type"] == "TRAINABLE_TOKENS":
         # PEFT has no modules_to_save for it: only its wrapper for classifiers of rows adds a copy.
         is_bound, task_type = bool(heads), "SEQ_CLS" if task_type == "SEQ_CLS" else None
-        if not set(heads) <= {"classifier", "score"} or (heads and task_type is None):
-            return None
     extra = extra_copies(paths, heads, hosts, task_type)
     if extra is None and not is_bound:
         task_type, extra = None, extra_copies(paths, heads, hosts, None)

@@ -82,7 +82,7 @@ def fit_ia3(model: nn.Module, config: Ia3Config, tensors: Mapping[str, Tensor], 
                 f"{source} scales {path!r}, a {type(modules[path]).__name__}, and IA3 of this library scales linear "
                 "layers; merge it with PEFT."
             )
-    read_base(model, found.base, hosts, source)
+    beside = read_base(model, found.base, hosts, source)
     inputs = [path for path in hosts if config.scales_input(path)]
     outputs = [path for path in hosts if path not in inputs]
     paths = list(modules)
@@ -92,7 +92,8 @@ def fit_ia3(model: nn.Module, config: Ia3Config, tensors: Mapping[str, Tensor], 
         scale_queries=any(view.query_share(path) for path in outputs),
         modules_to_save=[path for path in saved if any(key.startswith(f"{path}.") for key in found.copies)] or None,
     )
-    return FittedAdapter(methods=(method,), state={**found.own, **found.copies})
+    state = {**found.own, **found.copies, **beside.state}
+    return FittedAdapter(methods=(method, *beside.methods), state=state)
 
 
 def encode_ia3(

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import join
+from lora_lightning.adapters.targets import has_suffix
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import TrainableTokens
 from lora_lightning.methods.trainable_tokens import TrainableTokensAdapter
@@ -100,16 +102,53 @@ def read_tokens(
         if reason is not None:
             raise CheckpointError(f"{source} trains rows of {path!r}, and {reason}; use it in PEFT.")
         holder = first_holder(model, path)
+        _refuse_other_rows(model, path, indices, found, source)
         if holder not in done:
             beside.add_tokens(model, path, ids, rows, saved or None)
         done.add(holder)
     return beside
 
 
+def _refuse_other_rows(
+    model: nn.Module, path: str, indices: Mapping[str, list[int]], found: SortedTensors, source: str
+) -> None:
+    """Refuse rows that differ between modules that share a weight, or that the input embeddings lack."""
+    alike = [path, *tied_to(own_modules(model), [path])]
+    find: Any = getattr(model, "get_input_embeddings", lambda: None)
+    embedding = find()
+    has_input = len(alike) == 1 or any(model.get_submodule(one) is embedding and one in found.tokens for one in alike)
+    others = [one for one in alike if one in found.tokens]
+    is_same = all(
+        indices.get(one) == indices.get(path) and torch.equal(found.tokens[one], found.tokens[path]) for one in others
+    )
+    if not has_input or not is_same:
+        raise CheckpointError(
+            f"{source} trains rows of {' and '.join(map(repr, others))}, which share a weight with this model's input "
+            "embeddings and have other rows than these; use it in PEFT."
+        )
+
+
+def read_listed_tokens(
+    model: nn.Module, named: list[int] | dict[str, list[int]] | None, found: SortedTensors, source: str
+) -> Beside:
+    """Return the rows of embeddings that were trained beside an adapter, by its `trainable_token_indices`."""
+    indices: dict[str, list[int]] = {}
+    for path in found.tokens:
+        by_name = named if isinstance(named, dict) else {path: named or []}
+        indices[path] = next((ids for name, ids in by_name.items() if has_suffix(path, name)), [])
+    return read_tokens(model, indices, found, source)
+
+
 def why_other_tokens(model: nn.Module, path: str) -> str | None:
     """Return why PEFT computes something else with trained rows of an embedding, as the end of a sentence, or None."""
     modules = own_modules(model)
-    tied = [modules[other] for other in tied_to(modules, [path])]
+    others = tied_to(modules, [path])
+    tied = [modules[other] for other in others]
+    find: Any = getattr(model, "get_input_embeddings", lambda: None)
+    embedding = find()
+    is_input = any(modules[other] is embedding for other in [path, *others])
+    if tied and not (is_input and getattr(getattr(model, "config", None), "tie_word_embeddings", False)):
+        return "PEFT gives them to modules that share a weight only where its config ties the input embeddings"
     if any(isinstance(module, nn.Linear) and module.bias is not None for module in [modules[path], *tied]):
         return "PEFT leaves out the bias of an output layer that shares them"
     return None

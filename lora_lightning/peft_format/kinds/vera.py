@@ -30,7 +30,7 @@ from lora_lightning.peft_format.hosts import check_hosts, copied_paths, expected
 from lora_lightning.peft_format.keys import VERA, sort_tensors
 from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, module_paths, target_modules
 from lora_lightning.peft_format.targets import TargetConfig, in_lists
-from lora_lightning.peft_format.trained_base import read_base, read_biases
+from lora_lightning.peft_format.trained_base import Beside, read_base, read_biases
 
 _PAIR = ("vera_A", "vera_B")
 _ROOT = "base_model."
@@ -96,8 +96,9 @@ def fit_vera(model: nn.Module, config: VeraConfig, tensors: Mapping[str, Tensor]
     check_hosts(hosts, found.hosts)
     refuse_different(model, [*hosts, *saved], source)
     biases = {name: one for name, one in found.base.items() if name.endswith(".bias") and config.bias != "none"}
-    beside = read_biases(model, biases, {}, saved, source)
-    read_base(model, {name: one for name, one in found.base.items() if name not in biases}, hosts, source)
+    rest_of_base = {name: one for name, one in found.base.items() if name not in biases}
+    parts = read_biases(model, biases, {}, saved, source), read_base(model, rest_of_base, hosts, source)
+    beside = Beside.of(parts)
     projections = _projections(modules, config, hosts)
     is_drawn = _is_drawn(projections, pair, source)
     shared = {"projections.digest": projections.digest}

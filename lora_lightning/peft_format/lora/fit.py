@@ -25,7 +25,7 @@ from lora_lightning.peft_format.hosts import (
     tied_to,
 )
 from lora_lightning.peft_format.keys import LORA, SortedTensors, sort_tensors
-from lora_lightning.peft_format.kinds.tokens import read_tokens
+from lora_lightning.peft_format.kinds.tokens import read_listed_tokens
 from lora_lightning.peft_format.lora.config import LoraConfig
 from lora_lightning.peft_format.lora.parameters import AdaptedParameter, own_names, parameters_of
 from lora_lightning.peft_format.names import CONFIG_NAME, PEFT_WEIGHTS_NAME, target_modules
@@ -115,26 +115,17 @@ def _beside(
     biases = {name: tensor for name, tensor in found.base.items() if is_bias[name] and config.bias != "none"}
     rest = {name: tensor for name, tensor in found.base.items() if name not in biases}
     scaled = {path: _scaling(config, numbers[path]) * bias for path, bias in added.items()}
-    beside = read_biases(model, biases, scaled, saved, source)
-    for part in (read_base(model, rest, list(numbers), source), _tokens(model, config, found, source)):
-        beside.methods += part.methods
-        beside.state |= part.state
-    return beside
+    parts = (
+        read_biases(model, biases, scaled, saved, source),
+        read_base(model, rest, list(numbers), source),
+        read_listed_tokens(model, config.token_indices, found, source),
+    )
+    return Beside.of(parts)
 
 
 def _scaling(config: LoraConfig, numbers: tuple[int, float]) -> float:
     r, alpha = numbers
     return alpha / (r**0.5 if config.use_rslora else r)
-
-
-def _tokens(model: nn.Module, config: LoraConfig, found: SortedTensors, source: str) -> Beside:
-    """Return the rows of embeddings that were trained alone."""
-    named = config.token_indices
-    indices: dict[str, list[int]] = {}
-    for path in found.tokens:
-        by_name = named if isinstance(named, dict) else {path: named or []}
-        indices[path] = next((ids for name, ids in by_name.items() if has_suffix(path, name)), [])
-    return read_tokens(model, indices, found, source)
 
 
 def _method(
