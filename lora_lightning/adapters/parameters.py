@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters.experts import expert_weights
+from lora_lightning.adapters.experts import DENSE, expert_weights
 from lora_lightning.adapters.weights import Host, find_codec, original_class
 
 
@@ -26,7 +26,7 @@ def bare_weights(host: Host) -> tuple[str, ...]:
 def _is_dense_matrix(parameter: Any) -> bool:  # noqa: ANN401 - a parameter, a packed one, or None
     if parameter is None or getattr(parameter, "quant_state", None) is not None:
         return False
-    return parameter.is_floating_point() and parameter.dim() in (2, 3)
+    return parameter.dtype in DENSE and parameter.dim() in (2, 3)
 
 
 def with_parameters(host: Host, changed: Mapping[str, Tensor]) -> nn.Module:

@@ -234,8 +234,9 @@ def _refuse_unsupported(
 
 def _refuse_parameter(path: str, host: nn.Module, method: TargetedMethod) -> None:
     if not method.takes_experts:
+        what = "experts" if expert_weights(host) else "single parameters"
         raise TargetError(
-            f"{type(method).__name__} does not adapt experts and other parameters, and {path!r} is one of "
+            f"{type(method).__name__} does not adapt {what}, and {path!r} is a parameter of "
             f"{original_class(host).__name__}; leave it out of the targets, or use LoRA."
         )
     if expert_weights(host):

@@ -93,7 +93,7 @@ class TrainableTokensAdapter(ForwardAdapter):
     def _replace_embeddings(self, host: Host, x: Tensor, output: Tensor) -> Tensor:
         """Return the output with the trained rows where `x` holds their tokens."""
         ids, rows = self.rows.ids, self.rows.tokens
-        index = torch.searchsorted(ids, x).clamp_max(len(ids) - 1)
+        index = torch.searchsorted(ids, x.contiguous()).clamp_max(len(ids) - 1)
         is_trained = (ids[index] == x).unsqueeze(-1)
         trained = rows[index]
         scale = getattr(host, "embed_scale", None)  # a module that scales what it looks up, such as Gemma's

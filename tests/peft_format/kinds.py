@@ -29,7 +29,8 @@ from lora_lightning.methods import (
 from tests.models import build
 
 TOKENS = [5, 9, 11]
-ROWS = {"input_ids": torch.tensor([[5, 9, 8, 7, 6, 11], [3, 4, 5, 9, 12, 2]])}
+IDS = torch.tensor([[5, 9, 8, 7, 6, 11], [3, 4, 5, 9, 0, 0]])
+MASK = (IDS != 0).long()  # padding on the right; PEFT puts virtual tokens before padding on the left
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,11 +157,13 @@ def move(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def answers(model: nn.Module, length: int | None = None) -> Tensor:
-    """Return a model's logits, of the last `length` positions where PEFT put virtual ones before them."""
-    rows: dict[str, Tensor] = dict(ROWS)
-    rows["attention_mask"] = torch.ones_like(rows["input_ids"])
-    if model.config.is_encoder_decoder:
-        rows["decoder_input_ids"] = rows["input_ids"][:, :4]
+def answers(model: nn.Module) -> Tensor:
+    """Return a model's logits at real tokens; where PEFT put virtual ones before, the last positions are the real."""
+    rows: dict[str, Tensor] = {"input_ids": IDS, "attention_mask": MASK}
+    is_pair = model.config.is_encoder_decoder
+    if is_pair:
+        rows["decoder_input_ids"] = IDS[:, :4]
     logits: Tensor = model(**rows).logits
-    return logits if length is None or logits.dim() == 2 else logits[:, -length:]
+    if logits.dim() == 2 or is_pair:
+        return logits
+    return logits[:, -IDS.shape[1] :][MASK.bool()]
