@@ -46,6 +46,7 @@ from lora_lightning.methods import (
     PromptTuning,
     PTuning,
     PTuningV2,
+    TrainableTokens,
     VeRA,
 )
 from tests import distributed, models
@@ -144,6 +145,14 @@ EXAMPLES: dict[type[Method], dict[str, Example]] = {
             on_plain=False,
         ),
     },
+}
+EXAMPLES[TrainableTokens] = {
+    "trainable-tokens": Example(
+        method=TrainableTokens(token_indices=list(range(3, 40))),
+        is_exact=True,
+        on_plain=False,
+        merges_quantized=True,  # embeddings stay dense
+    )
 }
 SOFT = {"is_mergeable": False, "changes_start": True, "on_plain": False}
 EXAMPLES |= {

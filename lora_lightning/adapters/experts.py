@@ -15,7 +15,7 @@ from lora_lightning.errors import TargetError
 
 # What transformers' decorator for experts sets on each module, and nothing else has.
 _LAYOUT = ("has_gate", "has_bias", "is_transposed", "num_experts", "_apply_gate")
-_DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DENSE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 SAME_RESULT = (None, "eager", "batched_mm", "grouped_mm")
 """Implementations of transformers' experts that compute the same up to rounding, so that ours may take their place."""
@@ -33,13 +33,8 @@ def expert_weights(host: Host) -> tuple[str, ...]:
         return ()
     names = ("gate_up_proj" if host.has_gate else "up_proj", "down_proj")
     weights = [host._parameters.get(name) for name in names]
-    dense = all(weight is not None and weight.dim() == 3 and weight.dtype in _DENSE for weight in weights)
+    dense = all(weight is not None and weight.dim() == 3 and weight.dtype in DENSE for weight in weights)
     return names if dense else ()
-
-
-def is_expert_weight(host: Host, name: str) -> bool:
-    """Tell whether `name` is a 3-D parameter of an experts module."""
-    return name in expert_weights(host)
 
 
 def read_experts(host: Host, name: str) -> Tensor:

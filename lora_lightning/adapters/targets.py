@@ -12,7 +12,8 @@ from torch import nn
 
 from lora_lightning.adapters.base import TargetedMethod
 from lora_lightning.adapters.calls.watch import is_container, read_past_message
-from lora_lightning.adapters.experts import check_experts, expert_weights, is_expert_weight
+from lora_lightning.adapters.experts import check_experts, expert_weights
+from lora_lightning.adapters.parameters import bare_weights
 from lora_lightning.adapters.patterns import compile_pattern, matches_whole
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec, original_class
@@ -75,9 +76,12 @@ def select_hosts(view: ModelView, method: TargetedMethod) -> list[tuple[str, nn.
 
 
 def select_weights(view: ModelView, method: TargetedMethod) -> list[tuple[str, nn.Module]]:
-    """Return what `select_hosts` does, but a module of experts once for each chosen parameter, by that one's path."""
+    """Return what `select_hosts` does, but a host without a codec once for each chosen parameter, by that one's path.
+
+    Such hosts are modules of experts, and others of whose parameters some are named.
+    """
     modules = {path: module for path, module in view.model.named_modules() if RESERVED not in path.split(".")}
-    places = _with_expert_weights(modules)
+    places = _with_parameters(modules)
     saved = [path for path in modules if any(has_suffix(path, name) for name in method.modules_to_save or [])]
     targets = _targets(view, method)
     read_past = weights_read_past(view)
@@ -90,10 +94,28 @@ def select_weights(view: ModelView, method: TargetedMethod) -> list[tuple[str, n
     if targets != ALL_LINEAR:
         chosen = _outside_copies(chosen, targets, saved)
     for path in chosen:
-        if path in read_past:
-            raise TargetError(read_past_message(path, read_past[path], "target_modules"))
+        _refuse_read_past(path, places[path], view, read_past)
     _refuse_unsupported(places, chosen, saved, method)
     return [(path, places[path]) for path in chosen]
+
+
+def _refuse_read_past(path: str, host: nn.Module, view: ModelView, read_past: Mapping[str, str]) -> None:
+    """Refuse a host, or one parameter of a host, that the model reads without calling the host.
+
+    Args:
+        path: Path of the host, or of the parameter.
+        host: The host.
+        view: The model.
+        read_past: What `weights_read_past` gives.
+
+    Raises:
+        TargetError: The model does.
+    """
+    holder, _, name = path.rpartition(".")
+    if not _is_parameter(path, host):
+        holder, name = path, read_past.get(path, "")
+    if name in view.read_past().get(holder, ()):
+        raise TargetError(read_past_message(holder, name, "target_modules"))
 
 
 def _targets(view: ModelView, method: TargetedMethod) -> list[str] | str:
@@ -132,12 +154,13 @@ def weights_read_past(view: ModelView) -> dict[str, str]:
     return found
 
 
-def _with_expert_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the modules by path, and after each module of experts that module once more by each parameter's path."""
+def _with_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the modules by path, and after each one without a codec that one again by each parameter's path."""
     places: dict[str, nn.Module] = {}
     for path, module in modules.items():
         places[path] = module
-        places |= {f"{path}.{name}" if path else name: module for name in expert_weights(module)}
+        names = expert_weights(module) or bare_weights(module)
+        places |= {f"{path}.{name}": module for name in names if path}
     return places
 
 
@@ -227,7 +250,7 @@ def _all_linear(modules: Mapping[str, nn.Module], left_out: Sequence[str], read_
 
 
 def _matching(places: Mapping[str, nn.Module], targets: Sequence[str] | str, setting: str) -> list[str]:
-    """Return the paths that `targets` matches; a parameter of experts only by a suffix that names its module too.
+    """Return the paths that `targets` matches; a parameter only by a suffix that names its module too.
 
     Without that, `down_proj` would take the experts' beside the linear layers of that name.
     """
@@ -251,18 +274,19 @@ def _matching(places: Mapping[str, nn.Module], targets: Sequence[str] | str, set
 
 
 def _is_parameter(path: str, place: nn.Module) -> bool:
-    """Tell whether a place is a parameter of experts, and not a module."""
-    return is_expert_weight(place, path.rpartition(".")[2])
+    """Tell whether a place is a parameter, and not a module."""
+    name = path.rpartition(".")[2]
+    return name in expert_weights(place) or name in bare_weights(place)
 
 
 def _parameter_hint(name: str, places: Mapping[str, nn.Module]) -> str | None:
-    """Return how to name a parameter of experts that was named without its module."""
+    """Return how to name a parameter that was named without its module."""
     found = next(
         (path for path, place in places.items() if _is_parameter(path, place) and has_suffix(path, name)), None
     )
     if found is None:
         return None
-    return f"It is a parameter of a module of experts; write {'.'.join(found.split('.')[-2:])!r}."
+    return f"It is a parameter of a {type(places[found]).__name__}; write {'.'.join(found.split('.')[-2:])!r}."
 
 
 def _refuse_unsupported(
@@ -273,8 +297,8 @@ def _refuse_unsupported(
             raise TargetError(f"{path!r} is both a target and in modules_to_save; take it out of one of them.")
         _refuse_attention_output(modules, path, "target_modules")
         module = modules[path]
-        if expert_weights(module):
-            _refuse_experts(path, module, method)
+        if _is_parameter(path, module):
+            _refuse_parameter(path, module, method)
         elif find_codec(module) is None:
             inner = [
                 p.removeprefix(path + ".") for p, m in modules.items() if p.startswith(path + ".") and find_codec(m)
@@ -283,17 +307,22 @@ def _refuse_unsupported(
             raise TargetError(f"{path!r} is a {type(module).__name__}, which cannot be adapted; {hint}.")
 
 
-def _refuse_experts(path: str, host: nn.Module, method: TargetedMethod) -> None:
+def _refuse_parameter(path: str, host: nn.Module, method: TargetedMethod) -> None:
     if not method.takes_experts:
+        what = "experts" if expert_weights(host) else "single parameters"
         raise TargetError(
-            f"{type(method).__name__} does not adapt experts, and {path!r} is a 3-D parameter of "
-            f"{original_class(host).__name__}; leave the experts out of the targets, or use LoRA."
+            f"{type(method).__name__} does not adapt {what}, and {path!r} is a parameter of "
+            f"{original_class(host).__name__}; leave it out of the targets, or use LoRA."
         )
-    check_experts(host)
+    if expert_weights(host):
+        check_experts(host)
 
 
 def _supported(module: nn.Module) -> str:
     """Return what can be adapted, as the end of a sentence about a module that cannot."""
+    names = bare_weights(module)
+    if names:
+        return f"name its parameter instead, with the module's own name before it, such as {f'...{names[0]}'!r}"
     if any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)):
         return "its 3-D parameters are not laid out, stored or run as transformers' experts interface has them"
     return "adapters hang on linear, embedding and conv layers, and on modules of experts"

@@ -25,11 +25,23 @@ def sample(weight: Tensor) -> Tensor:
         >>> sample(torch.arange(6.0).reshape(2, 3))
         tensor([0., 1., 2., 3., 4., 5.])
     """
-    total, columns = weight.numel(), weight.shape[1]
-    count = min(SAMPLES, total)
-    steps = torch.arange(count, device=weight.device)
-    positions = steps * (total - 1) // max(count - 1, 1)
+    columns = weight.shape[1]
+    positions = sample_positions(weight.numel()).to(weight.device)
     return weight.detach()[positions // columns, positions % columns].float().cpu()
+
+
+def sample_positions(total: int) -> Tensor:
+    """Return which values of a weight `sample` picks, in row order.
+
+    Args:
+        total: How many it has.
+
+    Example:
+        >>> sample_positions(3)
+        tensor([0, 1, 2])
+    """
+    count = min(SAMPLES, total)
+    return torch.arange(count) * (total - 1) // max(count - 1, 1)
 
 
 def keep_sample(module: nn.Module, values: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 
 from torch import nn
 
@@ -11,8 +12,15 @@ from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.base import Role
 from lora_lightning.adapters.experts import expert_weights
 from lora_lightning.adapters.targets import is_within
-from lora_lightning.adapters.weights import RESERVED, find_codec
+from lora_lightning.adapters.weights import RESERVED, find_codec, original_class
 from lora_lightning.backbones.samples import host_samples
+from lora_lightning.checkpoint.base_sample import (
+    BaseSample,
+    base_sample_of,
+    keep_base_sample,
+    why_another_base,
+    without_trained_rows,
+)
 from lora_lightning.errors import CheckpointError
 
 
@@ -23,7 +31,8 @@ def fingerprint(model: nn.Module) -> str:
     evenly strided values of it (all of them in a smaller weight) as float32; of a module of experts, each 3-D
     parameter. It does not depend on the device, nor on whether adapters are enabled, nor on the dtype as long as the
     values survive the cast to float32. A base that `load_backbone` quantized has the fingerprint of the dense one,
-    since the values are those before quantizing; one that was quantized elsewhere has a fingerprint of its own. A
+    since the values are those before quantizing; one that was quantized elsewhere has a fingerprint of its own, and
+    `check_base` compares it by its values. Rows of an embedding that are trained alone do not count either. A
     module that is trained as a full copy (a head) does not count: its own starting values are replaced by the copy.
 
     Args:
@@ -32,12 +41,15 @@ def fingerprint(model: nn.Module) -> str:
     Returns:
         64 hexadecimal digits.
     """
-    digest = hashlib.sha256()
+    digest, sampled = hashlib.sha256(), BaseSample()
     for path, host in sorted(_hosts(model).items()):
         for name, (shape, values, are_original) in host_samples(host).items():
+            own = without_trained_rows(host, shape, values)
             digest.update(f"{join(path, name)}\0{shape}\0".encode())
             digest.update(b"" if are_original else b"quantized\0")
-            digest.update(values.numpy().astype("<f4", copy=False).tobytes())
+            digest.update(own.numpy().astype("<f4", copy=False).tobytes())
+            sampled.add(join(path, name), own, None if are_original else _bits(host))
+    keep_base_sample(model, sampled)
     return digest.hexdigest()
 
 
@@ -60,6 +72,41 @@ def check_fingerprint(found: str, expected: str, source: str) -> None:
         )
 
 
+def check_base(model: nn.Module, expected: str, theirs: BaseSample | None, source: str) -> None:
+    """Refuse a base model that differs from the one an adapter was trained on.
+
+    Where either of the two was quantized before this library saw its weights, their values are compared within the
+    error of quantizing, by the small sample that an adapter folder holds.
+
+    Args:
+        model: The model at hand, with the adapters attached.
+        expected: The fingerprint that was stored with the adapter.
+        theirs: The sample that was stored with it; None in a folder of an older version.
+        source: What is being loaded, for the message.
+
+    Raises:
+        CheckpointError: The bases differ.
+    """
+    found = fingerprint(model)
+    mine = base_sample_of(model)
+    if found == expected or mine is None or not (mine.is_quantized or (theirs is not None and theirs.is_quantized)):
+        check_fingerprint(found, expected, source)
+        return
+    if theirs is None:
+        warnings.warn(
+            f"The base of {source} was not compared with this model's, which was quantized before this library saw its "
+            "weights: the folder is of an older version, which kept no values to compare.",
+            stacklevel=3,
+        )
+        return
+    reason = why_another_base(mine, theirs)
+    if reason is not None:
+        raise CheckpointError(
+            f"{source} was trained on another base model: {reason}. Load the base that it was trained on (the manifest "
+            "beside the checkpoint names it)."
+        )
+
+
 def _hosts(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules whose own weight stays in use, by path: hosts, and the layers of hosts that have no weight."""
     found = [
@@ -73,6 +120,11 @@ def _hosts(model: nn.Module) -> dict[str, nn.Module]:
         inside = {path: host} if _has_weight(host) else _layers(path, host)
         hosts |= {name: layer for name, layer in inside.items() if name == path or not is_within(name, copied)}
     return hosts
+
+
+def _bits(host: nn.Module) -> int:
+    """Return how many bits a quantized host stores a value in."""
+    return 8 if original_class(host).__name__ == "Linear8bitLt" else 4
 
 
 def _layers(path: str, host: nn.Module) -> dict[str, nn.Module]:

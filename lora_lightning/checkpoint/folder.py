@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from lora_lightning.adapters import Method, attached_methods, folded_state_dict, load_adapter_state_dict
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.base_name import public_name
+from lora_lightning.checkpoint.base_sample import BASE_SAMPLE_NAME, base_sample_of, read_base_sample
 from lora_lightning.checkpoint.files import atomic_folder
-from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.fingerprint import check_base, fingerprint
 from lora_lightning.checkpoint.manifest import (
     MANIFEST_NAME,
     MAX_BYTES,
@@ -32,6 +33,7 @@ from lora_lightning.checkpoint.manifest import (
     write_manifest,
 )
 from lora_lightning.errors import CheckpointError
+from lora_lightning.peft_format.adapter import PeftAdapter
 from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
 from lora_lightning.peft_format.decode import from_peft, method_of
 from lora_lightning.peft_format.encode import to_peft
@@ -62,7 +64,7 @@ def write_adapter_folder(
     *,
     base_fingerprint: str | None = None,
     state: Mapping[str, Tensor] | None = None,
-    as_lora: bool = False,
+    peft: PeftAdapter | None = None,
     extra: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write the adapters of a model into a folder, all of it or nothing; the manifest goes in last.
@@ -73,8 +75,7 @@ def write_adapter_folder(
         facts: What the manifest shall tell about the run.
         base_fingerprint: The base's fingerprint, where the caller has it already; a sharded base has none to measure.
         state: The model's `folded_state_dict`, where the caller has it already: gathered from all processes.
-        as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same; the manifest then
-            names that LoRA.
+        peft: How PEFT is to read them, where they are written for PEFT (`for_peft`) and not just beside a checkpoint.
         extra: Further files by their names, such as those of `text_files` and `own_file`.
 
     Returns:
@@ -85,8 +86,7 @@ def write_adapter_folder(
     """
     refuse_foreign(folder)
     with atomic_folder(folder) as temporary:
-        settings: dict[str, Any] = {"base_fingerprint": base_fingerprint, "state": state, "as_lora": as_lora}
-        settings["extra"] = extra
+        settings: dict[str, Any] = {"base_fingerprint": base_fingerprint, "state": state, "peft": peft, "extra": extra}
         return fill_adapter_folder(temporary, model, facts, **settings)
 
 
@@ -98,7 +98,7 @@ def fill_adapter_folder(
     checkpoint: FileRecord | None = None,
     base_fingerprint: str | None = None,
     state: Mapping[str, Tensor] | None = None,
-    as_lora: bool = False,
+    peft: PeftAdapter | None = None,
     extra: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write the adapters of a model into an empty folder, the manifest last; see `write_adapter_folder`.
@@ -110,7 +110,8 @@ def fill_adapter_folder(
         checkpoint: The `.ckpt` that the folder is going to stand beside.
         base_fingerprint: The base's fingerprint, where the caller has it already.
         state: The model's `folded_state_dict`, where the caller has it already.
-        as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same.
+        peft: How PEFT is to read them, where they are written for PEFT. If that alone does not give our own tensors
+            back, these stand in the folder too.
         extra: Further files by their names, such as those of `text_files` and `own_file`.
 
     Raises:
@@ -118,28 +119,38 @@ def fill_adapter_folder(
     """
     state = folded_state_dict(model) if state is None else dict(state)
     check_finite(state, "The adapter")
-    peft, methods = to_peft(model, state), attached_methods(model)
-    if peft is None and as_lora and (peft := to_peft(model, state, as_lora=True)) is not None:
-        methods = (method_of(peft.config),)
-    if peft is None:
-        _save_tensors(folder / OWN_WEIGHTS_NAME, state)
-    else:
-        config = {**peft.config, "base_model_name_or_path": _public_base(peft.config, facts)}
-        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
-        _save_tensors(folder / PEFT_WEIGHTS_NAME, peft.state)
+    exact, methods = to_peft(model, state), attached_methods(model)
+    if exact is None and peft is not None and peft.reads_back:
+        methods = (method_of(peft.config),)  # the LoRA that computes the same
+    peft = exact or peft
+    reads_back = peft is not None and peft.reads_back
+    if not reads_back:
+        save_tensors(folder / OWN_WEIGHTS_NAME, state)
+    if peft is not None:
+        _write_peft(folder, peft, facts)
+    base_fingerprint = base_fingerprint or fingerprint(model)
+    sampled = base_sample_of(model)
+    if sampled is not None:
+        save_tensors(folder / BASE_SAMPLE_NAME, sampled.values, sampled.metadata())
     for name, content in (extra or {}).items():
         (folder / name).write_bytes(content)
     manifest = Manifest(
         **asdict(facts or RunFacts()),
-        adapter_format="lora_lightning" if peft is None else "peft",
+        adapter_format="peft" if reads_back else "lora_lightning",
         methods=[class_config(method) for method in methods],
-        base_fingerprint=base_fingerprint or fingerprint(model),
+        base_fingerprint=base_fingerprint,
         files={path.name: FileRecord.of(path) for path in sorted(folder.iterdir())},
         checkpoint=checkpoint,
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def _write_peft(folder: Path, peft: PeftAdapter, facts: RunFacts | None) -> None:
+    config = {**peft.config, "base_model_name_or_path": _public_base(peft.config, facts)}
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
+    save_tensors(folder / PEFT_WEIGHTS_NAME, peft.state)
 
 
 def _public_base(config: Mapping[str, Any], facts: RunFacts | None) -> str | None:
@@ -208,7 +219,7 @@ def load_adapter(model: nn.Module, folder: str | Path, tokenizer: Any = None) ->
     folder = Path(folder)
     manifest, state = read_adapter_folder(folder)
     check_methods(attached_methods(model), manifest.methods, folder)
-    check_fingerprint(fingerprint(model), manifest.base_fingerprint, str(folder))
+    check_base(model, manifest.base_fingerprint, read_base_sample(folder), str(folder))
     check_tokenizer(tokenizer, manifest.tokenizer_fingerprint, str(folder))
     load_adapter_state_dict(model, state)
     return manifest
@@ -239,11 +250,11 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
         )
 
 
-def _save_tensors(path: Path, state: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors as safetensors; each gets storage of its own, since the format refuses shared ones."""
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     try:
-        save_file(own, path, metadata={"format": "pt"})
+        save_file(own, path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:
         number = re.search(r"os error (\d+)", str(error))
         if number is None:

@@ -8,9 +8,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters import AttachReport, detach, is_attached, load_adapter_state_dict
+from lora_lightning.adapters import (
+    AttachReport,
+    detach,
+    folded_state_dict,
+    is_attached,
+    load_adapter_state_dict,
+)
 from lora_lightning.backbones.attach import attach
-from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.base_sample import BaseSample, read_base_sample
+from lora_lightning.checkpoint.fingerprint import check_base
 from lora_lightning.checkpoint.folder import (
     OWN_WEIGHTS_NAME,
     RunFacts,
@@ -22,9 +29,10 @@ from lora_lightning.checkpoint.folder import (
 )
 from lora_lightning.checkpoint.manifest import Manifest, check_files, read_manifest
 from lora_lightning.errors import CheckpointError, TargetError
+from lora_lightning.peft_format.adapter import FittedAdapter
 from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME, PeftConfig, parse_peft_config
-from lora_lightning.peft_format.encode import to_peft, why_not_peft
-from lora_lightning.peft_format.fit import FittedAdapter, fit_to_model
+from lora_lightning.peft_format.export import for_peft, why_not_for_peft
+from lora_lightning.peft_format.fit import fit_to_model
 
 _PICKLED_NAME = "adapter_model.bin"
 
@@ -38,12 +46,14 @@ class PeftFiles:
         config: What its `adapter_config.json` says.
         tensors: Its tensors by PEFT's key names.
         base_fingerprint: The base's digest where this library wrote the folder, else None.
+        base_sample: A few of the base's values, likewise.
     """
 
     folder: Path
     config: PeftConfig
     tensors: dict[str, Tensor]
-    base_fingerprint: str | None
+    base_fingerprint: str | None = None
+    base_sample: BaseSample | None = None
 
     def fit(self, model: nn.Module) -> FittedAdapter:
         """Understand the adapter for one bare model, which stays as it is.
@@ -60,19 +70,23 @@ def export_peft(
     facts: RunFacts | None = None,
     *,
     base_fingerprint: str | None = None,
+    own_kind: bool = False,
     extra: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write the adapters of a model in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, a manifest.
 
     `peft.PeftModel.from_pretrained(base, folder)` and transformers' `model.load_adapter(folder)` read it, and so does
     `load_peft`. Trained copies (heads) go in as `modules_to_save`. A relative of LoRA goes in as the LoRA that computes
-    the same, from its `factors()`: often of another rank, and no longer to be trained by its own method.
+    the same, from its `factors()`: often of another rank, and no longer to be trained by its own method. IA3, soft
+    prompts, prefixes and trainable tokens go in as PEFT's own kinds; the folder then holds the adapter a second time in
+    this library's format, from which training goes on. `docs/peft.md` lists what goes in and out.
 
     Args:
-        model: A model with adapters of LoRA, DoRA or a relative of theirs.
+        model: A model with adapters of a method that PEFT has too, or of a relative of LoRA.
         folder: Where to; an adapter folder already there is replaced.
         facts: What the manifest shall tell about the run.
         base_fingerprint: The base's fingerprint, where the caller has it already.
+        own_kind: Write AdaLoRA and VeRA as PEFT's AdaLoRA and VeRA, which fewer tools read than LoRA.
         extra: Further files by their names, such as those of `text_files` and `own_file`.
 
     Returns:
@@ -84,13 +98,12 @@ def export_peft(
     """
     if not is_attached(model):
         raise CheckpointError("The model has no adapters, so there is nothing to export; attach and train them first.")
-    if to_peft(model, as_lora=True) is None:
-        raise CheckpointError(
-            f"This adapter cannot be written in PEFT's format: {why_not_peft(model)}. Merge it into the base instead "
-            "(lora-lightning export --to merged)."
-        )
+    state = folded_state_dict(model)
+    adapter = for_peft(model, state, own_kind=own_kind)
+    if adapter is None:
+        raise CheckpointError(f"This adapter cannot be written in PEFT's format: {why_not_for_peft(model)}.")
     return write_adapter_folder(
-        Path(folder), model, facts, base_fingerprint=base_fingerprint, as_lora=True, extra=extra
+        Path(folder), model, facts, base_fingerprint=base_fingerprint, state=state, peft=adapter, extra=extra
     )
 
 
@@ -118,11 +131,11 @@ def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
         raise TargetError(f"This model has adapters already; load {folder} into a bare model, or detach them first.")
     found = read_peft_files(folder)
     fitted = found.fit(model)
-    report = attach(model, fitted.method)
+    report = attach(model, fitted.methods)
     try:
         load_adapter_state_dict(model, fitted.state)
         if found.base_fingerprint is not None:
-            check_fingerprint(fingerprint(model), found.base_fingerprint, str(folder))
+            check_base(model, found.base_fingerprint, found.base_sample, str(folder))
     except CheckpointError as error:
         detach(model)
         raise CheckpointError(f"{folder}: {error}") from error
@@ -140,7 +153,13 @@ def read_peft_files(folder: Path) -> PeftFiles:
     config = read_peft_config(folder / CONFIG_NAME)
     tensors = load_tensors(folder / PEFT_WEIGHTS_NAME)
     check_finite(tensors, str(folder))
-    return PeftFiles(folder=folder, config=config, tensors=tensors, base_fingerprint=base_fingerprint)
+    return PeftFiles(
+        folder=folder,
+        config=config,
+        tensors=tensors,
+        base_fingerprint=base_fingerprint,
+        base_sample=read_base_sample(folder),
+    )
 
 
 def read_peft_config(path: Path) -> PeftConfig:
@@ -156,12 +175,11 @@ def _check_there(folder: Path) -> None:
     """Refuse folders without a config or without safetensors, saying what is there instead."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder; name the one that holds {CONFIG_NAME}.")
-    if (folder / OWN_WEIGHTS_NAME).is_file():
-        raise CheckpointError(
-            f"{folder} holds an adapter in this library's own format, which PEFT has no words for; attach its method "
-            "and use load_adapter."
-        )
     if not (folder / CONFIG_NAME).is_file():
+        if (folder / OWN_WEIGHTS_NAME).is_file():
+            raise CheckpointError(
+                f"{folder} holds an adapter in this library's own format alone; attach its method and use load_adapter."
+            )
         raise CheckpointError(f"{folder} holds no {CONFIG_NAME}, so it is no adapter of PEFT.")
     if (folder / PEFT_WEIGHTS_NAME).is_file():
         return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lora_lightning.checkpoint.base_sample import BASE_SAMPLE_NAME, BaseSample, read_base_sample
 from lora_lightning.checkpoint.complete import folder_at, newest_first
 from lora_lightning.checkpoint.folder import RunFacts, is_adapter_folder, load_tensors, read_adapter_folder
 from lora_lightning.checkpoint.manifest import FileRecord, Manifest, check_files, class_config, read_manifest
@@ -42,6 +43,7 @@ class SavedRun:
         manifest: The manifest, or None where there is none.
         record: Length and digest of a `.ckpt`.
         base_fingerprint: Digest of the base weights under the adapters, or None in a folder that PEFT wrote.
+        base_sample: A few values of these weights, in a folder of this library.
         content: The content of a `.ckpt`; None for a folder.
         methods: The methods of a folder of this library, as `{"class_path": ..., "init_args": {...}}`.
         state: The tensors of a folder of this library, by the names of `adapter_state_dict`.
@@ -55,6 +57,7 @@ class SavedRun:
     manifest: Manifest | None = None
     record: FileRecord | None = None
     base_fingerprint: str | None = None
+    base_sample: BaseSample | None = None
     content: dict[str, Any] | None = None
     methods: Sequence[dict[str, Any]] = ()
     state: Mapping[str, Tensor] | None = None
@@ -109,6 +112,7 @@ class SavedRun:
             facts=facts_of_manifest(manifest, str(folder)),
             manifest=manifest,
             base_fingerprint=manifest.base_fingerprint,
+            base_sample=read_base_sample(folder),
             methods=manifest.methods,
             state=state,
             tokenizer_folder=_tokenizer_folder(folder, manifest),
@@ -195,7 +199,7 @@ class SavedRun:
         """
         if self.peft is not None:
             fitted = self.peft.fit(model)
-            return [class_config(fitted.method)], fitted.state
+            return [class_config(method) for method in fitted.methods], fitted.state
         assert self.state is not None
         return list(self.methods), dict(self.state)
 
@@ -299,4 +303,4 @@ def _tokenizer_folder(folder: Path, manifest: Manifest | None) -> Path | None:
 
 
 def _is_of_adapter(name: str) -> bool:
-    return name.startswith("adapter") or name == OWN_STATE_NAME
+    return name.startswith("adapter") or name in (OWN_STATE_NAME, BASE_SAMPLE_NAME)

@@ -15,7 +15,8 @@ from lora_lightning.adapters import Method, Role, iter_adapters, iter_roles, loa
 from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.frozen import NormStatistics
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
-from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.base_sample import BaseSample
+from lora_lightning.checkpoint.fingerprint import check_base
 from lora_lightning.checkpoint.folder import check_methods
 from lora_lightning.checkpoint.own_state import own_entries
 from lora_lightning.checkpoint.saved_run import SavedRun
@@ -36,6 +37,7 @@ class StartingAdapter:
         state: The tensors by the names of `adapter_state_dict`.
         base_fingerprint: The base's digest where this library wrote the folder, else None.
         label_names: The classes in the order of its head, or None.
+        base_sample: A few of the base's values, where this library wrote the folder.
         tokenizer_fingerprint: The digest of the vocabulary that it was trained with, where it is known, else None.
         own_state: What the task that trained it held beside its model.
     """
@@ -45,6 +47,7 @@ class StartingAdapter:
     state: dict[str, Tensor]
     base_fingerprint: str | None
     label_names: list[str] | None
+    base_sample: BaseSample | None = None
     tokenizer_fingerprint: str | None = None
     own_state: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -65,7 +68,7 @@ class StartingAdapter:
         """
         check_methods(methods, self.methods, self.folder)
         if self.base_fingerprint is not None:
-            check_fingerprint(fingerprint(model), self.base_fingerprint, str(self.folder))
+            check_base(model, self.base_fingerprint, self.base_sample, str(self.folder))
         check_tokenizer(tokenizer, self.tokenizer_fingerprint, str(self.folder))
         fresh = self._fresh_copies(model)
         if fresh:
@@ -150,6 +153,7 @@ def starting_adapter(run: SavedRun, model: nn.Module) -> StartingAdapter:
         state=state,
         base_fingerprint=run.base_fingerprint,
         label_names=run.facts.label_names,
+        base_sample=run.base_sample,
         tokenizer_fingerprint=run.facts.tokenizer_fingerprint,
         own_state=run.own_state,
     )

@@ -13,6 +13,7 @@ from lora_lightning.methods.p_tuning import PTuning
 from lora_lightning.methods.p_tuning_v2 import PTuningV2
 from lora_lightning.methods.prefix_tuning import PrefixTuning
 from lora_lightning.methods.prompt_tuning import PromptTuning
+from lora_lightning.methods.trainable_tokens import TrainableTokens
 from lora_lightning.methods.vera import VeRA
 
 __all__ = [
@@ -29,5 +30,6 @@ __all__ = [
     "PTuningV2",
     "PrefixTuning",
     "PromptTuning",
+    "TrainableTokens",
     "VeRA",
 ]

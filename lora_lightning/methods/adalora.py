@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -152,6 +152,8 @@ class AdaLoRA(TargetedMethod):
         orthogonality_weight: Weight of the penalty, 0 or above.
         alpha: Numerator of the scaling s, above 0.
         dropout: Probability of zeroing an element of Q's input in training, in [0, 1).
+        wide_ranks: Accept an `init_r` above the smaller side of a weight, which trains no more than that side's rank
+            but costs more. A finished adapter of PEFT may have one, and `load_peft` then sets this.
         target_modules: See `TargetedMethod`.
         exclude_modules: See `TargetedMethod`.
         layers_to_transform: See `TargetedMethod`.
@@ -165,7 +167,7 @@ class AdaLoRA(TargetedMethod):
     size_setting: ClassVar[str | None] = "target_r"
     usual_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)
     training_settings: ClassVar[frozenset[str]] = TargetedMethod.training_settings | {
-        *("dropout", "t_init", "t_final", "delta_t", "beta1", "beta2", "orthogonality_weight")
+        *("dropout", "wide_ranks", "t_init", "t_final", "delta_t", "beta1", "beta2", "orthogonality_weight")
     }
 
     target_r: int = 8
@@ -178,6 +180,7 @@ class AdaLoRA(TargetedMethod):
     orthogonality_weight: float = 0.5
     alpha: float = 16.0
     dropout: float = 0.0
+    wide_ranks: bool = False
 
     def __post_init__(self) -> None:
         """Check every value's range."""
@@ -212,21 +215,38 @@ class AdaLoRA(TargetedMethod):
     def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
         """Build one adapter per host; see `Method.adapters`."""
         hosts, r = select_hosts(view, self), self.start_rank
-        is_capped = takes_all_linear(view, self) and any(min(codec_of(host).shape(host)) >= r for _, host in hosts)
         for path, host in hosts:
             check_host(path, host)
+        ranks = self._start_ranks({path: codec_of(host).shape(host) for path, host in hosts}, view)
+        for path, host in hosts:
+            yield path, AdaLoRAAdapter(host, r=ranks[path], scaling=self.alpha / r, dropout=self.dropout)
+
+    def _start_ranks(self, shapes: Mapping[str, tuple[int, int]], view: ModelView) -> dict[str, int]:
+        """Return the rank of each host at the start, which `all-linear` caps unless `wide_ranks` is set.
+
+        Args:
+            shapes: `(out, in)` of each host, by path.
+            view: The model.
+
+        Raises:
+            ConfigError: A layer that is named is narrower, or all are.
+        """
+        r = self.start_rank
+        if self.wide_ranks:
+            return dict.fromkeys(shapes, r)
+        is_capped = takes_all_linear(view, self) and any(min(shape) >= r for shape in shapes.values())
+        for path, shape in shapes.items():
             if not is_capped:
-                check_rank("AdaLoRA", path, codec_of(host).shape(host), r, setting="init_r", remedy=_REMEDY)
-        ranks = {path: min(r, *codec_of(host).shape(host)) for path, host in hosts}
+                check_rank("AdaLoRA", path, shape, r, setting="init_r", remedy=_REMEDY)
+        ranks = {path: min(r, *shape) for path, shape in shapes.items()}
         narrow = [path for path in ranks if ranks[path] < r]
         if narrow:
             warnings.warn(
-                f"all-linear: {len(narrow)} of {len(hosts)} layers are narrower than init_r={r}, such as "
+                f"all-linear: {len(narrow)} of {len(ranks)} layers are narrower than init_r={r}, such as "
                 f"{narrow[0]!r}; the rank of each is its narrower side.",
-                stacklevel=2,
+                stacklevel=3,
             )
-        for path, host in hosts:
-            yield path, AdaLoRAAdapter(host, r=ranks[path], scaling=self.alpha / r, dropout=self.dropout)
+        return ranks
 
     def schedule(self, total_steps: int) -> tuple[int, int]:
         """Return the steps after which the budget starts to fall, and after which the final pruning comes.

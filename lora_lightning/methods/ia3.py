@@ -26,9 +26,11 @@ class IA3(TargetedMethod):
     ModernBERT) only the keys and values are scaled. Hosts: linear layers (4-bit and 8-bit ones too), GPT-2's Conv1D.
 
     Args:
-        target_modules: Modules whose output is scaled; None takes the architecture's key and value projections.
+        target_modules: Modules whose output is scaled; None takes the architecture's key and value projections, an
+            empty list takes none.
         feedforward_modules: Modules whose input is scaled, named likewise; None takes the second layer of the
             architecture's feed-forward networks, an empty list takes none.
+        scale_queries: Whether of a fused projection the queries are scaled too, as in PEFT.
         exclude_modules: See `TargetedMethod`; applies to the target modules.
         layers_to_transform: See `TargetedMethod`.
         modules_to_save: See `Method`.
@@ -38,6 +40,14 @@ class IA3(TargetedMethod):
     usual_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
 
     feedforward_modules: list[str] | str | None = None
+    scale_queries: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that scale nothing; an empty list of targets leaves the inputs alone to be scaled."""
+        if self.target_modules == [] and self.feedforward_modules != []:
+            replace(self, target_modules=None)  # checks the rest
+        else:
+            super().__post_init__()
 
     def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
         """Build one vector of scales per host; see `Method.adapters`."""
@@ -52,11 +62,14 @@ class IA3(TargetedMethod):
             if codec_of(host).kind is not HostKind.LINEAR:
                 raise TargetError(f"IA3 scales linear layers, and {path!r} is a {type(host).__name__}; leave it out.")
         for path, host in outputs:
-            yield path, ScaledOutput(host, query_share=view.query_share(path))
+            share = 0.0 if self.scale_queries else view.query_share(path)
+            yield path, ScaledOutput(host, query_share=share)
         for path, host in inputs:
             yield path, ScaledInput(host)
 
     def _outputs(self, view: ModelView) -> list[tuple[str, nn.Module]]:
+        if self.target_modules is not None and not self.target_modules:
+            return []
         usual = None if self.target_modules is not None else _pattern(view.block_places().keys_values)
         return select_hosts(view, replace(self, target_modules=self.target_modules or usual))
 

@@ -23,11 +23,12 @@ from lora_lightning.adapters.base import (
 from lora_lightning.adapters.experts import expert_weights, read_experts
 from lora_lightning.adapters.targets import by_pattern, check_patterns, select_hosts, select_weights, takes_all_linear
 from lora_lightning.adapters.view import ModelView
-from lora_lightning.adapters.weights import HostKind, codec_of
+from lora_lightning.adapters.weights import HostKind, codec_of, find_codec
 from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.methods.eva import start_from_data
 from lora_lightning.methods.expert_lora import EXPERT_INITS, ExpertLoRAAdapter
 from lora_lightning.methods.low_rank import LowRankAdapter
+from lora_lightning.methods.parameter_lora import ParameterLoRAAdapter
 
 Scaling = Literal["standard", "rslora", "alpha"]
 _LIMITED_INITS = ("pissa", "olora", "loftq")
@@ -45,7 +46,8 @@ class LoRA(TargetedMethod):
     ones too), GPT-2's Conv1D, embeddings, 1-d and 2-d convolutions, and the experts of transformers' mixtures, whose
     3-D parameters get an A `[experts, r, in]` and a B `[experts, out, r]` each. They are taken where they are named:
     `experts` takes all parameters of these modules, `experts.down_proj` in a list this one alone; `all-linear` leaves
-    them out. The router stays as it is.
+    them out. A 2-D or 3-D parameter of any other module is taken where a list names it with its module, such as a
+    router's `gate.weight`; its update is built whole in each forward, without dropout.
 
     Args:
         r: Rank, from 1 to the smaller side of each adapted weight; `all-linear` caps it at that side instead.
@@ -119,24 +121,24 @@ class LoRA(TargetedMethod):
     def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
         """Build one adapter per host; see `Method.adapters`."""
         hosts = select_hosts(view, self)
-        experts: dict[str, list[str]] = {path: [] for path, host in hosts if expert_weights(host)}
+        by_parameter: dict[str, list[str]] = {path: [] for path, host in hosts if find_codec(host) is None}
         paths = [path for path, _ in hosts]
-        for path, _ in select_weights(view, self) if experts else ():
+        for path, _ in select_weights(view, self) if by_parameter else ():
             holder, _, name = path.rpartition(".")
-            if holder in experts:
-                experts[holder].append(name)
+            if holder in by_parameter:
+                by_parameter[holder].append(name)
                 paths.append(path)
         check_patterns("rank_pattern", self.rank_pattern, paths)
         check_patterns("alpha_pattern", self.alpha_pattern, paths)
         fitted = self._capped(hosts) if takes_all_linear(view, self) else self
         for path, host in hosts:
-            if path in experts:
-                fitted._check_experts(path, host, experts[path])
+            if path in by_parameter:
+                fitted._check_parameters(path, host, by_parameter[path])
             else:
                 fitted._check_host(path, host)
         for path, host in hosts:
-            is_experts = path in experts
-            yield path, fitted._build_experts(path, host, experts[path]) if is_experts else fitted.build(path, host)
+            names = by_parameter.get(path)
+            yield path, fitted.build(path, host) if names is None else fitted._build_parameters(path, host, names)
 
     def _capped(self, hosts: Sequence[tuple[str, nn.Module]]) -> Self:
         """Return this method with the rank of each host that is narrower than `r` capped; the factor s stays.
@@ -184,21 +186,25 @@ class LoRA(TargetedMethod):
         r, scaling = self.rank_and_scaling(path)
         return LowRankAdapter(host, r=r, scaling=scaling, dropout=self.dropout, init=self.init)
 
-    def _build_experts(self, path: str, host: nn.Module, names: Sequence[str]) -> Adapter:
+    def _build_parameters(self, path: str, host: nn.Module, names: Sequence[str]) -> Adapter:
         found = {name: self.rank_and_scaling(path, name) for name in names}
         ranks, scalings = {name: r for name, (r, _) in found.items()}, {name: s for name, (_, s) in found.items()}
-        return ExpertLoRAAdapter(host, ranks=ranks, scalings=scalings, dropout=self.dropout, init=self.init)
+        if expert_weights(host):
+            return ExpertLoRAAdapter(host, ranks=ranks, scalings=scalings, dropout=self.dropout, init=self.init)
+        return ParameterLoRAAdapter(host, ranks=ranks, scalings=scalings, init=self.init)
 
-    def _check_experts(self, path: str, host: nn.Module, names: Sequence[str]) -> None:
+    def _check_parameters(self, path: str, host: nn.Module, names: Sequence[str]) -> None:
         owner = type(self).__name__
         if self.init not in EXPERT_INITS:
             raise ConfigError(
-                f"{owner}: init={self.init!r} is not defined for experts, and {path!r} holds some; use one of "
-                f"{', '.join(EXPERT_INITS)}, or leave the experts out of the targets."
+                f"{owner}: init={self.init!r} is not defined for experts and other parameters, and {path!r} holds "
+                f"some; use one of {', '.join(EXPERT_INITS)}, or leave them out of the targets."
             )
+        is_experts = bool(expert_weights(host))
         for name in names:
             r, _ = self.rank_and_scaling(path, name)
-            _, num_out, num_in = read_experts(host, name).shape
+            weight = read_experts(host, name) if is_experts else host.get_parameter(name)
+            num_out, num_in = weight.shape[-2:]
             if not (self._has_own_rank(path) or self._has_own_rank(f"{path}.{name}")):
                 check_rank(owner, f"{path}.{name}", (num_out, num_in), r, remedy=_REMEDY)
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from lora_lightning.adapters import Adapter, Role
+from lora_lightning.adapters import Adapter, Role, iter_adapters
 
 # PEFT picks its wrapper by `task_type`; for classifiers that wrapper adds names of its own to `modules_to_save`.
 _TASK_TYPES: Mapping[str, str] = {
@@ -20,12 +20,18 @@ _TASK_TYPES: Mapping[str, str] = {
 _ADDED_BY_TASK_TYPE: Mapping[str | None, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
 }
 
 
 def is_copy(adapter: Adapter) -> bool:
     """Tell whether an adapter is a module trained as a full copy, such as a head."""
     return {role for _, _, role in adapter.named_roles()} == {Role.HEAD}
+
+
+def copies_of(model: nn.Module) -> list[str]:
+    """Return the paths of the modules that are trained as full copies."""
+    return [path for path, _, adapter in iter_adapters(model) if is_copy(adapter)]
 
 
 def extra_copies(

@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from lora_lightning.methods import DoRA, LoRA
-from lora_lightning.peft_format.experts import own_names
-from lora_lightning.peft_format.keys import PREFIX
-from lora_lightning.peft_format.names import exactly
+from lora_lightning.peft_format.lora.parameters import AdaptedParameter, own_names
+from lora_lightning.peft_format.names import PREFIX, exactly
 
 
 def from_peft(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -39,8 +38,10 @@ def from_peft(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[st
             own[f"{match[1]}.magnitude"] = tensor.flatten()
         else:
             own[f"{match[1]}.{match[2] or f'lora_{match[3]}'}"] = tensor.flatten(1)
-    parameters, special = config.get("target_parameters") or (), config.get("rank_pattern") or {}
-    return own_names(own, {path: special.get(exactly(path), config["r"]) for path in parameters})
+    paths, special = config.get("target_parameters") or (), config.get("rank_pattern") or {}
+    parameters = [AdaptedParameter(path=path, target=path) for path in paths]
+    ranks = {path: special.get(exactly(path), config["r"]) for path in paths}
+    return own_names(own, parameters, ranks, dict.fromkeys(paths, 3))
 
 
 def method_of(config: Mapping[str, Any]) -> LoRA:

@@ -9,51 +9,53 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters import attached_methods, folded_state_dict, iter_adapters
+from lora_lightning.adapters import Adapter, attached_methods, folded_state_dict, iter_adapters
+from lora_lightning.adapters.parameters import bare_weights
 from lora_lightning.adapters.weights import HostKind, original_class
+from lora_lightning.methods.bitfit import BiasAdapter
 from lora_lightning.methods.dora import DoRAAdapter
 from lora_lightning.methods.expert_lora import ExpertLoRAAdapter
+from lora_lightning.methods.parameter_lora import ParameterLoRAAdapter
+from lora_lightning.methods.trainable_tokens import TrainableTokensAdapter
+from lora_lightning.peft_format.adapter import PeftAdapter
 from lora_lightning.peft_format.copies import extra_copies, is_copy, task_type_of
-from lora_lightning.peft_format.experts import flatten, wrapper_paths
-from lora_lightning.peft_format.keys import PREFIX
-from lora_lightning.peft_format.names import exactly, module_paths, target_modules
-from lora_lightning.peft_format.updates import (
+from lora_lightning.peft_format.differences import SHARED, shared_modules
+from lora_lightning.peft_format.lora.beside import encode_beside, why_not_beside
+from lora_lightning.peft_format.lora.parameters import flatten, wrapper_paths
+from lora_lightning.peft_format.lora.updates import (
     Update,
     computed_update,
-    expert_updates,
+    parameter_updates,
     stored_update,
     why_no_update,
 )
+from lora_lightning.peft_format.names import PREFIX, exactly, module_paths, target_modules
 
 
-@dataclass(frozen=True, kw_only=True)
-class PeftAdapter:
-    """An adapter as PEFT stores it.
+@dataclass
+class _Parts:
+    """The adapters of a model, sorted.
 
     Args:
-        config: Content of `adapter_config.json`.
-        state: Tensors by PEFT's key names.
+        low_rank: Updates by the paths of their hosts or parameters.
+        heads: Paths of copies.
+        biases: Shifts of biases, by the paths of the modules.
+        tokens: Trained rows, by the paths of the modules that have them.
     """
 
-    config: dict[str, Any]
-    state: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The adapters of a model, sorted."""
-
-    low_rank: dict[str, Update]
-    heads: list[str]
+    low_rank: dict[str, Update] = field(default_factory=dict)
+    heads: list[str] = field(default_factory=list)
+    biases: dict[str, BiasAdapter] = field(default_factory=dict)
+    tokens: dict[str, TrainableTokensAdapter] = field(default_factory=dict)
 
     @property
     def parameters(self) -> list[str]:
-        """Paths of the adapted parameters of experts."""
+        """Paths of the parameters that are adapted by their names."""
         return [path for path, update in self.low_rank.items() if update.kind is None]
 
 
@@ -66,7 +68,8 @@ def to_peft(
         model: A model with adapters.
         state: What `folded_state_dict` gives, where the caller has gathered it already.
         as_lora: Write every relative of LoRA as the LoRA that computes the same (at another rank, if need be), from
-            which its own method could not go on training.
+            which its own method could not go on training; and take what PEFT keeps of the base beside a LoRA: shifted
+            biases (BitFit), trained rows of embeddings and single parameters.
 
     Returns:
         Config and tensors; None where PEFT has no way to say it (`why_not_peft` tells why): other methods than LoRA and
@@ -88,14 +91,23 @@ def to_peft(
     for path in extra:
         own = model.get_submodule(path).state_dict()
         tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in own.items()}
-    return PeftAdapter(config=_build_config(model, parts, paths, task_type), state=tensors)
+    config = _build_config(model, parts, paths, task_type)
+    beside = encode_beside(model, parts.low_rank, parts.biases, parts.tokens)
+    if beside is None:
+        return None
+    is_plain = not parts.biases and not parts.tokens and not _bare_parameters(model, parts)
+    return PeftAdapter(config=config | beside.config, state=tensors | beside.state, reads_back=is_plain)
 
 
 def why_not_peft(model: nn.Module) -> str:
     """Return the reason for which `to_peft(model, as_lora=True)` has no answer, as the end of a sentence."""
     names = [type(method).__name__ for method in attached_methods(model)]
-    found = [(path, host, adapter) for path, host, adapter in iter_adapters(model) if not (is_copy(adapter) and path)]
-    reasons = {path: reason for path, host, adapter in found if (reason := why_no_update(host, adapter))}
+    found = [(path, host, one) for path, host, one in iter_adapters(model) if not (is_copy(one) and path)]
+    shared = shared_modules(model)
+    reasons = {path: SHARED for path, _, _ in found if path in shared}
+    beside = [(path, host) for path, host, one in found if isinstance(one, BiasAdapter | TrainableTokensAdapter)]
+    updates = [(path, host, one) for path, host, one in found if (path, host) not in beside or _is_update(one)]
+    reasons |= {path: reason for path, host, one in updates if (reason := why_no_update(host, one))}
     if 0 < len(reasons) < len(found) and len(names) > 1:
         return f"a folder of PEFT holds one method, and {' and '.join(names)} are attached"
     if reasons:
@@ -103,32 +115,56 @@ def why_not_peft(model: nn.Module) -> str:
         return f"{reason} (at {path!r})"
     if any(not path for path, _, _ in found):
         return "PEFT cannot adapt a model that is itself the adapted layer"
-    if len({isinstance(adapter, DoRAAdapter) for _, _, adapter in found}) > 1:
+    if len({isinstance(adapter, DoRAAdapter) for _, _, adapter in updates}) > 1:
         return f"a folder of PEFT holds LoRA or DoRA, and {' and '.join(names)} are attached"
-    if not found:
-        return "only full copies of modules were trained, and PEFT's LoRA wants at least one adapted layer"
-    return "PEFT would match names of its modules_to_save or targets to other modules of this model too"
+    if not updates:
+        return "only biases or full copies of modules were trained, and PEFT's LoRA wants at least one adapted layer"
+    return why_not_beside(model) or (
+        "PEFT would match names of its modules_to_save or targets to other modules of this model too"
+    )
+
+
+def _is_update(adapter: Adapter) -> bool:
+    return not isinstance(adapter, BiasAdapter | TrainableTokensAdapter)
 
 
 def _sort_adapters(model: nn.Module, state: Mapping[str, Tensor], *, as_lora: bool) -> _Parts | None:
-    """Sort adapters into low-rank ones and heads; None where PEFT knows one of them not."""
-    low_rank: dict[str, Update] = {}
-    heads = []
+    """Sort adapters by what PEFT makes of them; None where it does not know one of them."""
+    parts, shared = _Parts(), shared_modules(model)
     for path, host, adapter in iter_adapters(model):
-        if is_copy(adapter) and path:
-            heads.append(path)
-            continue
-        if isinstance(adapter, ExpertLoRAAdapter):
-            updates = _expert_updates(path, host, adapter, as_lora=as_lora)
-        else:
-            one = computed_update(host, adapter) if as_lora else stored_update(path, host, adapter, state)
-            updates = {} if one is None else {path: one}
-        if not updates or not path or updates.keys() & low_rank.keys():
+        if not path or path in shared:
             return None
-        low_rank |= updates
-    kinds = {update.magnitude is None for update in low_rank.values()}
-    parts = _Parts(low_rank, heads)
+        if is_copy(adapter):
+            parts.heads.append(path)
+        elif isinstance(adapter, BiasAdapter) and as_lora:
+            parts.biases[path] = adapter
+        elif isinstance(adapter, TrainableTokensAdapter) and as_lora:
+            parts.tokens[path] = adapter
+        else:
+            updates = _updates(path, host, adapter, state, as_lora=as_lora)
+            if not updates or updates.keys() & parts.low_rank.keys():
+                return None
+            parts.low_rank |= updates
+    kinds = {update.magnitude is None for update in parts.low_rank.values()}
     return parts if len(kinds) == 1 and _names_parameters_alone(model, parts) else None
+
+
+def _updates(
+    path: str, host: nn.Module, adapter: Adapter, state: Mapping[str, Tensor], *, as_lora: bool
+) -> dict[str, Update]:
+    """Return the updates of one adapter by their paths; none where PEFT has none, or could not go on training."""
+    if isinstance(adapter, ParameterLoRAAdapter):
+        return parameter_updates(path, host, adapter) if as_lora else {}
+    if isinstance(adapter, ExpertLoRAAdapter):  # PEFT has no dropout there
+        return parameter_updates(path, host, adapter) if as_lora or not adapter.dropout else {}
+    one = computed_update(host, adapter) if as_lora else stored_update(path, host, adapter, state)
+    return {} if one is None else {path: one}
+
+
+def _bare_parameters(model: nn.Module, parts: _Parts) -> bool:
+    """Tell whether a parameter is adapted whose shape its tensors do not tell: any but those of experts."""
+    holders = {path.rpartition(".")[0] for path in parts.parameters}
+    return any(bare_weights(model.get_submodule(path)) for path in holders)
 
 
 def _names_parameters_alone(model: nn.Module, parts: _Parts) -> bool:
@@ -142,11 +178,6 @@ def _names_parameters_alone(model: nn.Module, parts: _Parts) -> bool:
     others = [name for name, _ in model.named_parameters() if name.endswith(ends)]
     modules = [path for path in parts.low_rank if path not in parts.parameters]
     return not others and isinstance(target_modules(module_paths(model), modules), list)
-
-
-def _expert_updates(path: str, host: nn.Module, adapter: ExpertLoRAAdapter, *, as_lora: bool) -> dict[str, Update]:
-    """Return the updates of experts; nothing where PEFT could not go on training: it has no dropout there."""
-    return expert_updates(path, host, adapter) if as_lora or not adapter.dropout else {}
 
 
 def _rename(parts: _Parts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,10 @@ from torch import nn
 
 from lora_lightning.adapters.weights import RESERVED
 
+CONFIG_NAME = "adapter_config.json"
+PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
 
 def module_paths(model: nn.Module) -> list[str]:
     """Return the paths of a model's own modules, without those of its adapters."""
@@ -34,4 +38,9 @@ def exactly(path: str) -> str:
 def target_modules(paths: Sequence[str], hosts: list[str]) -> list[str] | str:
     """Return the hosts as a list where PEFT's suffix matching takes these alone, else as a regular expression."""
     taken = [path for path in paths if any(path == host or path.endswith(f".{host}") for host in hosts)]
-    return hosts if set(taken) == set(hosts) else f"({'|'.join(re.escape(host) for host in hosts)})"
+    return hosts if set(taken) == set(hosts) else any_of(hosts)
+
+
+def any_of(paths: Sequence[str]) -> str:
+    """Return a regular expression for whole paths that takes these alone."""
+    return f"({'|'.join(re.escape(path) for path in paths)})"

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lora_lightning.peft_format.keys import PREFIX
+from lora_lightning.peft_format.names import PREFIX
 
 Tool = Literal["vllm", "llama.cpp"]
 TOOLS: tuple[Tool, ...] = ("vllm", "llama.cpp")

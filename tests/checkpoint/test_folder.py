@@ -16,6 +16,7 @@ from torch import nn
 from lora_lightning.adapters import Method, adapter_state_dict, attach
 from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint
 from lora_lightning.checkpoint import RunFacts, load_adapter, read_adapter_folder, write_adapter_folder
+from lora_lightning.checkpoint.base_sample import BASE_SAMPLE_NAME
 from lora_lightning.checkpoint.files import sha256_file
 from lora_lightning.checkpoint.folder import OWN_WEIGHTS_NAME
 from lora_lightning.checkpoint.manifest import DIGEST_KEY, MANIFEST_NAME
@@ -118,7 +119,7 @@ def test_manifest_tells_the_run(folder: Path) -> None:
     assert (manifest.base, manifest.label_names, manifest.step) == ("tiny", ["a", "b", "c"], 5)
     assert manifest.methods[0]["class_path"] == "lora_lightning.methods.lora.LoRA"
     assert manifest.methods[0]["init_args"]["r"] == 3
-    assert sorted(manifest.files) == [CONFIG_NAME, PEFT_WEIGHTS_NAME]
+    assert sorted(manifest.files) == [CONFIG_NAME, PEFT_WEIGHTS_NAME, BASE_SAMPLE_NAME]
     assert "classifier.weight" in state
 
 

@@ -219,7 +219,7 @@ def test_cut_at_random_offsets(two: tuple[Path, Path]) -> None:
 def test_random_bit_flips(two: tuple[Path, Path]) -> None:
     older, last = two
     files = [last, *folder_of(last).iterdir()]
-    assert len(files) == 4
+    assert len(files) == 5
     generator = random.Random(0)
     for number in range(NUM_FLIPS):
         path = files[number % len(files)]

@@ -75,7 +75,7 @@ def with_infinity(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def twice(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {**tensors, **{key.replace("lora_A.", "lora_A.other."): one for key, one in tensors.items()}}
+    return {**tensors, **{key.replace("lora_A.", "lora_A.other."): one + 1 for key, one in tensors.items()}}
 
 
 def nothing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -63,8 +63,8 @@ def test_settings(bias):
 
 
 def test_other_modules_are_left_out_with_a_warning():
-    model = nn.Sequential(nn.Conv1d(4, 4, 1), nn.Linear(5, 5), nn.LayerNorm(5))
-    with pytest.warns(UserWarning, match=r"0 \(Conv1d\)"):
+    model = nn.Sequential(nn.Bilinear(4, 4, 5), nn.Linear(5, 5), nn.LayerNorm(5))
+    with pytest.warns(UserWarning, match=r"0 \(Bilinear\)"):
         assert attach_plain(model, BitFit()).hosts == ("1", "2")
 
 

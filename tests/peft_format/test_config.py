@@ -34,7 +34,7 @@ def test_an_old_and_short_config() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
         ({"peft_type": None}, "peft_type is None"),
         ({"r": 0}, "r must be a whole number from 1, got 0"),
         ({"r": "8"}, "r must be a whole number"),
@@ -50,11 +50,11 @@ def test_an_old_and_short_config() -> None:
         ({"alpha_pattern": ["a"]}, "alpha_pattern must be"),
         ({"layers_to_transform": [-1]}, "layers_to_transform must be"),
         ({"modules_to_save": "head"}, "modules_to_save must be a list"),
-        ({"bias": "lora_only"}, "bias='lora_only' is not supported"),
-        ({"lora_bias": True}, "lora_bias=True is not supported"),
+        ({"bias": "some"}, "bias must be none, all or lora_only"),
+        ({"lora_bias": 1}, "lora_bias must be true or false"),
         ({"init_lora_weights": "pissa_niter_4"}, "changed the base weights too"),
         ({"init_lora_weights": "olora"}, "changed the base weights too"),
-        ({"trainable_token_indices": [1]}, r"trainable_token_indices=\[1\] is not supported"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices must be token ids"),
         ({"target_parameters": "a"}, "target_parameters must be a list of names"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"use_qalora": True}, "use_qalora=True"),

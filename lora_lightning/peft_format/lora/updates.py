@@ -14,6 +14,9 @@ from lora_lightning.adapters.weights import HostKind
 from lora_lightning.methods.dora import DoRAAdapter
 from lora_lightning.methods.expert_lora import ExpertLoRAAdapter
 from lora_lightning.methods.low_rank import LowRankAdapter
+from lora_lightning.methods.parameter_lora import ParameterLoRAAdapter
+from lora_lightning.peft_format.differences import why_another_convolution
+from lora_lightning.peft_format.lora.parameters import parameters_of, swap
 
 # Merged as s B A of `factors()`, or as DoRA of it: what is merged so can be written so.
 _MERGES = (LowRankAdapter.merged_weight, DoRAAdapter.merged_weight)
@@ -21,15 +24,15 @@ _MERGES = (LowRankAdapter.merged_weight, DoRAAdapter.merged_weight)
 
 @dataclass(frozen=True)
 class Update:
-    """The update s B A of one host, or of one parameter of experts, and under DoRA its magnitude.
+    """The update s B A of one host, or of one parameter, and under DoRA its magnitude.
 
     Args:
         host: The host.
-        kind: What kind of host it is; None for experts.
+        kind: What kind of host it is; None for a single parameter.
         scaling: The factor s.
         dropout: Probability of dropping an element of A's input.
-        a: A, `[rank, in]`, and `[experts, rank, in]` for experts.
-        b: B, `[out, rank]`, and `[experts, out, rank]` for experts.
+        a: A, `[rank, in]`, and `[experts, rank, in]` for a 3-D parameter.
+        b: B, `[out, rank]`, and `[experts, out, rank]` for a 3-D parameter.
         magnitude: m, `[out]`, or None for LoRA.
     """
 
@@ -52,15 +55,21 @@ class Update:
         return self.rank > min(self.a.shape[-1], self.b.shape[-2])
 
 
-def expert_updates(path: str, host: nn.Module, adapter: ExpertLoRAAdapter) -> dict[str, Update]:
-    """Return the updates of experts, by the paths of their parameters in the order in which the host lists them."""
-    return {
-        join(path, name): Update(
-            host, None, adapter.scalings[name], adapter.dropout, *(one.detach() for one in adapter.factors(name))
-        )
-        for name in host._parameters
-        if name in adapter.ranks
-    }
+def parameter_updates(
+    path: str, host: nn.Module, adapter: ExpertLoRAAdapter | ParameterLoRAAdapter
+) -> dict[str, Update]:
+    """Return the updates of single parameters, by their paths, in the order in which the host lists them."""
+    dropout = adapter.dropout if isinstance(adapter, ExpertLoRAAdapter) else 0.0
+    swapped = {one.path for one in parameters_of({path: host}) if one.is_swapped}
+    updates: dict[str, Update] = {}
+    for name in host._parameters:
+        if name in adapter.ranks:
+            own = join(path, name)
+            a, b = (factor.detach() for factor in adapter.factors(name))
+            if own in swapped:
+                a, b = swap(a, b)
+            updates[own] = Update(host, None, adapter.scalings[name], dropout, a, b)
+    return updates
 
 
 def stored_update(path: str, host: nn.Module, adapter: Adapter, state: Mapping[str, Tensor]) -> Update | None:
@@ -113,12 +122,10 @@ def computed_update(host: nn.Module, adapter: Adapter) -> Update | None:
 
 def why_no_update(host: nn.Module, adapter: Adapter) -> str | None:
     """Return why an adapter's update is none that PEFT's LoRA or DoRA computes, as the end of a sentence, or None."""
-    if isinstance(adapter, ExpertLoRAAdapter):
+    if isinstance(adapter, ExpertLoRAAdapter | ParameterLoRAAdapter):
         return None
     if not isinstance(adapter, LowRankAdapter) or type(adapter).merged_weight not in _MERGES:
         return f"PEFT's format for LoRA and DoRA has no words for {type(adapter).__name__}"
     if getattr(adapter, "axis", "output") != "output":
         return "PEFT's DoRA has one magnitude per output, and this one has magnitude_axis='input'"
-    if getattr(host, "groups", 1) != 1:
-        return "PEFT adapts a convolution with groups in another way"
-    return None
+    return why_another_convolution(host)

@@ -1,0 +1,1 @@
+"""The kinds of adapters of PEFT beside LoRA, one file each, both ways."""
