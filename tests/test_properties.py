@@ -30,8 +30,8 @@ from lora_lightning.data.batches.packing import (
 )
 from lora_lightning.methods import DoRA
 from lora_lightning.optim import Optim
-from lora_lightning.peft_format.decode import from_peft
 from lora_lightning.peft_format.encode import to_peft
+from lora_lightning.peft_format.lora.decode import from_peft
 from lora_lightning.tasks.settings import methods_from
 from tests.models import perturb
 

@@ -35,8 +35,8 @@ from lora_lightning.checkpoint.manifest import (
 from lora_lightning.errors import CheckpointError
 from lora_lightning.peft_format.adapter import PeftAdapter
 from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
-from lora_lightning.peft_format.decode import from_peft, method_of
 from lora_lightning.peft_format.encode import to_peft
+from lora_lightning.peft_format.lora.decode import from_peft, method_of
 from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
 OWN_WEIGHTS_NAME = "adapter.safetensors"

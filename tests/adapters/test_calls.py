@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lightning.adapters import attach, disabled
 from lora_lightning.adapters.calls import watch
+from lora_lightning.adapters.targets import select_weights
+from lora_lightning.adapters.view import PlainView
 from lora_lightning.errors import AdapterNotCalled, TargetError
 from lora_lightning.methods import BitFit, DoRA, LoRA
 from tests import models
@@ -90,6 +92,42 @@ def test_a_copy_that_is_read_past_is_refused(name):
     model = Shared({**BY_HAND, **HARMLESS}[name]).train()
     attach(model, LoRA(r=1, target_modules=["other"]), modules_to_save=["first"])
     with pytest.raises(TargetError, match="of 'first' without calling"):
+        model(X)
+
+
+class Router(nn.Module):
+    """Holds a matrix that it multiplies with, and that its owner may use without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x):
+        return x @ self.weight.t()
+
+
+class RouterOwner(nn.Module):
+    def __init__(self, is_read_past):
+        super().__init__()
+        self.router, self.is_read_past = Router(), is_read_past
+
+    def forward(self, x):
+        return x @ self.router.weight if self.is_read_past else self.router(x)
+
+
+class KnownReads(PlainView):
+    def read_past(self):
+        return {"router": frozenset(["weight"])} if self.model.is_read_past else {}
+
+
+def test_a_parameter_that_is_read_past_its_module_is_refused():
+    method = LoRA(r=1, target_modules=["router.weight"])
+    with pytest.raises(TargetError, match="reads 'weight' of 'router' without calling"):
+        select_weights(KnownReads(RouterOwner(True)), method)
+    assert [path for path, _ in select_weights(KnownReads(RouterOwner(False)), method)] == ["router.weight"]
+    model = RouterOwner(True).train()
+    attach(model, method)
+    with pytest.raises(TargetError, match="reads 'weight' of 'router' without calling"):
         model(X)
 
 

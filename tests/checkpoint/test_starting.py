@@ -10,12 +10,17 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from lora_lightning.adapters import adapter_state_dict, attached_methods
 from lora_lightning.checkpoint import export_peft
+from lora_lightning.checkpoint.base_sample import BASE_SAMPLE_NAME
+from lora_lightning.checkpoint.folder import OWN_WEIGHTS_NAME
+from lora_lightning.checkpoint.manifest import MANIFEST_NAME
+from lora_lightning.checkpoint.starting import read_starting_adapter
 from lora_lightning.errors import CheckpointError, ConfigError, UserError
-from lora_lightning.methods import DoRA, LoRA
+from lora_lightning.methods import BitFit, DoRA, LoRA
 from lora_lightning.tasks import AdapterTask, SequenceClassification
 from tests.checkpoint.runs import PlainTask, read_content, rebuild_task, save_backbone, save_checkpoint
 from tests.models import build, inputs, logits, perturb
@@ -237,6 +242,34 @@ def test_own_format_starts_a_run_too(tmp_path: Path) -> None:
     other.configure_model()
     x = {"x": torch.randn(3, 8)}
     torch.testing.assert_close(other(x), task(x), atol=0, rtol=0)
+
+
+def test_several_methods_of_one_file_start_a_run(tmp_path: Path, base: Path) -> None:
+    both = [LoRA(r=2, target_modules=["query"]), BitFit(bias=["query"])]
+    task = classifier(base, method=both)
+    task.configure_model()
+    before = answers(task)
+    perturb(task.adapted)
+    export_peft(task.adapted, tmp_path / "both")
+    (tmp_path / "both" / MANIFEST_NAME).unlink()  # so that PEFT's files are all there is
+    (tmp_path / "both" / OWN_WEIGHTS_NAME).unlink()
+    other = classifier(base, adapter=str(tmp_path / "both"))
+    other.configure_model()
+    assert [type(one) for one in attached_methods(other.adapted)] == [LoRA, BitFit]
+    torch.testing.assert_close(answers(other), answers(task), atol=1e-5, rtol=0)
+    assert (answers(task) - before).abs().max() > 1e-3  # negative control
+
+
+def test_the_values_of_the_base_are_read_with_the_folder(base: Path, ours: Path) -> None:
+    """What is compared later depends on the files no more."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(LABELS))
+    start = read_starting_adapter(model, str(ours))
+    (ours / BASE_SAMPLE_NAME).unlink()
+    assert start.base_sample is not None
+    assert not start.base_sample.is_quantized
+    assert all(path.startswith("bert.") for path in start.base_sample.values)
+    with pytest.raises(CheckpointError, match=BASE_SAMPLE_NAME):  # the manifest names it
+        read_starting_adapter(model, str(ours))
 
 
 def test_a_model_with_adapters_is_refused(base: Path, ours: Path) -> None:

@@ -181,6 +181,36 @@ def test_capped_ranks_go_to_peft(method, tmp_path):
     assert gap(models.logits(read), want) < 1e-5
 
 
+def test_capped_adalora_goes_to_peft_as_adalora(tmp_path):
+    model = llama()
+    with pytest.warns(UserWarning, match="4 of 14 layers are narrower than init_r=20"):
+        attach(model, AdaLoRA(target_r=4, init_r=20, target_modules="all-linear"))
+    before = models.logits(model).detach()
+    want = models.logits(perturb(model)).detach()
+    export_peft(model, tmp_path / "ours", own_kind=True)
+    read = peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()
+    assert gap(models.logits(read), want) < 1e-5
+    again = llama()
+    load_peft(again, tmp_path / "ours")
+    assert {adapter.r for _, _, adapter in iter_adapters(again)} == {20}
+    assert gap(models.logits(again), want) < 1e-5
+    assert gap(before, want) > 1e-3
+
+
+def test_adalora_takes_a_wide_rank_on_request():
+    wide = AdaLoRA(target_r=4, target_modules="all-linear", wide_ranks=True)
+    model = attached(wide)
+    assert {adapter.r for _, _, adapter in iter_adapters(model)} == {6}
+    with pytest.raises(ConfigError, match="init_r=6 is larger than 'gate' allows"):
+        attach(gated(), AdaLoRA(target_r=4, target_modules=["gate"]))
+
+
+def attached(method):
+    model = gated()
+    attach(model, method)
+    return model
+
+
 # Targets inside copies.
 
 

@@ -18,8 +18,8 @@ from lora_lightning.backbones.attach import attach as attach_to_backbone
 from lora_lightning.checkpoint import write_adapter_folder
 from lora_lightning.methods import DoRA, LoRA
 from lora_lightning.methods.low_rank import LowRankAdapter
-from lora_lightning.peft_format.decode import from_peft
 from lora_lightning.peft_format.encode import to_peft
+from lora_lightning.peft_format.lora.decode import from_peft
 from tests.models import ARCHITECTURES, build, perturb
 
 CASES: dict[str, tuple[str, LoRA, list[str]]] = {
