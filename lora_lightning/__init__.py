@@ -9,7 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_lightning.adapters import adapter_state_dict, detach, disabled, load_adapter_state_dict, refresh
+    from lora_lightning.adapters import (
+        adapter_state_dict,
+        bind,
+        detach,
+        disabled,
+        load_adapter_state_dict,
+        refresh,
+    )
     from lora_lightning.backbones.attach import attach, merge
     from lora_lightning.backbones.quantization import Quantization
     from lora_lightning.callbacks import (
@@ -26,7 +33,7 @@ if TYPE_CHECKING:
         SignalGuard,
         Throughput,
     )
-    from lora_lightning.checkpoint import export_peft, load_adapter, load_peft, merge_checkpoint, preflight
+    from lora_lightning.checkpoint import export_peft, load_adapter, load_peft
     from lora_lightning.data import (
         InstructionData,
         MultipleChoiceData,
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
         TextClassificationData,
         TokenClassificationData,
     )
+    from lora_lightning.merging import merge_checkpoint
     from lora_lightning.methods import (
         IA3,
         AdaLoRA,
@@ -52,10 +60,11 @@ if TYPE_CHECKING:
     )
     from lora_lightning.methods.recompute import recompute_activations
     from lora_lightning.optim import Optim, param_groups
+    from lora_lightning.peft_format.preflight import preflight
+    from lora_lightning.strategies import FSDP2Strategy
     from lora_lightning.tasks import (
         AdapterTask,
         CausalLM,
-        FSDP2Strategy,
         MultipleChoice,
         PerTokenTask,
         Seq2SeqLM,
@@ -78,7 +87,7 @@ _HOME = {
     "DeltaLoRA": "methods",
     "DoRA": "methods",
     "Guards": "callbacks",
-    "FSDP2Strategy": "tasks",
+    "FSDP2Strategy": "strategies",
     "IA3": "methods",
     "IdleParameterGuard": "callbacks",
     "InstructionData": "data",
@@ -114,6 +123,7 @@ _HOME = {
     "VeRA": "methods",
     "adapter_state_dict": "adapters",
     "attach": "backbones.attach",
+    "bind": "adapters",
     "detach": "adapters",
     "disabled": "adapters",
     "export_peft": "checkpoint",
@@ -122,9 +132,9 @@ _HOME = {
     "refresh": "adapters",
     "load_peft": "checkpoint",
     "merge": "backbones.attach",
-    "merge_checkpoint": "checkpoint",
+    "merge_checkpoint": "merging",
     "param_groups": "optim",
-    "preflight": "checkpoint",
+    "preflight": "peft_format.preflight",
     "recompute_activations": "methods.recompute",
 }
 
@@ -176,6 +186,7 @@ __all__ = [
     "__version__",
     "adapter_state_dict",
     "attach",
+    "bind",
     "detach",
     "disabled",
     "export_peft",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
+import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 from lora_lightning import __version__
 from lora_lightning.commands import LIGHTNING_COMMANDS, all_commands, load_command
@@ -130,5 +134,23 @@ def _status(stop: SystemExit) -> int:
     return stop.code if isinstance(stop.code, int) else MISTAKE
 
 
+def script() -> NoReturn:
+    """Run the command line of this process and end it with the exit status.
+
+    One rank of several ends itself: in torch 2.13 a thread of gloo may drop the tensors of its last broadcast while the
+    interpreter ends, which aborts a run that has succeeded (`terminate called without an active exception`).
+    """
+    status = main()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        sys.exit(status)
+    # What the interpreter does at its end, but for taking itself down.
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, such as those of loggers
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -12,6 +12,7 @@ from typing import Any, Union
 
 import lightning as L
 from jsonargparse import ArgumentError
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -27,14 +28,15 @@ from lora_lightning.callbacks import (
     RankWatch,
     Throughput,
 )
+from lora_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
 from lora_lightning.callbacks.run_config import RunConfig
 from lora_lightning.callbacks.run_logger import RunLogger
-from lora_lightning.checkpoint.complete import newest_complete
+from lora_lightning.checkpoint.saved_run import SavedRun, newest_run
 from lora_lightning.config.config_option import StrictConfigFile
 from lora_lightning.config.diagnosis import explain
 from lora_lightning.config.import_policy import set_import_policy
 from lora_lightning.config.parser_errors import own_message, reduce_error, unknown_options
-from lora_lightning.config.saved_model import KEYWORDS, read_saved_model, refuse_conflict
+from lora_lightning.config.saved_model import KEYWORDS, refuse_conflict, saved_model
 from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect
 from lora_lightning.config.signatures import (
     Parameters,
@@ -113,8 +115,8 @@ def default_callbacks(
     return callbacks + [guard for guard in (guards or Guards()).callbacks() if wanted(type(guard))]
 
 
-def last_of_runs(trainer: Mapping[str, Any]) -> Path:
-    """Return the newest complete checkpoint of all runs, for a process that starts a new one to go on from.
+def last_of_runs(trainer: Mapping[str, Any]) -> SavedRun:
+    """Read the newest complete checkpoint of all runs, for a process that starts a new one to go on from.
 
     Lightning would look in the folder of the new run, find nothing there, and start anew.
 
@@ -127,13 +129,13 @@ def last_of_runs(trainer: Mapping[str, Any]) -> Path:
     root, callbacks = Path(trainer.get("default_root_dir") or DEFAULT_ROOT), trainer.get("callbacks") or []
     given = [one.get(INIT_ARGS) or {} for one in (callbacks if isinstance(callbacks, list) else [callbacks])]
     folders = [*root.glob("*/checkpoints"), *(Path(one["dirpath"]) for one in given if one.get("dirpath"))]
-    found = [path for folder in folders if (path := newest_complete(folder)) is not None]
-    if not found:
+    newest = newest_run(folders)
+    if newest is None:
         raise ConfigError(
             f"--ckpt_path last: there is no complete checkpoint in {root} to go on from; name the .ckpt file, or leave "
             "the option out to start anew."
         )
-    return max(found, key=lambda path: path.stat().st_mtime_ns)
+    return newest
 
 
 def require_requeued(trainer: dict[str, Any]) -> None:
@@ -163,6 +165,7 @@ class AdapterCLI(LightningCLI):
 
     def __init__(self, subcommand: str, arguments: Sequence[str]) -> None:
         self.chosen = subcommand
+        self.saved_run: SavedRun | None = None
         self.arguments = list(arguments)
         super().__init__(
             model_class=AdapterTask,
@@ -228,18 +231,22 @@ class AdapterCLI(LightningCLI):
         if ckpt_path == "hpc":
             require_requeued(config["trainer"])
         if ckpt_path == "last":
-            ckpt_path = config["ckpt_path"] = str(last_of_runs(config["trainer"]))
-        if ckpt_path is not None and ckpt_path not in KEYWORDS:
-            self._take_model_from(Path(ckpt_path))
+            self.saved_run = last_of_runs(config["trainer"])
+            config["ckpt_path"] = str(self.saved_run.path)
+        elif ckpt_path is not None and ckpt_path not in KEYWORDS:
+            self.saved_run = SavedRun.of_checkpoint(ckpt_path)
+        if self.saved_run is not None:
+            self._take_model_from(self.saved_run)
         elif config.get("model") is None:
             known = ", ".join(sorted(subclasses(AdapterTask).keys() - {AdapterTask.__name__}))
             raise ConfigError(f"no model is given; name one under `model:` in a config or with --model ({known}).")
 
-    def _take_model_from(self, path: Path) -> None:
+    def _take_model_from(self, run: SavedRun) -> None:
+        path = run.path
         given = self.parser.parse_args([self.chosen, *self.arguments], defaults=False)[self.chosen].get("model")
         if given is not None and find_class(given[CLASS_PATH], AdapterTask) is AdapterTask:
             given.pop(CLASS_PATH)  # flags such as --model.method.r without a class stand for the base class
-        model = {self.chosen: {"model": read_saved_model(path)}}
+        model = {self.chosen: {"model": saved_model(run)}}
         try:
             saved = self.parser.parse_object(model, defaults=False)[self.chosen]["model"]
             self.config = self.parser.parse_object(model, self.config)
@@ -306,8 +313,16 @@ class AdapterCLI(LightningCLI):
             if self.config[self.chosen].get("ckpt_path") not in (None, *KEYWORDS):
                 self.model.expect_checkpoint()
             self.trainer = self.instantiate_trainer()
+            self._hand_over_checkpoint()
         except ValueError as error:
             raise ConfigError(explain(collect(self.arguments), self._schema()) or own_message(error)) from error
+
+    def _hand_over_checkpoint(self) -> None:
+        """Give the trainer the content of a checkpoint that was read for its settings, so that it is read once."""
+        strategy = self.trainer.strategy
+        if self.saved_run is not None and type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = AdapterCheckpointIO(self.saved_run)
+        self.saved_run = None
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[L.Callback]) -> L.Trainer:
         """Build the trainer, with the default callbacks and logger where the user named none."""

@@ -6,7 +6,7 @@ import difflib
 import importlib.util
 import pkgutil
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_lightning.errors import UserError
@@ -69,7 +69,7 @@ def nearest_in_folder(path: Path) -> str:
     if not names:
         return f"and the folder {str(folder)!r} is empty"
     near = nearest(path.name, names)
-    return f"the nearest names there: {', '.join(near)}" if near else f"its folder holds: {_some(names)}"
+    return f"the nearest names there: {', '.join(near)}" if near else f"its folder holds: {some_of(names)}"
 
 
 def _package_folders(package: str, path: str) -> list[Path]:
@@ -105,5 +105,12 @@ def _where_it_ends(folder: Path, relative: str) -> str:
     return f"{first.parent.name!r} holds no {first.name!r}; {nearest_in_folder(first)}"
 
 
-def _some(names: list[str], count: int = 10) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+def some_of(names: Sequence[str], count: int = 10) -> str:
+    """Return the first names, and how many more there are.
+
+    Example:
+        >>> some_of(["a", "b", "c"], count=2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more

@@ -35,7 +35,7 @@ from lora_lightning.checkpoint import read_adapter_folder
 from lora_lightning.checkpoint.complete import is_complete, newest_complete
 from lora_lightning.checkpoint.files import hidden_entries
 from lora_lightning.checkpoint.pair import folder_of
-from lora_lightning.checkpoint.rebuild import read_checkpoint
+from lora_lightning.checkpoint.reading import read_checkpoint
 from lora_lightning.methods import LoRA
 from lora_lightning.optim import Optim
 from lora_lightning.tasks import AdapterTask, StepOutput
@@ -238,7 +238,7 @@ def _check(run: Path, step: int, report: Report) -> int:
         if step:
             report.failures.append(f"the checkpoint of step {step} was lost")
         return 0
-    found = int(read_checkpoint(newest)["global_step"])
+    found = int(read_checkpoint(newest).content["global_step"])
     if found < step:
         report.failures.append(f"step {step} was saved, and {found} is the newest")
     if not left and read_adapter_folder(folder_of(newest))[0].step != found:

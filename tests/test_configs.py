@@ -11,6 +11,7 @@ import yaml
 
 import lora_lightning.methods
 from lora_lightning.__main__ import main
+from lora_lightning.tasks.problems import PROBLEMS
 from tests.tasks.test_token_classification import sentences
 from tests.tasks.texts import save_t5
 
@@ -144,6 +145,11 @@ def test_there_is_a_strategy_of_each_kind():
         "deepspeed_zero3",
         "fsdp2",
     ]
+
+
+def test_there_is_a_config_for_each_problem():
+    named = [yaml.safe_load(path.read_text())["model"]["init_args"].get("problem") for path in CONFIGS]
+    assert {problem or "single_label" for problem in named} == set(PROBLEMS)
 
 
 def test_there_is_a_config_for_each_method():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lora_lightning import DoRA, LoRA, attach, merge
-from lora_lightning.adapters import iter_roles
+from lora_lightning.adapters import disabled, iter_roles
+from lora_lightning.adapters.selection.checkpointing import unfollow_selection
 from lora_lightning.tasks.backward import recompute
 from lora_lightning.tasks.offload import OffloadActivations
 from tests import models
@@ -126,3 +127,21 @@ def test_a_run_fits_resumes_and_merges(tmp_path):
     assert torch.allclose(again.adapted(x), expected, atol=1e-5)
     merge(again.adapted)
     assert torch.allclose(again.adapted(x), expected, atol=1e-4)
+
+
+def test_checkpoints_keep_the_selection_in_autograds_own_thread():
+    model, ids = adapted(METHODS[0]).cuda().train(), torch.randint(3, 60, (4, 16), device="cuda")
+    expected = gradients(model, ids)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+
+    def gradients_of_a_base() -> int:
+        model.zero_grad()
+        with disabled(model):
+            model(input_ids=ids).logits.square().mean().backward()
+        return sum(parameter.grad is not None for _, parameter, _ in iter_roles(model))
+
+    found = gradients(model, ids)
+    assert all(torch.allclose(found[name], expected[name], atol=1e-4) for name in expected)
+    assert gradients_of_a_base() == 0
+    unfollow_selection(model)
+    assert gradients_of_a_base() > 0  # the thread that computes again knows of no block

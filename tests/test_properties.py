@@ -17,7 +17,6 @@ import lora_lightning.methods  # noqa: F401 - the classes that a config may name
 from lora_lightning import LoRA, attach, merge
 from lora_lightning.adapters import Method, adapter_state_dict, folded_state_dict
 from lora_lightning.checkpoint.manifest import class_config
-from lora_lightning.checkpoint.peft_format import from_peft, to_peft
 from lora_lightning.config.strict_yaml import PARSER_MODE, load_text, register
 from lora_lightning.data.batches.batching import LengthGroupedSampler, PadToLongest, even_batch_size
 from lora_lightning.data.batches.columns import EncodedRows
@@ -31,6 +30,8 @@ from lora_lightning.data.batches.packing import (
 )
 from lora_lightning.methods import DoRA
 from lora_lightning.optim import Optim
+from lora_lightning.peft_format.decode import from_peft
+from lora_lightning.peft_format.encode import to_peft
 from lora_lightning.tasks.settings import methods_from
 from tests.models import perturb
 

@@ -10,7 +10,7 @@ import torch
 import tests.cli_toys
 import tests.tasks.toys  # noqa: F401 - classes that are imported already, which outside strict mode is enough
 from lora_lightning.__main__ import main
-from lora_lightning.checkpoint.rebuild import find_task_class
+from lora_lightning.checkpoint.task_class import find_task_class
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.settings import methods_from
@@ -134,9 +134,9 @@ def test_a_list_that_says_nothing_refuses_everything(capsys, monkeypatch, text, 
 
 def test_checkpoints_and_manifests_name_allowed_classes_only(monkeypatch):
     with pytest.raises(ConfigError, match=r"--task_class names evil\.Task"):
-        find_task_class({"hyper_parameters": {}}, "evil.Task", Path("a.ckpt"))
+        find_task_class(None, "evil.Task", Path("a.ckpt"))
     with pytest.raises(ConfigError, match=r"a\.ckpt names tests\.tasks\.toys\.Tagger"):
-        find_task_class({"hyper_parameters": {"_class_path": "tests.tasks.toys.Tagger"}}, None, Path("a.ckpt"))
+        find_task_class("tests.tasks.toys.Tagger", None, Path("a.ckpt"))
     with pytest.raises(ConfigError, match=r"method names tests\.tasks\.toys\.Recorder"):
         methods_from({"class_path": "tests.tasks.toys.Recorder", "init_args": {}})
     monkeypatch.delenv(VARIABLE)

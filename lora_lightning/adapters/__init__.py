@@ -5,7 +5,6 @@ from lora_lightning.adapters.attach import (
     attach,
     attached_methods,
     detach,
-    disabled,
     is_attached,
     iter_adapters,
     iter_hosts,
@@ -24,6 +23,8 @@ from lora_lightning.adapters.base import (
     TargetedMethod,
 )
 from lora_lightning.adapters.merge import merge
+from lora_lightning.adapters.selection.blocks import disabled, iter_acting, selected
+from lora_lightning.adapters.selection.state import bind
 from lora_lightning.adapters.state import (
     adapter_state_dict,
     fold,
@@ -49,12 +50,14 @@ __all__ = [
     "adapter_state_dict",
     "attach",
     "attached_methods",
+    "bind",
     "detach",
     "disabled",
     "fold",
     "folded_state_dict",
     "gathered",
     "is_attached",
+    "iter_acting",
     "iter_adapters",
     "iter_hosts",
     "iter_roles",
@@ -63,4 +66,5 @@ __all__ = [
     "refresh",
     "report_of",
     "require_calls",
+    "selected",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,12 +29,19 @@ from lora_lightning.adapters.calls import (
 from lora_lightning.adapters.frozen import NormStatistics, base_norms, freeze_norms, release_modes
 from lora_lightning.adapters.head import HeadAdapter
 from lora_lightning.adapters.host import hang, no_op_hook, unhang
+from lora_lightning.adapters.selection.checkpointing import follow_selection, unfollow_selection
+from lora_lightning.adapters.selection.compiling import watch
+from lora_lightning.adapters.selection.state import Selector, synchronize
+from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.adapters.targets import find_modules, is_within, weights_read_past
 from lora_lightning.adapters.view import ModelView, PlainView
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import ConfigError, TargetError
 
 _RECORD = "_lora_lightning_attachment"
+COPIES = "modules_to_save"
+"""The name by which a selection chooses the trained copies of modules."""
+
 A = TypeVar("A", bound=Adapter)
 
 
@@ -117,18 +125,24 @@ def attach(
         placed += [(path, "head", HeadAdapter(model.get_submodule(path))) for path in _saved_paths(view, saved)]
     if train_norm_statistics:
         placed += _norm_statistics(model, placed)
-    for one in methods:  # after the copies, so that merging a delta adds to what a copy leaves
+    for _, _, copied in placed:
+        copied.selected_as = COPIES
+    # After the copies, so that merging a delta adds to what a copy leaves.
+    for one, selected_as in zip(methods, _selection_names(methods), strict=True):
         informed = replace(one, modules_to_save=saved or None)  # all-linear leaves out what anybody copies
         for path, adapter in informed.adapters(view):
-            adapter.method = one
+            adapter.method, adapter.selected_as = one, selected_as
             placed.append((path, one.name, adapter))
     _check_placement(model, placed)
 
     named = model.named_parameters(remove_duplicate=False)  # each name of a tied weight, which merging may untie
     record = _Attachment(methods, [name for name, parameter in named if parameter.requires_grad])
     model.requires_grad_(requires_grad=False)
+    selector = Selector()
     for path, name, adapter in placed:
-        hang(model.get_submodule(path), name, adapter)
+        hang(model.get_submodule(path), name, adapter, selector, path)
+    follow_selection(model)
+    watch(synchronize)
     _turn_off_fast_paths(model, [path for path, _, _ in placed], record)
     if any(isinstance(adapter, AttentionAdapter) for _, _, adapter in placed):
         record.unroute = view.route_attention()
@@ -165,6 +179,7 @@ def detach(model: nn.Module) -> None:
     release_modes(unwrap(model))
     for _, host in list(iter_hosts(model)):
         unhang(host)
+    unfollow_selection(unwrap(model))
     for module in unwrap(model).modules():  # adapters may have been attached to a part of the model
         record: _Attachment | None = module.__dict__.pop(_RECORD, None)
         if record is None:
@@ -232,20 +247,6 @@ def iter_roles(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Role]]:
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[None]:
-    """Make a model act as its base inside the `with` block, heads and saved modules included."""
-    adapters = [adapter for _, _, adapter in iter_adapters(model)]
-    before = [adapter.enabled for adapter in adapters]
-    try:
-        for adapter in adapters:
-            adapter.enabled = False
-        yield
-    finally:
-        for adapter, enabled in zip(adapters, before, strict=True):
-            adapter.enabled = enabled
-
-
-@contextmanager
 def require_calls(model: nn.Module, *, of_all: bool = True) -> Iterator[None]:
     """Check that every adapter is called at least once inside the `with` block.
 
@@ -278,7 +279,7 @@ def join(path: str, name: str) -> str:
 
 def refuse_sharded(model: nn.Module, action: str) -> None:
     """Raise TargetError where parameters are sharded, since `action` needs them whole."""
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    if is_sharded(model):
         raise TargetError(
             f"{action} needs whole parameters, and this model's are sharded over several processes (FSDP); "
             f"save a checkpoint and {action} in one process."
@@ -308,6 +309,17 @@ def _check_combination(methods: Sequence[Method]) -> None:
                 f"{type(other).__name__} and {type(method).__name__} both provide {method.exclusive}, of which a model "
                 "takes one; attach one of them."
             )
+
+
+def _selection_names(methods: Sequence[Method]) -> list[str]:
+    """Return a name for each method, which is its own unless an earlier one has it."""
+    num_seen: Counter[str] = Counter()
+    names = []
+    for method in methods:
+        num_seen[method.name] += 1
+        number = num_seen[method.name]
+        names.append(method.name if number == 1 else f"{method.name} {number}")
+    return names
 
 
 def _saved_paths(view: ModelView, names: Sequence[str]) -> list[str]:

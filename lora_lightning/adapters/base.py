@@ -47,10 +47,10 @@ class Adapter(nn.Module):
 
     Attributes:
         roles: Role of each parameter by its name in this module.
-        enabled: False inside `disabled(model)`, where the host acts as in the base model.
         host_class: Class of the host before it was adapted.
         argument_names: Names of what the host's forward takes by position.
         method: The method that it was attached for; None for a trained copy of a module.
+        selected_as: The name by which a selection chooses it.
         num_virtual_tokens: Positions of the model that it takes up in front of the real tokens'.
     """
 
@@ -58,10 +58,10 @@ class Adapter(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.enabled = True
         self.host_class: type[nn.Module] = nn.Module
         self.argument_names: tuple[str, ...] = ()
         self.method: Method | None = None
+        self.selected_as = ""
         self.num_virtual_tokens = 0
 
     def role_of(self, name: str) -> Role:

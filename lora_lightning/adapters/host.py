@@ -10,17 +10,25 @@ from torch import nn
 
 from lora_lightning.adapters.arguments import argument_names, by_position
 from lora_lightning.adapters.base import Adapter, ForwardAdapter, InputAdapter, OutputAdapter
+from lora_lightning.adapters.selection.state import Selector
 from lora_lightning.adapters.weights import RESERVED
 
 _ADAPTED_CLASSES: dict[type[Any], type[Any]] = {}
 
 
 class AdapterStack(nn.ModuleDict):
-    """The adapters of one host, by the name of their method, and the host's class before it was adapted."""
+    """The adapters of one host, by the name of their method.
 
-    def __init__(self, host_class: type[nn.Module]) -> None:
+    Args:
+        host_class: Class of the host before it was adapted.
+        selector: Tells which adapters act; all hosts of one attachment share it.
+        path: The host's path in the model when its adapters were attached.
+    """
+
+    def __init__(self, host_class: type[nn.Module], selector: Selector, path: str) -> None:
         super().__init__()
-        self.host_class = host_class
+        self.host_class, self.selector, self.path = host_class, selector, path
+        selector.num_hosts += 1
 
     def forward(self, x: Any) -> Any:  # noqa: ANN401 - whatever the host's children hand on
         """Return the input: a host that is an `nn.Sequential` calls each of its children in turn, this one too."""
@@ -29,6 +37,13 @@ class AdapterStack(nn.ModuleDict):
     def of_kind(self, kind: type[Adapter]) -> list[Adapter]:
         """Return the adapters of one kind, in the order of attaching."""
         return [adapter for adapter in self._modules.values() if isinstance(adapter, kind)]
+
+    def acting(self, kind: type[Adapter]) -> list[Adapter]:
+        """Return those of one kind that act in the running thread or task, in the order of attaching."""
+        names = self.selector.names_at(self.path)
+        if names is None:
+            return self.of_kind(kind)
+        return [adapter for adapter in self.of_kind(kind) if adapter.selected_as in names]
 
 
 class _Adapted:
@@ -52,13 +67,15 @@ def _entrance(host_class: type[nn.Module]) -> Callable[..., Any]:
     """Return a forward that hands over to the host's adapter, with the signature of the host's: callers inspect it."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
-        """Compute the host's forward with its adapter, or without it inside `disabled`."""
+        """Compute the host's forward with its adapter, or without it where that does not act."""
         stack: AdapterStack = self._modules[RESERVED]
-        adapter = stack.of_kind(ForwardAdapter)[0]
-        compute = adapter if adapter.enabled else stack.host_class.forward
-        if kwargs and compute is adapter and not adapter.takes_names:
+        acting = stack.acting(ForwardAdapter)
+        if not acting:
+            return stack.host_class.forward(self, *args, **kwargs)
+        adapter = acting[0]
+        if kwargs and not adapter.takes_names:
             args, kwargs = by_position(adapter.argument_names, args, kwargs)
-        return compute(self, *args, **kwargs)
+        return adapter(self, *args, **kwargs)
 
     forward.__signature__ = inspect.signature(host_class.forward)  # type: ignore[attr-defined]  # what inspect asks for
     return forward
@@ -70,16 +87,14 @@ def _new_adapted(host_class: type[Any]) -> nn.Module:
 
 
 def _input_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    for adapter in host._modules[RESERVED].of_kind(InputAdapter):  # type: ignore[union-attr, operator]  # AdapterStack
-        if adapter.enabled:
-            args, kwargs = adapter(host, args, kwargs)
+    for adapter in host._modules[RESERVED].acting(InputAdapter):  # type: ignore[union-attr, operator]  # AdapterStack
+        args, kwargs = adapter(host, args, kwargs)
     return args, kwargs
 
 
 def _output_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401 - what the host returns
-    for adapter in host._modules[RESERVED].of_kind(OutputAdapter):  # type: ignore[union-attr, operator]  # AdapterStack
-        if adapter.enabled:
-            output = adapter(host, args, kwargs, output)
+    for adapter in host._modules[RESERVED].acting(OutputAdapter):  # type: ignore[union-attr, operator]  # AdapterStack
+        output = adapter(host, args, kwargs, output)
     return output
 
 
@@ -90,11 +105,19 @@ def no_op_hook(host: nn.Module, args: tuple[Any, ...]) -> None:
 _HOOKS = (_input_hook, _output_hook, no_op_hook)
 
 
-def hang(host: nn.Module, name: str, adapter: Adapter) -> None:
-    """Make an adapter a child of its host and have it called, under the name of its method."""
+def hang(host: nn.Module, name: str, adapter: Adapter, selector: Selector, path: str) -> None:
+    """Make an adapter a child of its host and have it called where it is selected.
+
+    Args:
+        host: The module.
+        name: Name of the adapter's method.
+        adapter: The adapter.
+        selector: Of the attachment.
+        path: The host's path in the model.
+    """
     stack = host._modules.get(RESERVED)
     if stack is None:
-        stack = AdapterStack(type(host))
+        stack = AdapterStack(type(host), selector, path)
         host.add_module(RESERVED, stack)
     assert isinstance(stack, AdapterStack)
     adapter.host_class = stack.host_class

@@ -50,6 +50,7 @@ def merge(model: nn.Module, view: ModelView | None = None) -> None:
     inside_out = sorted(iter_adapters(model), key=lambda found: not isinstance(found[2], ForwardAdapter))
     for _, host, adapter in inside_out:
         adapter.merge_into(host)
+    view.after_merge()
     detach(model)
 
 

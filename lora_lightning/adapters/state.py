@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import attached_methods, iter_adapters, join
 from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.sharded import is_shard
 from lora_lightning.errors import CheckpointError
 
 
@@ -42,7 +43,7 @@ def folded_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 def gathered(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a state whose tensors are whole; where some are sharded, all processes must call this together."""
-    return {name: tensor.full_tensor() if _is_sharded(tensor) else tensor for name, tensor in state.items()}  # type: ignore[attr-defined]  # a DTensor's
+    return {name: tensor.full_tensor() if is_shard(tensor) else tensor for name, tensor in state.items()}  # type: ignore[attr-defined]  # a DTensor's
 
 
 def fold(model: nn.Module) -> None:
@@ -122,13 +123,9 @@ def _statistics_hint(unknown: Sequence[str]) -> str:
     return ", with train_norm_statistics=True" if is_of_norm else ""
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "device_mesh")
-
-
 def _spread_like(own: Tensor, value: Tensor) -> Tensor:
     """Return a whole value as this process's shard of it, where its place in the model is sharded."""
-    if not _is_sharded(own) or _is_sharded(value):
+    if not is_shard(own) or is_shard(value):
         return value
     from torch.distributed.tensor import distribute_tensor
 

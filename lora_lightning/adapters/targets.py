@@ -86,7 +86,9 @@ def select_weights(view: ModelView, method: TargetedMethod) -> list[tuple[str, n
     else:
         chosen = _matching(places, targets, "target_modules")
     chosen = _exclude(places, _by_parameter(places, set(chosen)), method)
-    chosen = _outside_copies(_keep_layers(chosen, method.layers_to_transform), targets, saved)
+    chosen = _keep_layers(chosen, method.layers_to_transform)
+    if targets != ALL_LINEAR:
+        chosen = _outside_copies(chosen, targets, saved)
     for path in chosen:
         if path in read_past:
             raise TargetError(read_past_message(path, read_past[path], "target_modules"))

@@ -16,9 +16,14 @@ class PromptPlace:
     """Where a model takes its tokens, for methods that add virtual ones.
 
     Args:
-        body: Path of the module that takes token ids, mask and positions: the model without its head.
+        body: Path of the module that takes token ids, mask and positions: the innermost one that returns hidden states.
         embedding: Path of the token embedding, from the body.
         arguments: Names of the arguments of the body's forward, in order.
+        placeholder: Token id that stands for a virtual token where the body is called with ids, so that it counts
+            positions by itself; None where virtual tokens can only go in as embeddings.
+        takes_embeddings: Whether embeddings `[batch, length, width]` in place of ids give the same hidden states.
+        padding: Token id of padding, for a body that takes no mask; None for any other body.
+        pooling: How the body pools its hidden states, a key of `POOLINGS`; None where it does not.
         position_offset: The first position's number.
         max_positions: How many positions the model has; None where nothing limits them.
         decoder: Path of a decoder that attends to the body's output, or None.
@@ -27,6 +32,10 @@ class PromptPlace:
     body: str
     embedding: str
     arguments: tuple[str, ...]
+    placeholder: int | None = None
+    takes_embeddings: bool = True
+    padding: int | None = None
+    pooling: str | None = None
     position_offset: int = 0
     max_positions: int | None = None
     decoder: str | None = None
@@ -44,12 +53,14 @@ class AttentionPlace:
     Args:
         path: Where it is.
         num_heads: Heads of its keys and values.
-        head_size: Width of a head.
+        head_size: Width of a head of the keys.
+        value_size: Width of a head of the values, which multi-head latent attention makes narrower.
     """
 
     path: str
     num_heads: int
     head_size: int
+    value_size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +122,10 @@ class ModelView(Protocol):
 
     def untie(self, path: str) -> None:
         """Give the module at `path` a weight of its own where it shares one with another module."""
+        ...
+
+    def after_merge(self) -> None:
+        """Finish what `untie` began, once all adapters are merged."""
         ...
 
     def prompt_place(self) -> PromptPlace:
@@ -185,6 +200,9 @@ class PlainView:
             if is_shared(self.model, host, parameter):
                 own = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
                 setattr(host, name, own)
+
+    def after_merge(self) -> None:
+        """Do nothing: a plain module computes alike with and without shared weights."""
 
 
 def _unknown(model: nn.Module, what: str) -> TargetError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +16,8 @@ from lora_lightning.backbones.loftq import start_at_quantization_error
 from lora_lightning.backbones.quantized import settle
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import BackboneError
+
+_MARK = "_warns_of_adapters"
 
 
 def attach(
@@ -34,6 +39,8 @@ def attach(
         ('0',)
     """
     settle(model)
+    if hasattr(model, "save_pretrained"):
+        _warn_where_adapters_are_saved()
     report = adapters.attach(
         model,
         method,
@@ -52,3 +59,29 @@ def attach(
 def merge(model: nn.Module) -> None:
     """Fold every adapter into its host's weight; see `lora_lightning.adapters.merge`."""
     adapters.merge(model, view_of(model))
+
+
+def _warn_where_adapters_are_saved() -> None:
+    """Have transformers' `save_pretrained` say that a model loaded from its folder answers as the base does.
+
+    The method of the class is wrapped, once, and not that of one model: copies, pickles and `detach` then need no care.
+    """
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.save_pretrained
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers' own signature
+        if adapters.is_attached(self):
+            warnings.warn(
+                "save_pretrained writes the base model; its adapters go under names that from_pretrained leaves out, "
+                "so what is loaded from the folder answers as the base does. Merge the adapters first "
+                "(lora_lightning.merge), or write them with lora_lightning.export_peft.",
+                stacklevel=2,
+            )
+        return original(self, *args, **kwargs)
+
+    setattr(save_pretrained, _MARK, True)
+    PreTrainedModel.save_pretrained = save_pretrained

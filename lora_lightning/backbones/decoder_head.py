@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import unwrap
+from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.backbones.output_head import without_cache
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def _try(model: nn.Module) -> nn.Module | str:
         return "it does not say which module is its output head"
     if bare is not model:
         return "it is compiled, so what enters its output head cannot be seen"
-    if any(hasattr(parameter, "device_mesh") for parameter in bare.parameters()):
+    if is_sharded(bare):
         return "its parameters are sharded, so its output head cannot be called alone"
     scores: list[Tensor] = []
     device = next(bare.parameters()).device

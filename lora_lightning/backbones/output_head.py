@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import unwrap
+from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.adapters.weights import RESERVED
 
 log = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def _try(model: Any) -> OutputHead | str:  # noqa: ANN401 - a transformers model
         return "it does not say which module is its output head"
     if RESERVED in model._modules:
         return "an adapter hangs on the whole model"
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    if is_sharded(model):
         return "its parameters are sharded, so its parts cannot be called one by one"
     trial = _call(model, bodies, head)
     if trial.head_input is None or trial.scores is None:

@@ -9,10 +9,11 @@ from torch import nn
 
 from lora_lightning.adapters.targets import ends_with_any
 from lora_lightning.adapters.view import AttentionPlace, BlockPlaces, ModelView, PlainView, PromptPlace
-from lora_lightning.backbones import attention, trial
+from lora_lightning.backbones import attention, ties
 from lora_lightning.backbones.blocks import BLOCKS
 from lora_lightning.backbones.defaults import USUAL_TARGETS
 from lora_lightning.backbones.prompt_place import find_prompt_place
+from lora_lightning.backbones.read_past import read_past
 from lora_lightning.errors import TargetError
 
 
@@ -23,6 +24,7 @@ class TransformersView(PlainView):
         super().__init__(model)
         self.config = model.config
         self.model_type: str | None = self.config.model_type
+        self._factor: float | None = None  # by which tied models scale what enters their head
         self._read_past: Mapping[str, frozenset[str]] | None = None
 
     def usual_targets(self) -> list[str] | None:
@@ -65,7 +67,7 @@ class TransformersView(PlainView):
     def read_past(self) -> Mapping[str, frozenset[str]]:
         """Return what a trial run shows; it runs once for each view."""
         if self._read_past is None:
-            self._read_past = trial.read_past(self.model)
+            self._read_past = read_past(self.model)
         return self._read_past
 
     def block_places(self) -> BlockPlaces:
@@ -84,10 +86,21 @@ class TransformersView(PlainView):
         return 1 / 3 if places is not None and ends_with_any(path, places.fused) else 0.0
 
     def untie(self, path: str) -> None:
-        """Give the module at `path` its own weight, and say so in the config, or a reload would tie them again."""
+        """Give the module at `path` its own weight, and say so in the config, or a reload would tie them again.
+
+        Raises:
+            NotMergeable: The model computes otherwise where nothing is tied, by more than a factor.
+        """
+        if self._factor is None:
+            self._factor = ties.flag_factor(self.model)
         super().untie(path)
-        for config in (self.config, self.config.get_text_config()):
-            config.tie_word_embeddings = False
+        ties.give_up_ties(self.model, path)
+
+    def after_merge(self) -> None:
+        """Fold into the output head what the model's forward scales only where weights are tied."""
+        if self._factor is not None:
+            ties.scale_head(self.model, self._factor)
+            self._factor = None
 
 
 def view_of(model: nn.Module) -> ModelView:

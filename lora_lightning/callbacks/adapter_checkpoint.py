@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.adapters import adapter_state_dict, folded_state_dict, gathered
+from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint, tokenizer_of
 from lora_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
 from lora_lightning.callbacks.places import adapted_model, is_trial
@@ -23,9 +24,13 @@ from lora_lightning.checkpoint.complete import newest_complete, recover
 from lora_lightning.checkpoint.files import remove_folder
 from lora_lightning.checkpoint.folder import check_finite, fill_adapter_folder, is_adapter_folder
 from lora_lightning.checkpoint.manifest import FileRecord
+from lora_lightning.checkpoint.own_state import own_entries, own_file
 from lora_lightning.checkpoint.pair import Fill, folder_of, replace_link
+from lora_lightning.checkpoint.saved_run import generation_settings_of
 from lora_lightning.errors import CheckpointError
-from lora_lightning.tasks.sharding import is_sharded
+from lora_lightning.tasks.averaging import averaged_task
+from lora_lightning.texts.files import text_files
+from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -186,7 +191,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         ]
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        model = adapted_model(trainer.lightning_module)
+        # What validation has measured is saved: the averages, where weights are averaged.
+        model = adapted_model(averaged_task(trainer) or trainer.lightning_module)
         fill: Fill | None = None
         state: dict[str, Tensor] = {}
         if model is not None and writes_folders(trainer.lightning_module, model):
@@ -216,8 +222,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Return what writes the adapter folder of the present state."""
 
         def fill(folder: Path, record: FileRecord) -> None:
-            facts, base = run_facts(trainer), self._base_fingerprint
-            fill_adapter_folder(folder, model, facts, checkpoint=record, base_fingerprint=base, state=state)
+            facts, extra = run_facts(trainer), _extra_files(trainer, model)
+            base = self._base_fingerprint
+            fill_adapter_folder(
+                folder, model, facts, checkpoint=record, base_fingerprint=base, state=state, extra=extra
+            )
 
         return fill
 
@@ -231,8 +240,9 @@ class AdapterCheckpoint(ModelCheckpoint):
             folder = folder_of(filepath)
             if folder.is_symlink():
                 folder.unlink()
-            facts = run_facts(trainer)
-            write_adapter_folder(folder, model, facts, base_fingerprint=self._base_fingerprint, state=state)
+            facts, extra = run_facts(trainer), _extra_files(trainer, model)
+            base = self._base_fingerprint
+            write_adapter_folder(folder, model, facts, base_fingerprint=base, state=state, extra=extra)
         trainer.strategy.barrier("AdapterCheckpoint.save")
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
@@ -284,12 +294,21 @@ def run_facts(trainer: L.Trainer) -> RunFacts:
         base=base if isinstance(base, str) else None,
         data_fingerprint=data_fingerprint if isinstance(data_fingerprint, str) else None,
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer_of(trainer)),
+        tokenizer=SavedTokenizer.of_data(data, base if isinstance(base, str) else None),
         task=f"{type(module).__module__}.{type(module).__qualname__}",
         label_names=[str(name) for name in names] if names else None,
         metrics={name: float(value) for name, value in sorted(trainer.callback_metrics.items())},
         epoch=trainer.current_epoch,
         step=trainer.global_step,
     )
+
+
+def _extra_files(trainer: L.Trainer, model: nn.Module) -> dict[str, bytes]:
+    """Return the files that make other tools ask the model as this run trains it, and what the task holds beside it."""
+    module = trainer.lightning_module
+    texts = text_files(model, tokenizer_of(trainer), run_facts(trainer).tokenizer, generation_settings_of(module))
+    own = {} if model is module else own_entries((averaged_task(trainer) or module).state_dict())
+    return {**texts, **own_file(own)}
 
 
 def writes_folders(module: L.LightningModule, model: nn.Module) -> bool:

@@ -10,10 +10,11 @@ from typing import Any
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.types import _PATH
 
-from lora_lightning.checkpoint.complete import check_checkpoint, newest_complete, vouching_manifest
+from lora_lightning.checkpoint.complete import newest_complete, vouching_manifest
 from lora_lightning.checkpoint.folder import refuse_foreign
 from lora_lightning.checkpoint.pair import Fill, folder_of, remove_pair, write_pair
-from lora_lightning.checkpoint.rebuild import load_safely
+from lora_lightning.checkpoint.reading import read_file
+from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.errors import CheckpointError, trouble_of_disk
 
 
@@ -22,10 +23,14 @@ class AdapterCheckpointIO(TorchCheckpointIO):
 
     `AdapterCheckpoint` puts it in the place of Lightning's own; a plugin that the user chose stays. Paths that are no
     local files go to Lightning's.
+
+    Args:
+        read_already: A run whose `.ckpt` this process has read; it is handed out once instead of being read again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read_already: SavedRun | None = None) -> None:
         super().__init__()
+        self._read_already = read_already
         self._fill: Fill | None = None
         self._is_held = False
         self.failure: str | None = None
@@ -74,12 +79,13 @@ class AdapterCheckpointIO(TorchCheckpointIO):
         """
         if _is_remote(path):
             return super().load_checkpoint(path, map_location or _as_stored, weights_only)
-        if not Path(path).is_file():
-            raise CheckpointError(f"There is no checkpoint {path}.")
-        check_checkpoint(Path(path))
-        if weights_only is False:
-            return super().load_checkpoint(path, map_location or _as_stored, weights_only=False)
-        return load_safely(Path(path), map_location or _as_stored)
+        run, self._read_already = self._read_already, None  # Lightning changes what it is given
+        if run is not None and run.content is not None and run.path.absolute() == Path(path).absolute():
+            return run.content
+        content: dict[str, Any] = read_file(
+            Path(path), map_location or _as_stored, weights_only=weights_only is not False
+        ).content
+        return content
 
     def remove_checkpoint(self, path: _PATH) -> None:
         """Remove a checkpoint and its adapter folder."""

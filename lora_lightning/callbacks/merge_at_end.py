@@ -11,10 +11,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lora_lightning.adapters.merge import refuse_unmergeable_kinds
 from lora_lightning.callbacks.places import adapted_model, is_trial, run_folder
-from lora_lightning.checkpoint.merge_report import UpdateLost
-from lora_lightning.checkpoint.merging import merge_checkpoint, refuse_taken
-from lora_lightning.checkpoint.precision import DTYPES
 from lora_lightning.errors import ConfigError, NotMergeable
+from lora_lightning.merging.merge import merge_checkpoint, refuse_taken
+from lora_lightning.merging.precision import DTYPES
+from lora_lightning.merging.report import UpdateLost
 
 
 class MergeAtEnd(L.Callback):

@@ -32,8 +32,9 @@ class SampleGenerations(L.Callback):
     Weights & Biases, MLflow). Rank 0 alone generates. Neither the model's mode nor the run's random numbers change.
 
     Args:
-        prompts: Texts to go on from; None takes the first rows of the validation data, whose own answers are shown
-            beside the model's. Where the tokenizer has a chat template, a text is what the user says.
+        prompts: Texts to go on from; None takes the first rows of the validation data (of its first set, where it has
+            several), whose own answers are shown beside the model's. Where the tokenizer has a chat template, a text is
+            what the user says.
         num_samples: How many rows to take where no prompts are given.
         max_new_tokens: Length of an answer, at most.
         temperature: 0 takes the likeliest token each time; above, tokens are drawn, the same way each time.

@@ -1,28 +1,40 @@
-"""Adapter files: their format, their manifest, PEFT's folders both ways, and merging them into the base."""
+"""Writing what a run has learnt, and reading it safely: checkpoints, adapter folders, manifests, PEFT's folders."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
 
 from lora_lightning.checkpoint.fingerprint import fingerprint
 from lora_lightning.checkpoint.folder import RunFacts, load_adapter, read_adapter_folder, write_adapter_folder
 from lora_lightning.checkpoint.manifest import Manifest, read_manifest
-from lora_lightning.checkpoint.merge_report import LogitMove, MergeLoss, MergeReport, UpdateLost
-from lora_lightning.checkpoint.merging import merge_checkpoint
-from lora_lightning.checkpoint.peft_export import export_peft
-from lora_lightning.checkpoint.peft_import import load_peft
-from lora_lightning.checkpoint.peft_preflight import preflight
+from lora_lightning.checkpoint.peft_folder import export_peft, load_peft
 
 __all__ = [
-    "LogitMove",
     "Manifest",
-    "MergeLoss",
-    "MergeReport",
     "RunFacts",
-    "UpdateLost",
     "export_peft",
     "fingerprint",
     "load_adapter",
     "load_peft",
-    "merge_checkpoint",
-    "preflight",
     "read_adapter_folder",
     "read_manifest",
     "write_adapter_folder",
 ]
+
+# Names that this module had in version 0.1, and where they are now.
+_MOVED = {
+    "LogitMove": "merging",
+    "MergeLoss": "merging",
+    "MergeReport": "merging",
+    "UpdateLost": "merging",
+    "merge_checkpoint": "merging",
+    "preflight": "peft_format.preflight",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+    """Find a public name where it is now."""
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lora_lightning.{_MOVED[name]}"), name)

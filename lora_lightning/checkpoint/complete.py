@@ -7,16 +7,17 @@ from pathlib import Path
 
 from lora_lightning.checkpoint.files import alone_in, hidden_entries, hidden_siblings, remove, sync
 from lora_lightning.checkpoint.folder import is_adapter_folder
-from lora_lightning.checkpoint.manifest import Manifest, check_files, difference_from, read_manifest
+from lora_lightning.checkpoint.manifest import FileRecord, Manifest, check_files, difference_from, read_manifest
 from lora_lightning.checkpoint.pair import SUFFIX, folder_of, replace_link
 from lora_lightning.errors import CheckpointError
 
 
-def check_checkpoint(path: Path) -> Manifest | None:
+def check_checkpoint(path: Path, found: FileRecord | None = None) -> Manifest | None:
     """Compare a `.ckpt` with the manifest that was written with it.
 
     Args:
         path: The file.
+        found: Length and digest of the file where the caller has them; None reads the file.
 
     Returns:
         The manifest; None where none stands beside it, or one of a version that did not know the `.ckpt`.
@@ -25,12 +26,12 @@ def check_checkpoint(path: Path) -> Manifest | None:
         CheckpointError: They differ, or the manifest is damaged; the message names the newest complete one beside it.
     """
     try:
-        return vouching_manifest(path)
+        return vouching_manifest(path, found)
     except CheckpointError as error:
         raise CheckpointError(f"{error} {instead_of(path)}".strip()) from error
 
 
-def vouching_manifest(path: Path) -> Manifest | None:
+def vouching_manifest(path: Path, found: FileRecord | None = None) -> Manifest | None:
     """Return the manifest that names a `.ckpt`; see `check_checkpoint`.
 
     It is in the folder beside the file, or, where a process was killed between two renames, in a hidden one.
@@ -40,24 +41,24 @@ def vouching_manifest(path: Path) -> Manifest | None:
     while is_adapter_folder(folder) and (manifest := read_manifest(folder)) != seen:  # a run may be saving right now
         if manifest.checkpoint is None:
             return None
-        difference = difference_from(manifest.checkpoint, path)
+        difference = difference_from(manifest.checkpoint, path, found)
         if difference is None:
             return manifest
-        hidden, seen = _hidden_manifest(path), manifest
+        hidden, seen = _hidden_manifest(path, found), manifest
         if hidden is not None:
             return hidden
     if seen is None:
-        return _hidden_manifest(path)
+        return _hidden_manifest(path, found)
     raise CheckpointError(f"{path} {difference}.")
 
 
-def _hidden_manifest(path: Path) -> Manifest | None:
+def _hidden_manifest(path: Path, found: FileRecord | None) -> Manifest | None:
     for entry in hidden_siblings(folder_of(path)):
         try:
             manifest = read_manifest(entry)
         except CheckpointError:  # half written, or half removed
             continue
-        if manifest.checkpoint is not None and difference_from(manifest.checkpoint, path) is None:
+        if manifest.checkpoint is not None and difference_from(manifest.checkpoint, path, found) is None:
             return manifest
     return None
 
@@ -69,7 +70,7 @@ def newest_complete(folder: Path, *, without: Path | None = None) -> Path | None
         folder: A run's `checkpoints` folder; it may be missing.
         without: A file to leave out.
     """
-    return next((path for path in _newest_first(folder) if path != without and is_complete(path)), None)
+    return next((path for path in newest_first([folder]) if path != without and is_complete(path)), None)
 
 
 def is_complete(path: Path) -> bool:
@@ -78,7 +79,7 @@ def is_complete(path: Path) -> bool:
         manifest = vouching_manifest(path)
         if manifest is None:
             return False
-        check_files(_folder_at(path, manifest), manifest)
+        check_files(folder_at(path, manifest), manifest)
     except (CheckpointError, OSError):
         return False
     return True
@@ -141,7 +142,8 @@ def _recover_link(link: Path) -> None:
         replace_link(target, folder)
 
 
-def _folder_at(path: Path, manifest: Manifest) -> Path:
+def folder_at(path: Path, manifest: Manifest) -> Path:
+    """Return the adapter folder of a `.ckpt` whose manifest is known: the one beside it, or a hidden one."""
     folder = folder_of(path.resolve())
     return next(entry for entry in (folder, *hidden_siblings(folder)) if _is_of(entry, manifest))
 
@@ -153,6 +155,7 @@ def _is_of(folder: Path, manifest: Manifest) -> bool:
         return False
 
 
-def _newest_first(folder: Path) -> Iterable[Path]:
-    files = [path for path in folder.glob(f"*{SUFFIX}") if path.is_file()]
+def newest_first(folders: Iterable[Path]) -> list[Path]:
+    """Return the `.ckpt` files of some folders, complete or not, the newest first."""
+    files = [path for folder in folders for path in folder.glob(f"*{SUFFIX}") if path.is_file()]
     return sorted(files, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)

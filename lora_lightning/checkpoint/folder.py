@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters import Method, attached_methods, folded_state_dict, load_adapter_state_dict
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
+from lora_lightning.checkpoint.base_name import public_name
 from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.manifest import (
@@ -30,11 +31,12 @@ from lora_lightning.checkpoint.manifest import (
     read_manifest,
     write_manifest,
 )
-from lora_lightning.checkpoint.peft_format import from_peft, method_of, to_peft
 from lora_lightning.errors import CheckpointError
+from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
+from lora_lightning.peft_format.decode import from_peft, method_of
+from lora_lightning.peft_format.encode import to_peft
+from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
-CONFIG_NAME = "adapter_config.json"
-PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 OWN_WEIGHTS_NAME = "adapter.safetensors"
 
 
@@ -45,6 +47,7 @@ class RunFacts:
     base: str | None = None
     data_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None
+    tokenizer: SavedTokenizer | None = None
     task: str | None = None
     label_names: list[str] | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
@@ -60,6 +63,7 @@ def write_adapter_folder(
     base_fingerprint: str | None = None,
     state: Mapping[str, Tensor] | None = None,
     as_lora: bool = False,
+    extra: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write the adapters of a model into a folder, all of it or nothing; the manifest goes in last.
 
@@ -71,6 +75,7 @@ def write_adapter_folder(
         state: The model's `folded_state_dict`, where the caller has it already: gathered from all processes.
         as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same; the manifest then
             names that LoRA.
+        extra: Further files by their names, such as those of `text_files` and `own_file`.
 
     Returns:
         The manifest that was written.
@@ -81,6 +86,7 @@ def write_adapter_folder(
     refuse_foreign(folder)
     with atomic_folder(folder) as temporary:
         settings: dict[str, Any] = {"base_fingerprint": base_fingerprint, "state": state, "as_lora": as_lora}
+        settings["extra"] = extra
         return fill_adapter_folder(temporary, model, facts, **settings)
 
 
@@ -93,6 +99,7 @@ def fill_adapter_folder(
     base_fingerprint: str | None = None,
     state: Mapping[str, Tensor] | None = None,
     as_lora: bool = False,
+    extra: Mapping[str, bytes] | None = None,
 ) -> Manifest:
     """Write the adapters of a model into an empty folder, the manifest last; see `write_adapter_folder`.
 
@@ -104,6 +111,7 @@ def fill_adapter_folder(
         base_fingerprint: The base's fingerprint, where the caller has it already.
         state: The model's `folded_state_dict`, where the caller has it already.
         as_lora: Write a relative of LoRA that PEFT cannot express as the LoRA that computes the same.
+        extra: Further files by their names, such as those of `text_files` and `own_file`.
 
     Raises:
         CheckpointError: A weight is NaN or infinite.
@@ -116,9 +124,12 @@ def fill_adapter_folder(
     if peft is None:
         _save_tensors(folder / OWN_WEIGHTS_NAME, state)
     else:
-        text = json.dumps(peft.config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        config = {**peft.config, "base_model_name_or_path": _public_base(peft.config, facts)}
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
         _save_tensors(folder / PEFT_WEIGHTS_NAME, peft.state)
+    for name, content in (extra or {}).items():
+        (folder / name).write_bytes(content)
     manifest = Manifest(
         **asdict(facts or RunFacts()),
         adapter_format="lora_lightning" if peft is None else "peft",
@@ -129,6 +140,12 @@ def fill_adapter_folder(
     )
     write_manifest(folder, manifest)
     return manifest
+
+
+def _public_base(config: Mapping[str, Any], facts: RunFacts | None) -> str | None:
+    """Return the base as the user named it; where that is unknown, as transformers does."""
+    named = facts.base if facts is not None and facts.base is not None else config["base_model_name_or_path"]
+    return None if named is None else public_name(named)
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -165,7 +182,9 @@ def read_adapter_folder(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:
     check_files(folder, manifest)
     state = load_tensors(folder / needed[-1])
     if is_peft:
-        state = from_peft(_load_config(folder / CONFIG_NAME), state)
+        config = load_config(folder / CONFIG_NAME)
+        _check_saved_modules(config, folder / CONFIG_NAME)
+        state = from_peft(config, state)
     check_finite(state, str(folder))
     return manifest, state
 
@@ -248,17 +267,27 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is no readable safetensors file ({error}); use another checkpoint.") from error
 
 
-def _load_config(path: Path) -> dict[str, Any]:
+def load_config(path: Path) -> dict[str, Any]:
+    """Read an `adapter_config.json`, of this library or of PEFT.
+
+    Raises:
+        CheckpointError: It is damaged or larger than any adapter's.
+    """
     if path.stat().st_size > MAX_BYTES:
         raise CheckpointError(f"{path} is larger than {MAX_BYTES} bytes, which no adapter's config is.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); use another checkpoint.") from error
-    saved = config.get("modules_to_save") if isinstance(config, dict) else 0
+        raise CheckpointError(f"{path} is not valid JSON ({error}); get the adapter again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(config).__name__}; get the adapter again.")
+    return config
+
+
+def _check_saved_modules(config: Mapping[str, Any], path: Path) -> None:
+    saved = config.get("modules_to_save")
     if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
         raise CheckpointError(f"{path}: modules_to_save must be a list of names or null; use another checkpoint.")
-    return dict(config)
 
 
 def check_methods(attached: Sequence[Method], stored: Sequence[Mapping[str, Any]], folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from lora_lightning.checkpoint.files import sha256_file, write_atomically
 from lora_lightning.errors import CheckpointError
+from lora_lightning.texts.saved_tokenizer import why_not_plain
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -59,13 +60,14 @@ class Manifest:
         base_fingerprint: Digest of the base weights under the adapters.
         data_fingerprint: Digest of the training data, or None where the data module gives none.
         tokenizer_fingerprint: Digest of the vocabulary of the data's tokenizer, or None where there was none.
+        tokenizer: The data's tokenizer as the training used it; see `SavedTokenizer`. None where there was none.
         task: Import path of the task's class, or None outside a task.
         label_names: Class names in the order of their ids, or None.
         metrics: Last logged value of each metric.
         epoch: Epochs finished, counted from 0 as Lightning does.
         step: Optimizer steps taken.
         files: Every other file of the folder by its name.
-        checkpoint: The `.ckpt` that the folder stands beside, or None where it stands alone.
+        checkpoint: The `.ckpt` that the folder stands beside or was merged from, or None where it stands alone.
         versions: Versions of the libraries that wrote it.
         format_version: Version of this format.
     """
@@ -76,6 +78,7 @@ class Manifest:
     base_fingerprint: str
     data_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None
+    tokenizer: dict[str, Any] | None = None
     task: str | None = None
     label_names: list[str] | None = None
     metrics: dict[str, float | None] = field(default_factory=dict)
@@ -180,12 +183,19 @@ def check_files(folder: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path} {difference}; use another checkpoint.")
 
 
-def difference_from(record: FileRecord, path: Path) -> str | None:
-    """Say in words that continue a file's name how it differs from its record, or None where it does not."""
-    size = path.stat().st_size
+def difference_from(record: FileRecord, path: Path, found: FileRecord | None = None) -> str | None:
+    """Describe how a file differs from its record, in words that continue its name; None if it does not.
+
+    Args:
+        record: What the manifest says of the file.
+        path: The file.
+        found: What the file is, where the caller has read it; None reads it, unless its length alone tells.
+    """
+    size = path.stat().st_size if found is None else found.num_bytes
     if size != record.num_bytes:
         return f"has {size} bytes, its manifest says {record.num_bytes}: it was cut short or changed"
-    if sha256_file(path) != record.sha256:
+    digest = sha256_file(path) if found is None else found.sha256
+    if digest != record.sha256:
         return "differs from what was written (SHA-256 mismatch): it was damaged or changed"
     return None
 
@@ -261,6 +271,10 @@ def _is_optional_text(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
+def _is_tokenizer(value: object) -> bool:
+    return value is None or why_not_plain(value) is None
+
+
 def _is_methods(value: object) -> bool:
     return (
         isinstance(value, list)
@@ -303,6 +317,7 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "base_fingerprint": ("64 hexadecimal digits", _is_digest),
     "data_fingerprint": ("a text or null", _is_optional_text),
     "tokenizer_fingerprint": ("64 hexadecimal digits or null", lambda value: value is None or _is_digest(value)),
+    "tokenizer": ("a tokenizer as this library keeps it, or null", _is_tokenizer),
     "task": ("a text or null", _is_optional_text),
     "label_names": ("a list of texts or null", _is_label_list),
     "metrics": ("an object of numbers", _is_metrics),
@@ -316,7 +331,7 @@ _FIELDS: dict[str, tuple[str, Any]] = {
 
 
 # Manifests of older versions have none of these.
-_NEWER = {"checkpoint", "tokenizer_fingerprint"}
+_NEWER = {"checkpoint", "tokenizer", "tokenizer_fingerprint"}
 
 
 def _check_fields(data: dict[str, Any], source: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import Method, Role, iter_adapters, iter_roles, load_adapter_state_dict
@@ -15,12 +16,12 @@ from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.frozen import NormStatistics
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
-from lora_lightning.checkpoint.folder import check_methods, is_adapter_folder, read_adapter_folder
-from lora_lightning.checkpoint.manifest import class_config, read_manifest
-from lora_lightning.checkpoint.peft_format import is_copy
-from lora_lightning.checkpoint.peft_import import read_peft_folder
+from lora_lightning.checkpoint.folder import check_methods
+from lora_lightning.checkpoint.own_state import own_entries
+from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.errors import CheckpointError
 from lora_lightning.paths import resolve
+from lora_lightning.peft_format.copies import is_copy
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class StartingAdapter:
         base_fingerprint: The base's digest where this library wrote the folder, else None.
         label_names: The classes in the order of its head, or None.
         tokenizer_fingerprint: The digest of the vocabulary that it was trained with, where it is known, else None.
+        own_state: What the task that trained it held beside its model.
     """
 
     folder: Path
@@ -44,6 +46,7 @@ class StartingAdapter:
     base_fingerprint: str | None
     label_names: list[str] | None
     tokenizer_fingerprint: str | None = None
+    own_state: Mapping[str, Tensor] = field(default_factory=dict)
 
     def load_into(self, model: nn.Module, methods: Sequence[Method], tokenizer: Any = None) -> None:  # noqa: ANN401 - tokenizers share no public base class
         """Load the tensors into a model to which `methods` are attached.
@@ -85,6 +88,25 @@ class StartingAdapter:
                 f"{', '.join(label_names)}: name the same labels in the same order, or start without this adapter."
             )
 
+    @torch.no_grad()
+    def load_own(self, task: nn.Module) -> None:
+        """Load what the task that trained the adapter held beside its model, if this task holds the same.
+
+        Raises:
+            CheckpointError: A shape differs.
+        """
+        own = own_entries(task.state_dict())
+        if self.own_state and own.keys() != self.own_state.keys():
+            log.info("%s also holds %s, which this task does not take.", self.folder, ", ".join(self.own_state))
+            return
+        for name, tensor in self.own_state.items():
+            if own[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"{self.folder} holds {name} {list(tensor.shape)}, and this task has {list(own[name].shape)}; "
+                    "build the task with the settings that it was trained with."
+                )
+            own[name].copy_(tensor)
+
     def _fresh_copies(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the model's own tensors of those copies that the folder has none of."""
         fresh: dict[str, Tensor] = {}
@@ -108,19 +130,26 @@ def read_starting_adapter(model: nn.Module, folder: str) -> StartingAdapter:
     path = resolve(folder)
     if path.is_file():
         raise CheckpointError(f"adapter={folder!r} is a file; name the folder that stands beside a .ckpt file.")
-    if path.is_dir() and is_adapter_folder(path):
-        if read_manifest(path).adapter_format == "merged":
-            raise CheckpointError(f"{path} is a merged model, not an adapter; name it as the backbone.")
-        manifest, state = read_adapter_folder(path)
-        return StartingAdapter(
-            folder=path,
-            methods=manifest.methods,
-            state=state,
-            base_fingerprint=manifest.base_fingerprint,
-            label_names=manifest.label_names,
-            tokenizer_fingerprint=manifest.tokenizer_fingerprint,
-        )
-    found = read_peft_folder(model, path)
+    return starting_adapter(SavedRun.of_folder(path), model)
+
+
+def starting_adapter(run: SavedRun, model: nn.Module) -> StartingAdapter:
+    """Return the adapter that a run starts from.
+
+    Args:
+        run: An adapter folder.
+        model: The bare base model.
+
+    Raises:
+        CheckpointError: It is not for this model.
+    """
+    methods, state = run.adapter_for(model)
     return StartingAdapter(
-        folder=path, methods=[class_config(found.method)], state=found.state, base_fingerprint=None, label_names=None
+        folder=run.path,
+        methods=methods,
+        state=state,
+        base_fingerprint=run.base_fingerprint,
+        label_names=run.facts.label_names,
+        tokenizer_fingerprint=run.facts.tokenizer_fingerprint,
+        own_state=run.own_state,
     )

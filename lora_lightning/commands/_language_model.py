@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,23 +15,20 @@ from torch import nn
 from lora_lightning.adapters import is_attached
 from lora_lightning.backbones.load import load_backbone, load_tokenizer
 from lora_lightning.backbones.quantized import is_quantized
-from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.folder import is_adapter_folder
 from lora_lightning.checkpoint.manifest import read_manifest
-from lora_lightning.checkpoint.peft_config import CONFIG_NAME, read_peft_config
-from lora_lightning.checkpoint.rebuild import find_task_class, read_checkpoint, rebuild_task, tokenizer_fingerprint_in
-from lora_lightning.data.language.chat_templates import TEMPLATE_NAMES, begins_with_bos, chat_template
+from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.errors import BackboneError, CheckpointError, ConfigError
 from lora_lightning.paths import resolve
 from lora_lightning.tasks import AdapterTask, CausalLM
 from lora_lightning.tasks.generation import generate, max_positions
+from lora_lightning.texts.chat_templates import TEMPLATE_NAMES, begins_with_bos, chat_template
+from lora_lightning.texts.saved_tokenizer import stop_ids
 
 log = logging.getLogger(__name__)
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Message = dict[str, str]
-PLAINLY_JOINED = "plain"
-"""The template's name under which prompts and completions are joined without any frame."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +76,12 @@ class LanguageModel:
         model: The model, in evaluation mode.
         tokenizer: Its tokenizer.
         name: What it was loaded from, for messages.
-        template: The chat template, as Jinja, that it was trained with or that was asked for, or None.
         answers: Whether its training, or whoever loaded it, had it answer messages instead of going on with texts.
     """
 
     model: nn.Module
     tokenizer: Any
     name: str
-    template: str | None = None
     answers: bool = False
 
     @property
@@ -96,8 +91,9 @@ class LanguageModel:
 
     @property
     def chat_template(self) -> str | None:
-        """The template that it was trained with, else the tokenizer's own, else None."""
-        return self.template or getattr(self.tokenizer, "chat_template", None)
+        """The template that was asked for, or that it was trained with, or the tokenizer's own; else None."""
+        template: str | None = getattr(self.tokenizer, "chat_template", None)
+        return template
 
     @property
     def context(self) -> float:
@@ -124,17 +120,14 @@ class LanguageModel:
         from jinja2 import TemplateError
 
         try:
-            ids = self.tokenizer.apply_chat_template(
-                list(messages), chat_template=self.chat_template, add_generation_prompt=True, return_dict=False
-            )
+            ids = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
         except TemplateError as error:
             raise ConfigError(f"The chat template of {self.name} refuses these messages: {error}") from error
         return list(ids)
 
     def stops(self, *, is_chat: bool) -> list[int]:
         """Return the tokens that end an answer: the tokenizer's end token, and in a chat what ends a turn."""
-        ends = [self.tokenizer.eos_token_id, self._end_of_turn() if is_chat else None]
-        return [end for end in ends if end is not None]
+        return stop_ids(self.tokenizer, is_chat=is_chat)
 
     def go_on(
         self,
@@ -169,18 +162,6 @@ class LanguageModel:
             streamer=None if write is None else _streamer(self.tokenizer, write),
         )
         return str(self.tokenizer.decode(answers[0], skip_special_tokens=True))
-
-    def _end_of_turn(self) -> int | None:
-        """Return the special token that the template puts right after an assistant's words, if any."""
-        words = "x"
-        turns = [{"role": "user", "content": words}, {"role": "assistant", "content": words}]
-        try:
-            text = self.tokenizer.apply_chat_template(turns, chat_template=self.chat_template, tokenize=False)
-        except Exception:  # a template that wants other roles; the usual end token will do
-            return None
-        ids = self.tokenizer(text.rpartition(words)[2].lstrip(), add_special_tokens=False)["input_ids"]
-        first = ids[0] if ids else None
-        return first if first in self.tokenizer.all_special_ids else None
 
 
 def load_language_model(
@@ -226,43 +207,30 @@ def load_language_model(
     found.model.eval()
     if template is None:
         return found
-    return replace(found, template=_jinja(template, found.tokenizer), answers=True)
+    found.tokenizer.chat_template = chat_template(template, bos=begins_with_bos(found.tokenizer))
+    return replace(found, answers=True)
 
 
 def _from_checkpoint(path: Path, backbone: str | None, task_class: str | None) -> LanguageModel:
-    checkpoint = read_checkpoint(path)
-    cls = find_task_class(checkpoint, task_class, path)
+    run = SavedRun.of_checkpoint(path)
+    cls = run.task_class(task_class)
     _refuse_other_tasks(cls, str(path))
-    task: Any = rebuild_task(path, cls, **({} if backbone is None else {"backbone": backbone}))
+    task = run.build(cls, **({} if backbone is None else {"backbone": backbone}))
     model = getattr(task, "model", None)
     if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
         raise CheckpointError(f"{path} holds a {cls.__name__}, whose model does not generate text.")
-    settings = checkpoint.get("datamodule_hyper_parameters")
-    settings = settings if isinstance(settings, Mapping) else {}
-    named = settings.get("tokenizer") or task.backbone
-    if not isinstance(named, str):
-        raise CheckpointError(f"{path} names no backbone and no tokenizer, so there are no words to generate.")
-    tokenizer = load_tokenizer(named)
-    check_tokenizer(tokenizer, tokenizer_fingerprint_in(checkpoint), str(path))
-    recorded = settings.get("template")
-    return LanguageModel(
-        model,
-        tokenizer,
-        str(path),
-        template=_jinja(recorded, tokenizer) if isinstance(recorded, str) else None,
-        # Without a name, data for language models are laid out with the tokenizer's own template, if it has one.
-        answers=recorded != PLAINLY_JOINED if recorded else "template" in settings and bool(tokenizer.chat_template),
-    )
+    tokenizer = run.load_tokenizer(backbone)
+    return LanguageModel(model, tokenizer, str(path), answers=run.answers_with(tokenizer))
 
 
 def _from_adapter(folder: Path, backbone: str | None) -> LanguageModel:
-    base = backbone or _base_of(folder)
-    tokenizer = load_tokenizer(base)
-    if is_adapter_folder(folder):
-        check_tokenizer(tokenizer, read_manifest(folder).tokenizer_fingerprint, str(folder))
+    run = SavedRun.of_folder(folder)
+    base = backbone or _base_of(run)
+    tokenizer = run.load_tokenizer(base)
     task = CausalLM(backbone=base, adapter=str(folder))
+    task.start_from(run)
     task.configure_model()
-    return LanguageModel(task.adapted, tokenizer, str(folder))
+    return LanguageModel(task.adapted, tokenizer, str(folder), answers=run.answers_with(tokenizer))
 
 
 def _from_base(backbone: str) -> LanguageModel:
@@ -271,35 +239,32 @@ def _from_base(backbone: str) -> LanguageModel:
         raise BackboneError(
             f"{backbone!r} is no language model: its files hold no weights for {', '.join(loaded.new_modules)}."
         )
-    return LanguageModel(loaded.model, load_tokenizer(backbone), backbone)
+    return LanguageModel(loaded.model, load_tokenizer(backbone), backbone, answers=_learnt_to_answer(backbone))
 
 
-def _base_of(folder: Path) -> str:
+def _learnt_to_answer(backbone: str) -> bool:
+    """Return whether a base is the merged model of a training that taught to answer messages."""
+    folder = resolve(backbone)
+    if not is_adapter_folder(folder):
+        return False
+    saved = read_manifest(folder).tokenizer
+    return saved is not None and saved["answers"] is True
+
+
+def _base_of(run: SavedRun) -> str:
     """Return the base that an adapter folder names.
 
     Raises:
         CheckpointError: It names none, or is for another kind of task.
     """
-    base = None
-    if is_adapter_folder(folder):
-        manifest = read_manifest(folder)
-        if manifest.adapter_format == "merged":
-            raise CheckpointError(f"{folder} is a merged model, not an adapter; give it as --backbone.")
-        base = manifest.base
-        if manifest.label_names:
-            raise CheckpointError(
-                f"{folder} was trained to tell {len(manifest.label_names)} labels apart, not to write."
-            )
-    elif (folder / CONFIG_NAME).is_file():
-        config = read_peft_config(folder / CONFIG_NAME)
-        base = config.base
-        if config.task_type not in (None, "CAUSAL_LM"):
-            raise CheckpointError(f"{folder} is for the task {config.task_type}, not for a language model.")
-    else:
-        raise CheckpointError(f"{folder} is no adapter folder: it holds neither a manifest nor {CONFIG_NAME}.")
-    if base is None:
-        raise CheckpointError(f"{folder} does not say which base it is for; name it with --backbone.")
-    return base
+    names, task_type = run.facts.label_names, None if run.peft is None else run.peft.config.task_type
+    if names:
+        raise CheckpointError(f"{run.path} was trained to tell {len(names)} labels apart, not to write.")
+    if task_type not in (None, "CAUSAL_LM"):
+        raise CheckpointError(f"{run.path} is for the task {task_type}, not for a language model.")
+    if run.facts.base is None:
+        raise CheckpointError(f"{run.path} does not say which base it is for; name it with --backbone.")
+    return run.facts.base
 
 
 def _refuse_other_tasks(cls: type[Any], source: str) -> None:
@@ -310,11 +275,6 @@ def _refuse_other_tasks(cls: type[Any], source: str) -> None:
             f"{source} was written by {cls.__name__}, whose model does not write text; generate and chat need a "
             f"checkpoint of {CausalLM.__name__}."
         )
-
-
-def _jinja(name: str, tokenizer: Any) -> str:  # noqa: ANN401 - tokenizers share no public base class
-    """Return a template by its name, as the data modules use it with this tokenizer."""
-    return chat_template(name, bos=begins_with_bos(tokenizer))
 
 
 def _device(name: Device) -> torch.device:

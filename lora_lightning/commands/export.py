@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,13 +11,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lightning.adapters.attach import unwrap
-from lora_lightning.checkpoint.folder import CONFIG_NAME, PEFT_WEIGHTS_NAME, RunFacts
-from lora_lightning.checkpoint.merge_report import UpdateLost
-from lora_lightning.checkpoint.merging import merge_checkpoint, refuse_taken
-from lora_lightning.checkpoint.peft_export import export_peft
-from lora_lightning.checkpoint.peft_preflight import TOOLS, preflight
-from lora_lightning.checkpoint.rebuild import read_checkpoint, rebuild_task, tokenizer_fingerprint_in
-from lora_lightning.errors import CheckpointError, ConfigError
+from lora_lightning.checkpoint.own_state import own_file, warn_of_own_file
+from lora_lightning.checkpoint.peft_folder import export_peft
+from lora_lightning.checkpoint.saved_run import SavedRun, generation_settings_of
+from lora_lightning.errors import BackboneError, CheckpointError, ConfigError
+from lora_lightning.merging.merge import merge_checkpoint, refuse_taken
+from lora_lightning.merging.report import UpdateLost
+from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
+from lora_lightning.peft_format.preflight import TOOLS, preflight
+from lora_lightning.texts.files import text_files
 
 
 def export(
@@ -25,10 +28,11 @@ def export(
     to: Literal["peft", "merged"] = "peft",
     task_class: str | None = None,
     dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = "1GB",
     dequantize: bool = False,
     force: bool = False,
     sample: str | None = None,
+    backbone: str | None = None,
 ) -> None:
     """Write a checkpoint's adapter for other tools, in PEFT's format or merged into its base.
 
@@ -47,34 +51,33 @@ def export(
         dequantize: For merged: take the dequantized base of a run on a quantized one, not the dense one.
         force: For merged: write even where the cast loses most of the update.
         sample: For merged: a text on which the outputs before and after are compared; left out, random tokens.
+        backbone: The base, where it lies elsewhere than in the training; its weights must be the same.
     """
     if to == "merged":
-        write_merged(ckpt_path, output_dir, task_class, dtype, max_shard_size, dequantize, force, sample)
+        write_merged(ckpt_path, output_dir, task_class, dtype, max_shard_size, dequantize, force, sample, backbone)
         return
     for name, is_given in {"dtype": dtype, "dequantize": dequantize, "force": force, "sample": sample}.items():
         if is_given:
             raise ConfigError(f"--{name} is for --to merged; an adapter is written as it was trained.")
-    write_peft(Path(ckpt_path), Path(output_dir), task_class)
+    write_peft(Path(ckpt_path), Path(output_dir), task_class, backbone)
 
 
-def write_peft(ckpt_path: Path, output_dir: Path, task_class: str | None) -> None:
+def write_peft(ckpt_path: Path, output_dir: Path, task_class: str | None, backbone: str | None = None) -> None:
     """Write an adapter in PEFT's format, and tell what vLLM and llama.cpp make of it where that is known."""
     refuse_taken(output_dir)
-    task = rebuild_task(ckpt_path, task_class)
+    run = SavedRun.of_checkpoint(ckpt_path)
+    task = run.build(task_class, **({} if backbone is None else {"backbone": backbone}))
     model = getattr(task, "model", None)
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"{ckpt_path} holds no adapter, so there is nothing to export.")
-    checkpoint = read_checkpoint(ckpt_path)
-    backbone, names = getattr(task, "backbone", None), getattr(task, "label_names", None)
-    facts = RunFacts(
-        base=backbone if isinstance(backbone, str) else None,
-        tokenizer_fingerprint=tokenizer_fingerprint_in(checkpoint),
-        task=f"{type(task).__module__}.{type(task).__qualname__}",
-        label_names=[str(name) for name in names] if names else None,
-        epoch=int(checkpoint.get("epoch", 0)),
-        step=int(checkpoint.get("global_step", 0)),
+    manifest = export_peft(
+        model,
+        output_dir,
+        run.facts_with(task),
+        base_fingerprint=getattr(task, "base_fingerprint", None),
+        extra={**_texts(run, task, model, backbone), **own_file(run.own_state)},
     )
-    manifest = export_peft(model, output_dir, facts, base_fingerprint=getattr(task, "base_fingerprint", None))
+    warn_of_own_file(run.own_state, output_dir)
     print(f"Wrote the adapter of {ckpt_path} to {output_dir}, for the base {manifest.base or 'of your own'}.")
     if not _is_decoder(model):
         kind = type(unwrap(model)).__name__
@@ -84,6 +87,18 @@ def write_peft(ckpt_path: Path, output_dir: Path, task_class: str | None) -> Non
     tensors = load_file(output_dir / PEFT_WEIGHTS_NAME)
     for tool in TOOLS:
         print("\n".join(preflight(config, tensors, tool).lines()))
+
+
+def _texts(run: SavedRun, task: object, model: nn.Module, backbone: str | None) -> dict[str, bytes]:
+    """Return the files of the training's tokenizer and generation settings; none, with a warning, where it is gone."""
+    if not run.has_tokenizer:
+        return {}
+    try:
+        tokenizer = run.load_tokenizer(backbone)
+    except BackboneError as error:
+        warnings.warn(f"The folder gets no tokenizer: {error}", stacklevel=2)
+        return {}
+    return text_files(model, tokenizer, run.facts.tokenizer, generation_settings_of(task))
 
 
 def _is_decoder(model: nn.Module) -> bool:
@@ -101,6 +116,7 @@ def write_merged(
     dequantize: bool,
     force: bool,
     sample: str | None,
+    backbone: str | None,
 ) -> None:
     """Merge a checkpoint into its base, and tell what was lost."""
     try:
@@ -113,6 +129,7 @@ def write_merged(
             dequantize=dequantize,
             force=force,
             sample=sample,
+            backbone=backbone,
         )
     except UpdateLost as error:
         print("\n".join(error.loss.lines()))

@@ -10,10 +10,11 @@ def merge(
     output_dir: str,
     task_class: str | None = None,
     dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = "1GB",
     dequantize: bool = False,
     force: bool = False,
     sample: str | None = None,
+    backbone: str | None = None,
 ) -> None:
     """Merge a checkpoint's adapter into its base and write a plain Hugging Face folder.
 
@@ -22,7 +23,7 @@ def merge(
 
     Args:
         ckpt_path: The .ckpt file, such as runs/version_0/checkpoints/last.ckpt.
-        output_dir: The folder to write; it must not exist, or be empty.
+        output_dir: The folder to write; it must not exist, be empty, or come from a merge of the same checkpoint.
         task_class: Import path of the task, such as my_module.MyTask; needed only where the checkpoint was written by
             a task of your own.
         dtype: float32, bfloat16 or float16; left out, the base's own.
@@ -30,5 +31,6 @@ def merge(
         dequantize: Merge a run on a quantized base into the dequantized base, not into the dense one.
         force: Write even where the cast loses most of the update.
         sample: A text on which the outputs before and after are compared; left out, random tokens.
+        backbone: The base, where it lies elsewhere than in the training; its weights must be the same.
     """
-    write_merged(ckpt_path, output_dir, task_class, dtype, max_shard_size, dequantize, force, sample)
+    write_merged(ckpt_path, output_dir, task_class, dtype, max_shard_size, dequantize, force, sample, backbone)

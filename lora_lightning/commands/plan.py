@@ -11,6 +11,7 @@ import torch
 from lora_lightning import data as _data  # noqa: F401 - its classes are known by their short names
 from lora_lightning.errors import ConfigError
 from lora_lightning.paths import nearest
+from lora_lightning.strategies.facts import shards_by_name
 from lora_lightning.tasks import AdapterTask
 from lora_lightning.tasks.labelled import LabelledTask
 from lora_lightning.tasks.memory import MemoryPlan, plan_memory
@@ -85,7 +86,7 @@ def plan(
     if num_devices < 1:
         raise ConfigError(f"world_size is {num_devices}: expected a whole number of at least 1.")
     room, room_name = _room(gpu)
-    is_sharded = any(word in str(settings.get("strategy", "")).lower() for word in ("fsdp", "modelparallel"))
+    is_sharded = shards_by_name(settings.get("strategy"))
     if isinstance(model, LabelledTask) and model.label_names is None:
         model.label_names = model.find_label_names() or list(model.placeholder_names)
     planned = plan_memory(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.checkpoint.rebuild import find_task_class, read_checkpoint
+from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS
 from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.trust import LIBRARY, check_import
@@ -16,22 +16,21 @@ KEYWORDS = frozenset({"last", "best", "hpc"})
 """What Lightning takes in place of a file."""
 
 
-def read_saved_model(path: Path) -> dict[str, Any]:
+def saved_model(run: SavedRun) -> dict[str, Any]:
     """Return the model of a checkpoint as `{class_path, init_args}`.
 
     Args:
-        path: The `.ckpt` file.
+        run: The `.ckpt` file.
 
     Raises:
-        CheckpointError: It is no checkpoint of a task of this library, or it names classes that would have to be
-            imported on its word alone.
+        CheckpointError: It names classes that would have to be imported on its word alone.
     """
-    checkpoint = read_checkpoint(path)
+    path = run.path
     try:
-        cls = find_task_class(checkpoint, None, path)
+        cls = run.task_class()
     except CheckpointError as error:  # the subcommands of Lightning name the task with --model
         raise CheckpointError(str(error).replace("--task_class", "--model")) from error
-    settings = {key: value for key, value in checkpoint["hyper_parameters"].items() if not key.startswith("_")}
+    settings = run.arguments_for(cls)
     for class_path in _class_paths(settings.get("method")):
         check_import(class_path, str(path))
         module = class_path.rpartition(".")[0]

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lora_lightning.data.batches.batching import LengthGroupedSampler, even_batch_size
 from lora_lightning.data.batches.loaders import RowLoader, own_generator
+from lora_lightning.data.batches.mixing import Mixture
 from lora_lightning.data.model_facts import model_facts
 from lora_lightning.errors import ConfigError, DataError
 
@@ -90,6 +91,10 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
     def _splits_read(self) -> Collection[str]:
         """The names of the splits that have rows."""
 
+    def _mixture(self) -> Mixture | None:
+        """Return what draws the training rows of each epoch; None takes each row once."""
+        return None
+
     # What Lightning calls.
 
     def setup(self, stage: str | None = None) -> None:
@@ -127,19 +132,20 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
             group_by_length=self.group_by_length,
             num_replicas=num_replicas,
             rank=rank,
+            mixture=self._mixture(),
         )
         # With workers, the first iterator may stand before Lightning sets the epoch.
         sampler.set_epoch(self.trainer.current_epoch if self.trainer else 0)
         return self._loader(rows, self.batch_size, sampler)
 
-    def val_dataloader(self) -> Batches | list[Any]:
+    def val_dataloader(self) -> Batches | list[Any] | dict[str, Batches]:
         """Return the validation batches of this rank, the longest rows first.
 
-        Without such rows it is an empty list, and with several named sets a list of one loader for each.
+        Without such rows it is an empty list, and with named sets a loader for each by its name.
         """
         return self._evaluation_batches("val")
 
-    def test_dataloader(self) -> Batches | list[Any]:
+    def test_dataloader(self) -> Batches | list[Any] | dict[str, Batches]:
         """Return the test batches of this rank, the longest rows first; an empty list without such rows."""
         return self._evaluation_batches("test")
 
@@ -164,6 +170,11 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
             if value is not None and value < bound:
                 raise ConfigError(f"{name} is {value}: expected a whole number of at least {bound}.")
 
+    def _require_one_of(self, **known: tuple[str, ...]) -> None:
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}: expected {' or '.join(values)}.")
+
     def _check_encoded(self, split: str) -> None:
         """Refuse rows longer than the backbone takes, where its tokenizer did not tell, and fewer rows than ranks."""
         lengths = getattr(self._encoded[split], "lengths", [0])
@@ -175,7 +186,7 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
                 f"{most} or less."
             )
         num_ranks, _ = self._ranks()
-        if num_ranks > 1 and 0 < len(lengths) < num_ranks and split in ("train", "val", "test"):
+        if num_ranks > 1 and 0 < len(lengths) < num_ranks and split != "predict":
             raise DataError(
                 f"{split} has {len(lengths)} rows for {num_ranks} ranks, so that some would have none of their own; "
                 "use as many devices as there are rows at most, or give more rows."
@@ -203,10 +214,12 @@ class TokenizedData(L.LightningDataModule, abc.ABC):
             raise ConfigError(f"The {split} rows are not there: call setup() first (the Trainer does).")
         return self._encoded[split]
 
-    def _evaluation_batches(self, split: str) -> Batches | list[Any]:
-        splits = self._splits_of(split) if self.counts else [split]
-        loaders = [self._evaluation_loader(one) for one in splits]
-        return loaders[0] if splits == [split] else loaders
+    def _evaluation_batches(self, kind: str) -> Batches | list[Any] | dict[str, Batches]:
+        splits = self._splits_of(kind) if self.counts else [kind]
+        if not splits:
+            return []
+        loaders = {split.removeprefix(f"{kind}/"): self._evaluation_loader(split) for split in splits}
+        return loaders[kind] if splits == [kind] else loaders
 
     def _evaluation_loader(self, split: str) -> Batches:
         rows, (num_replicas, rank) = self._encoded_rows(split), self._ranks()

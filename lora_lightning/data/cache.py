@@ -8,7 +8,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,13 @@ def key_of(*parts: Any) -> str:  # noqa: ANN401 - whatever JSON can hold
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def temporary_folder(owner: object) -> Path:
+    """Return a new folder outside the cache, which is removed together with an object."""
+    folder = Path(tempfile.mkdtemp(prefix="lora-lightning-"))
+    weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def cached(name: str, build: Callable[[Path], None]) -> Path:
     """Return the folder of an entry; build it if there is none, in one process of this machine.
 
@@ -111,8 +119,8 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
 
 def entries() -> list[Entry]:
     """Return what the cache holds, the least recently used first."""
-    found = [_entry(path) for path in _folders(cache_folder())]
-    return sorted((one for one in found if one is not None), key=lambda one: one.used)
+    found = (_entry(folder) for folder in cache_folder().glob("*/"))
+    return sorted(filter(None, found), key=lambda entry: entry.used)
 
 
 def clear(keep_bytes: int = 0, *, spare_seconds: float = 0) -> list[Entry]:
@@ -125,15 +133,15 @@ def clear(keep_bytes: int = 0, *, spare_seconds: float = 0) -> list[Entry]:
     Returns:
         The entries that were removed.
     """
-    kept = entries()
-    total = sum(one.size for one in kept)
+    found = entries()
+    total = sum(entry.size for entry in found)
     removed = []
-    for one in kept:
-        is_in_use = time.time() - one.used < spare_seconds
+    for entry in found:
+        is_in_use = time.time() - entry.used < spare_seconds
         if total > keep_bytes and not is_in_use:
-            shutil.rmtree(one.path, ignore_errors=True)
-            removed.append(one)
-            total -= one.size
+            shutil.rmtree(entry.path, ignore_errors=True)
+            removed.append(entry)
+            total -= entry.size
     return removed
 
 
@@ -149,14 +157,6 @@ def _found_or_built(folder: Path, build: Callable[[Path], None]) -> Path:
         shutil.rmtree(aside, ignore_errors=True)
     clear(size_limit(), spare_seconds=_IN_USE_SECONDS)
     return folder
-
-
-def _folders(root: Path) -> Iterator[Path]:
-    if not root.is_dir():
-        return
-    for path in root.iterdir():
-        if path.is_dir():
-            yield path
 
 
 def _entry(path: Path) -> Entry | None:

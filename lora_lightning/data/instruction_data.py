@@ -6,8 +6,9 @@ import hashlib
 import inspect
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,20 +16,22 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lora_lightning.data.base import Batches
 from lora_lightning.data.batches.columns import EncodedRows
+from lora_lightning.data.batches.mixing import Mixture
 from lora_lightning.data.batches.packing import UNSUPERVISED, DocumentBatch, DocumentRows, document_from
-from lora_lightning.data.batches.streaming import StreamedRows, StreamLoader
-from lora_lightning.data.language.chat_templates import chat_template
-from lora_lightning.data.language.conversations import COLUMNS, Sample, sample_from
+from lora_lightning.data.batches.streaming import StreamedRows, StreamLoader, pass_over
+from lora_lightning.data.cache import temporary_folder
+from lora_lightning.data.language.conversations import COLUMNS, sample_from, sample_of
 from lora_lightning.data.language.encoder_setup import build_encoder
 from lora_lightning.data.language.encoding import Encoder
-from lora_lightning.data.language.samples import sample_of
 from lora_lightning.data.model_facts import model_facts
 from lora_lightning.data.record_data import RecordData
-from lora_lightning.data.rows.cells import ignored_message
+from lora_lightning.data.rows.pool import kind_of
+from lora_lightning.data.rows.reports import bad_rows_file, noted, write_bad_rows
 from lora_lightning.data.rows.row import Example, Row, StoredRow
 from lora_lightning.data.sources import Record, Source, describe, is_hub_name, is_in_memory, read_records, source_files
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.paths import nearest
+from lora_lightning.texts.chat_templates import chat_template
 
 _IGNORED = "ignored: "
 _DID = {"cut": "cut", "split": "split", "drop": "dropped"}
@@ -67,7 +70,8 @@ class InstructionData(RecordData):
         packing: Put several samples into a row of `max_length` tokens, in which none sees another.
         padding_side: `right` or `left`, where shorter rows are padded.
         streaming: Read, encode and shuffle `train` while training, for a file larger than memory. Give a file as `val`
-            (or `val_size` 0), and the trainer a number of steps. Several files are read in turn. Broken rows are left
+            (or `val_size` 0), and the trainer a number of steps. Several files are read in turn; those with weights
+            are mixed, one that ends starts again, and an epoch ends when each was read once. Broken rows are left
             out and counted, unless `bad_rows` is `refuse`.
         shuffle_buffer: Number of rows among which a streamed row is drawn.
         columns: For our names of fields, the names in the files, such as `{prompt: question, completion: answer}`.
@@ -130,14 +134,12 @@ class InstructionData(RecordData):
         self.shuffle_buffer = shuffle_buffer
         self.columns = columns or {}
         self._encoder: Encoder | None = None
+        self._is_stream_told = False
         self._check_settings()
 
     def _check_settings(self) -> None:
         self._require_at_least(max_length=2, shuffle_buffer=1)
-        known = {"train_on": ("assistant", "last", "all"), "padding_side": ("right", "left")}
-        for name, values in known.items():
-            if getattr(self, name) not in values:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}: expected {' or '.join(values)}.")
+        self._require_one_of(train_on=("assistant", "last", "all"), padding_side=("right", "left"))
         if self.template is not None:
             chat_template(self.template)
         unknown = next((name for name in self.columns if name not in COLUMNS), None)
@@ -147,9 +149,13 @@ class InstructionData(RecordData):
             raise ConfigError(f"columns names the field {unknown!r}; expected {', '.join(COLUMNS)}.{hint}")
         if self.plan.has_own_source("predict"):
             raise ConfigError("predict is no source of conversations; give it as test.")
+        for source in self.plan.parts("train") if self.streaming else ():
+            if is_hub_name(source) or is_in_memory(source):
+                what = f"the Hub data set {source!r}" if is_hub_name(source) else describe(source)
+                raise ConfigError(f"streaming reads files, and train is {what}; save it as a file first.")
         sizes = self.plan.sizes
         is_divided = sizes["train"] is not None or sizes["test"]
-        has_val = any(split.startswith("val") and self.plan.has_own_source(split) for split in self.plan.sources)
+        has_val = self.plan.has_own_source("val")
         if self.streaming and (is_divided or (not has_val and sizes["val"] != 0)):
             raise ConfigError(
                 "streaming divides nothing: give files as val and test, or set val_size to 0, and leave train_size out."
@@ -170,49 +176,36 @@ class InstructionData(RecordData):
         """Return a sample as a row."""
         return self.read_row(record, split, Counter())
 
-    def _tell_ignored(self, message: str) -> None:
-        rank_zero_warn(message)
-
     def _read(self) -> None:
         """Read what is not streamed."""
-        train = self.plan.sources["train"]
+        plan = self.plan
         if self.streaming:
-            if is_hub_name(train) or is_in_memory(train):
-                what = f"the Hub data set {train!r}" if is_hub_name(train) else describe(train)
-                raise ConfigError(f"streaming reads files, and train is {what}; save it as a file first.")
-            self.plan = replace(self.plan, sources={**self.plan.sources, "train": None})
+            self.plan = replace(plan, sources={**plan.sources, "train": None})
         super()._read()
+        self.plan = plan
         if self.streaming:
-            self.plan = replace(self.plan, sources={**self.plan.sources, "train": train})
-            digest = hashlib.sha256(self.fingerprint.encode())
-            for path, _ in source_files(train, self.plan.settings):
+            digest = hashlib.sha256(self._as_drawn(self.fingerprint).encode())
+            for path, _ in source_files(plan.sources["train"], plan.settings):
                 digest.update(_ends_of(path))
             self.fingerprint = digest.hexdigest()
-        if self.counts["rows_incomplete"]:
+        self._tell_incomplete(self.counts)
+
+    def _announce(self, message: str) -> None:
+        rank_zero_warn(message)
+
+    def _tell_incomplete(self, counts: Mapping[str, int]) -> None:
+        if counts["rows_incomplete"]:
             rank_zero_warn(
-                f"{self.counts['rows_incomplete']} of {self.counts['rows_read']} rows of "
-                f"{self.plan.source_name('train')} are left out: they have a blank answer or text, or are no question "
-                "with an answer."
+                f"{counts['rows_incomplete']} of {counts['rows_read']} rows of {self.plan.source_name('train')} are "
+                "left out: they have a blank answer or text, or are no question with an answer."
             )
 
-    def _first_samples(self) -> Iterable[Sample]:
-        """Return samples by which a template is chosen."""
-        if not self.streaming:
-            return (sample_of(content, "") for content in itertools.islice(self._rows("train"), _LOOKED_AT_FIRST))
-        return self._stream_first_samples()
-
-    def _stream_first_samples(self) -> Iterator[Sample]:
-        skips = self.plan.bad_rows == "skip"
-        records = read_records(self.plan.sources["train"], self.plan.settings, on_bad=_pass if skips else None)
-        for record in itertools.islice(records, _LOOKED_AT_FIRST):
-            try:
-                sample = sample_from(record, self.columns)
-            except DataError:
-                if not skips:
-                    raise
-                continue  # the stream warns of it when it reads that far
-            if sample is not None:
-                yield sample
+    def _holds_instructions(self) -> bool:
+        """Return whether some of the first records are instructions, for which there is a template of their own."""
+        streams = [read_records(source, self.plan.settings, on_bad=pass_over) for source in self.plan.parts("train")]
+        first = itertools.chain.from_iterable(itertools.islice(records, _LOOKED_AT_FIRST) for records in streams)
+        names = {self.columns.get(name, name) for name in ("instruction", "output")}
+        return any(record.fields.keys() >= names for record in first)
 
     # The tokenizer and what it makes of the samples.
 
@@ -227,7 +220,7 @@ class InstructionData(RecordData):
             max_length=self.max_length,
             too_long=self.too_long,
             padding_side=self.padding_side,
-            first_samples=self._first_samples,
+            holds_instructions=self._holds_instructions,
         )
         self.tokenizer = self._encoder.tokenizer
         if self.streaming:
@@ -240,31 +233,27 @@ class InstructionData(RecordData):
         names = [one.name for one in fields(encoder) if one.name != "tokenizer"]
         return [[name, str(getattr(encoder, name))] for name in names]
 
-    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> dict[str, list[Any]]:
+    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
         """Encode samples, each into one document or several."""
         encoder = self._require_encoder()
-        columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "row": []}
         for row, (content, place) in enumerate(rows):
             encoded = encoder.encode(sample_of(content, place))
             counts["cut"] += encoded.cut
             counts["answers_lost"] += encoded.num_lost
             counts.update({f"{_IGNORED}{name}": 1 for name in encoded.ignored})
             for document in map(document_from, encoded.pieces):
-                columns["input_ids"].append(document.ids)
-                columns["labels"].append(document.labels)
-                columns["row"].append(row)
                 counts["tokens"] += len(document.ids)
                 counts["tokens_learnt"] += int((document.labels != UNSUPERVISED).sum())
-        return columns
+                yield {"row": row, "input_ids": document.ids, "labels": document.labels}
 
     def _encode(self, split: str) -> DocumentRows:  # type: ignore[override]  # rows of documents
         documents = super()._encode(split)
-        return self._in_rows(split, documents)
-
-    def _in_rows(self, split: str, documents: EncodedRows) -> DocumentRows:
         max_length = self._require_encoder().max_length if self.packing else None
-        rows = DocumentRows(documents, max_length=max_length, seed=self.seed)
+        mixture = self._mixture_of(documents) if self.packing and split == "train" else None
+        rows = DocumentRows(documents, max_length=max_length, seed=self.seed, mixture=mixture)
         self.counts[split] = len(documents)
+        kind = kind_of(split)
+        self.counts[kind] = sum(self.counts[one] for one in self._splits_of(kind))
         rank_zero_info(f"Data: {len(documents)} {split} samples in {len(rows)} rows.")
         return rows
 
@@ -272,17 +261,25 @@ class InstructionData(RecordData):
         rows: DocumentRows = self._encoded_rows(split)
         return rows.documents
 
+    def _mixture(self) -> Mixture | None:
+        # Packed rows hold the drawn samples already.
+        return None if self.packing else super()._mixture()
+
     def tell_lost(self, split: str, lost: Mapping[str, int]) -> None:
-        """Warn of samples that are too long, and of fields that the template leaves out."""
-        ignored = {name.removeprefix(_IGNORED): lost[name] for name in lost if name.startswith(_IGNORED)}
-        if ignored:
-            rank_zero_warn(ignored_message(self.plan.source_name(split), ignored))
-        cut, answers_lost, encoder = lost.get("cut", 0), lost.get("answers_lost", 0), self._require_encoder()
+        """Warn of samples that are too long; count the fields that the template leaves out."""
+        self._count_ignored({name.removeprefix(_IGNORED): lost[name] for name in lost if name.startswith(_IGNORED)})
+        self._tell_too_long(split, len(self._rows(split)), lost)
+
+    def _count_ignored(self, ignored: Mapping[str, int]) -> None:
+        self._about.ignored = Counter(self._about.ignored) + Counter(ignored)
+
+    def _tell_too_long(self, split: str, num_rows: int, lost: Mapping[str, int]) -> None:
+        cut, answers_lost = lost.get("cut", 0), lost.get("answers_lost", 0)
         if cut or answers_lost:
             rank_zero_warn(
-                f"{cut} of {len(self._rows(split))} {split} rows of {self.plan.source_name(split)} are longer than "
-                f"{encoder.max_length} tokens and were {_DID[self.too_long]}; {answers_lost} rows were left out "
-                "because no answer was left of them. Set a larger max_length to keep them whole."
+                f"{cut} of {num_rows} {split} rows of {self.plan.source_name(split)} are longer than "
+                f"{self._require_encoder().max_length} tokens and were {_DID[self.too_long]}; {answers_lost} rows were "
+                "left out because no answer was left of them. Set a larger max_length to keep them whole."
             )
 
     def _nothing_left(self, split: str, num_rows: int, lost: Mapping[str, int]) -> DataError:
@@ -309,7 +306,30 @@ class InstructionData(RecordData):
         num_replicas, rank = self._ranks()
         epoch = self.trainer.current_epoch if self.trainer else 0
         stream = replace(self._stream(), num_replicas=num_replicas, rank=rank, epoch=epoch)
-        return StreamLoader(stream, self.batch_size, **self._loading())
+        loader = StreamLoader(stream, self.batch_size, **self._loading())
+        bad_rows = bad_rows_file(self.trainer)
+        if rank == 0 and not self._is_stream_told:
+            stream.notes = temporary_folder(self)
+            loader.at_end = partial(self._tell_stream, stream.notes, bad_rows)
+        return loader
+
+    def _tell_stream(self, notes: Path, bad_rows: Path | None) -> None:
+        """Tell once what all worker processes left out."""
+        self._is_stream_told = True
+        lost: Counter[str] = Counter()
+        bad: list[tuple[str, str]] = []
+        for entry in noted(notes):
+            lost.update(entry.get("lost", {}))
+            self._count_ignored(entry.get("ignored", {}))
+            if "reason" in entry:
+                bad.append((entry["reason"], entry["text"]))
+        if bad:
+            self._about.bad += bad
+            self.counts["rows_bad"] = len(self._about.bad)
+            write_bad_rows(self._about.bad, bad_rows)
+        self._tell_incomplete(lost)
+        self._tell_too_long("train", lost["rows_read"], lost)
+        self._tell_ignored()
 
     def _stream(self) -> StreamedRows:
         return StreamedRows(
@@ -325,7 +345,7 @@ class InstructionData(RecordData):
 
     def _try_stream(self) -> None:
         """Encode the first samples, so that mistakes in them are told before training starts."""
-        first = list(itertools.islice(self._stream().documents(warn=False), _LOOKED_AT_FIRST))
+        first = list(itertools.islice(self._stream().documents(), _LOOKED_AT_FIRST))
         rank_zero_info(
             f"Data: {self.plan.source_name('train')} is streamed; its first {len(first)} samples have "
             f"{sum(len(document.ids) for document in first)} tokens."
@@ -367,7 +387,3 @@ def _ends_of(path: Path, size: int = 1 << 20) -> bytes:
         first = file.read(size)
         file.seek(max(total - size, 0))
         return f"{path.name} {total}".encode() + first + file.read(size)
-
-
-def _pass(error: DataError, text: str) -> None:
-    """Leave a broken row out; the stream warns of it when it reads that far."""

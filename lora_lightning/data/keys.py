@@ -53,9 +53,9 @@ def rows_key(cls: type, plan: Plan, settings: list[Any]) -> str:
         settings: Its other settings that decide how records are read.
     """
     sources = {
-        split: [describe(source), source_fingerprint(source, plan.settings, kind_of(split))]
-        for split, source in plan.sources.items()
-        if source is not None
+        split: [[describe(one), source_fingerprint(one, plan.settings, kind_of(split))] for one in plan.parts(split)]
+        for split in plan.sources
+        if plan.has_own_source(split)
     }
     versions = [version(name) for name in _VERSIONED]
     divided = repr(dataclasses.replace(plan, sources={}))

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lora_lightning.data.batches.batching import PadToLongest
-from lora_lightning.data.record_data import RecordData
-from lora_lightning.data.rows.cells import cell_of, text_of
+from lora_lightning.data.column_data import ColumnData, joined, parts_of
+from lora_lightning.data.rows.cells import Cell, text_of
 from lora_lightning.data.rows.row import Row, StoredRow
 from lora_lightning.data.sources import Record, Source
-from lora_lightning.data.tokenizers import Shortener, padding_tokenizer, tell_too_long, tokenize
-from lora_lightning.errors import DataError
+from lora_lightning.data.tokenizers import tokenize
 
 _UNKNOWN = -1
 _LETTERS = "ABCDEFGHIJ"
@@ -39,7 +38,7 @@ class ChoiceBatch:
         flat: list[dict[str, Any]] = []
         mask = torch.zeros(len(items), most, dtype=torch.long)
         for index, item in enumerate(items):
-            choices = _choices_of(item)
+            choices = parts_of(item)
             mask[index, : len(choices)] = 1
             # What fills up is a copy of a row's first choice, so that no model meets a text without tokens.
             flat += choices + choices[:1] * (most - len(choices))
@@ -50,7 +49,7 @@ class ChoiceBatch:
         return batch
 
 
-class MultipleChoiceData(RecordData):
+class MultipleChoiceData(ColumnData):
     """Reads questions with choices for `MultipleChoice`; see `RecordData` for sources and splits.
 
     The choices of a row are a list of texts; the label is the index of the right one from 0, a letter (`A` is the
@@ -64,9 +63,9 @@ class MultipleChoiceData(RecordData):
         question_column: Column with the questions.
         choices_column: Column with the lists of choices.
         label_column: Column with the labels.
-        max_length: Tokens of question and choice after which they are too long; the question is cut.
         batch_size: Questions in a training batch, on each device.
-        **settings: See `RecordData`; `too_long` is `cut` or `drop`.
+        **settings: See `ColumnData` (`max_length` counts question and choice; the question is cut) and `RecordData`;
+            `too_long` is `cut` or `drop`.
 
     Raises:
         ConfigError: A setting is out of its range, or contradicts another.
@@ -75,7 +74,11 @@ class MultipleChoiceData(RecordData):
         >>> data = MultipleChoiceData("questions.jsonl", label_column="answer")
     """
 
+    inputs = ("question_column", "choices_column")
+    targets = ("label_column",)
+    row_word = "question"
     lengths_allowed = ("cut", "drop")
+    min_length = 4
 
     def __init__(
         self,
@@ -84,67 +87,34 @@ class MultipleChoiceData(RecordData):
         question_column: str = "question",
         choices_column: str = "choices",
         label_column: str = "label",
-        max_length: int = 128,
         batch_size: int = 8,
-        **settings: Any,  # noqa: ANN401 - those of RecordData
+        **settings: Any,  # noqa: ANN401 - those of ColumnData
     ) -> None:
         super().__init__(train, batch_size=batch_size, **settings)
-        self.question_column, self.choices_column, self.label_column = question_column, choices_column, label_column
-        self.max_length = max_length
-        self._require_at_least(max_length=4)
-
-    def columns_read(self, split: str) -> dict[str, str]:
-        """Return the columns of questions, choices and labels; rows to predict need no labels."""
-        columns = {self.question_column: "question_column", self.choices_column: "choices_column"}
-        return columns if split == "predict" else {**columns, self.label_column: "label_column"}
+        self.question_column = question_column
+        self.choices_column = choices_column
+        self.label_column = label_column
 
     def row_of(self, record: Record, split: str) -> Row:
         """Return question, choices, and the index of the right one, -1 if unknown."""
-        text = text_of(cell_of(record, self.question_column, "question_column"), record.place, self.question_column)
-        cell = cell_of(record, self.choices_column, "choices_column")
-        choices = _choices(cell, record.place, self.choices_column)
+        text = text_of(self._cell(record, "question_column"))
+        choices = _choices_of(self._cell(record, "choices_column"))
         label = _UNKNOWN
         if split != "predict":
-            label = _index_of(cell_of(record, self.label_column, "label_column"), choices, record, self.label_column)
+            label = _index_of(self._cell(record, "label_column"), choices)
         return Row([text, choices, label], " ".join(text.split()).casefold())
 
-    def load_tokenizer(self, name: str) -> Any:  # noqa: ANN401 - tokenizers share no public base class
-        """Return a tokenizer that can pad."""
-        return padding_tokenizer(name, self.max_length)
-
-    def encoding_key(self) -> list[Any]:
-        """Return the length, and what becomes of longer rows."""
-        return [self.max_length, self.too_long]
-
-    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> dict[str, list[Any]]:
-        """Tokenize each choice with its question; a row's choices lie one behind another, `sizes` tells them apart."""
-        columns: dict[str, list[Any]] = {"input_ids": [], "sizes": [], "length": [], "row": []}
-        too_long = "cut" if split == "predict" else self.too_long
-        for row, stored in enumerate(rows):
-            text, choices, label = stored.content
+    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+        """Tokenize each choice with its question, into one row with the tokens of all."""
+        for index, row in enumerate(rows):
+            text, choices, label = row.content
             pairs = [(text, choice) for choice in choices]
             tokens = tokenize(self.tokenizer, pairs, self.max_length, strategy="only_first")
-            # A question is cut or dropped as a whole, and counted once.
-            is_long = any(len(pieces) > 1 for pieces in tokens)
-            firsts = [pieces[0] for pieces in tokens]
-            whole = [[firsts[0], firsts[0]]] if is_long else [[firsts[0]]]
-            if not list(Shortener(too_long, counts).pieces(whole)):
-                continue
-            columns["row"].append(row)
-            columns["sizes"].append([len(piece.ids) for piece in firsts])
-            columns["length"].append(max(columns["sizes"][-1]))
-            columns["input_ids"].append([one for piece in firsts for one in piece.ids])
-            if firsts[0].type_ids:
-                columns.setdefault("token_type_ids", []).append([one for piece in firsts for one in piece.type_ids])
-            if split != "predict":
-                columns.setdefault("labels", []).append(label)
-        return columns
-
-    def tell_lost(self, split: str, lost: Mapping[str, int]) -> None:
-        """Warn of questions that are too long."""
-        tell_too_long(
-            lost, len(self._rows(split)), f"{split} questions of {self.plan.source_name(split)}", self.max_length
-        )
+            # The first pieces of all choices, and further ones if a choice is too long.
+            pieces = list(itertools.zip_longest(*tokens))
+            target = {} if split == "predict" else {"labels": label}
+            for firsts in self._shortened(pieces, split, counts):
+                yield {"row": index, **joined(list(map(self._token_columns, firsts))), **target}
 
     def describe_content(self, content: list[Any]) -> tuple[str, Any]:
         """Return the question and the right choice."""
@@ -152,44 +122,33 @@ class MultipleChoiceData(RecordData):
         return text, choices[label] if label != _UNKNOWN else None
 
     def _collate(self) -> ChoiceBatch:
-        padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
-        return ChoiceBatch(PadToLongest(padding))
+        return ChoiceBatch(self._pad())
 
 
-def _choices_of(item: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the columns of each choice of a row."""
-    ends = np.cumsum(item["sizes"])[:-1]
-    names = [name for name in item if name not in ("sizes", "labels")]
-    parts = {name: np.split(np.asarray(item[name]), ends) for name in names}
-    return [{name: parts[name][choice] for name in names} for choice in range(len(item["sizes"]))]
-
-
-def _choices(cell: Any, place: str, column: str) -> list[str]:  # noqa: ANN401 - whatever a record holds
+def _choices_of(cell: Cell) -> list[str]:
     """Return the choices of a row; data sets on the Hub often keep them as `{"text": [...], "label": [...]}`."""
-    if isinstance(cell, dict) and "text" in cell:
-        cell = cell["text"]
-    if not isinstance(cell, list) or len(cell) < 2:
-        raise DataError(
-            f"{place}: the column {column!r} holds {str(cell)[:40]!r}; expected a list of at least two choices."
-        )
-    return [text_of(one, place, column) for one in cell]
+    if isinstance(cell.value, dict) and "text" in cell.value:
+        cell = cell._replace(value=cell.value["text"])
+    if not isinstance(cell.value, list) or len(cell.value) < 2:
+        raise cell.refuse("expected a list of at least two choices.")
+    return list(map(text_of, cell.entries()))
 
 
-def _index_of(label: Any, choices: list[str], record: Record, column: str) -> int:  # noqa: ANN401 - a label as the file has it
+def _index_of(cell: Cell, choices: list[str]) -> int:
     """Return the index of the right choice."""
+    label, last = cell.value, len(choices) - 1
+    indices = range(len(choices))
+    answers = {str(index): index for index in indices}
+    for letters in (_LETTERS, _LETTERS.lower()):
+        answers |= dict(zip(letters, indices, strict=False))
+    if isinstance(label, str):
+        # A text goes before letters and numbers; of equal ones, the first is taken.
+        answers |= {choices[index]: index for index in reversed(indices)}
     is_whole = isinstance(label, float) and label.is_integer()
-    text = str(int(label)) if is_whole else str(label).strip()
-    found = _UNKNOWN
-    if isinstance(label, str) and text in choices:
-        found = choices.index(text)
-    elif text.isdigit():
-        found = int(text)
-    elif len(text) == 1:
-        found = _LETTERS.find(text.upper())
-    if not 0 <= found < len(choices):
-        raise DataError(
-            f"{record.place}: the column {column!r} holds {label!r}, and there are {len(choices)} choices; expected "
-            f"the index of the right one (0 to {len(choices) - 1}), its letter (A to "
-            f"{_LETTERS[min(len(choices), 10) - 1]}), or its text."
+    answer = str(int(label)) if is_whole else str(label).strip()
+    if answer not in answers:
+        raise cell.refuse(
+            f"there are {len(choices)} choices; expected the index of the right one (0 to {last}), its letter (A to "
+            f"{_LETTERS[min(last, len(_LETTERS) - 1)]}), or its text."
         )
-    return found
+    return answers[answer]

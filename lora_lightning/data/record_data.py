@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import abc
 import json
-import tempfile
-import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from shutil import rmtree
 from typing import Any, ClassVar
 
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.data.base import TokenizedData
 from lora_lightning.data.batches.columns import EncodedRows, write_columns
-from lora_lightning.data.cache import cached, key_of
+from lora_lightning.data.batches.mixing import Mixture, drawn_fingerprint, source_of_rows
+from lora_lightning.data.cache import cached, key_of, temporary_folder
 from lora_lightning.data.keys import code_digest, rows_key
 from lora_lightning.data.rows.cells import ignored_message
 from lora_lightning.data.rows.conditions import parse_condition
+from lora_lightning.data.rows.named_sets import split_sources
 from lora_lightning.data.rows.plan import Plan
 from lora_lightning.data.rows.pool import About, SplitRows, kind_of, load_about, save_about
+from lora_lightning.data.rows.reports import bad_rows_file, read_message, write_bad_rows
 from lora_lightning.data.rows.row import Example, Row, StoredRow
-from lora_lightning.data.sources import (
-    ReadSettings,
-    Record,
-    Source,
-    download,
-    is_hub_name,
-    is_in_memory,
-)
+from lora_lightning.data.sources import ReadSettings, Record, Source, describe, download, is_hub_name, is_in_memory
 from lora_lightning.data.tokenizers import tokenizer_key
 from lora_lightning.errors import ConfigError, DataError
 
@@ -59,8 +52,12 @@ class RecordData(TokenizedData, abc.ABC):
     all ranks and by later runs.
 
     Args:
-        train: Source of the training rows, and of those to split off.
-        val: Source of the validation rows; None splits them off `train`.
+        train: Source of the training rows, and of those to split off; or several with weights, such as
+            `[{source: a.csv, weight: 0.7}, {source: b.csv, weight: 0.3}]`. An epoch then has as many rows as all of
+            them together, each source's share by its weight: a source with more rows is seen in part, another part in
+            each epoch, and one with fewer is repeated.
+        val: Source of the validation rows; None splits them off `train`. A mapping of names to sources, such as
+            `{reviews: a.csv, tweets: b.csv}`, is evaluated set by set: the split of each is `val/<name>`.
         test: Source of the test rows; None splits them off `train`.
         predict: Source of the rows to predict, which need no target; None predicts the test rows.
         batch_size: Rows in a training batch, on each device.
@@ -87,7 +84,7 @@ class RecordData(TokenizedData, abc.ABC):
         counts: What became of the rows: `rows_read`, `rows_filtered` (by `where`), `rows_incomplete` (nothing to learn
             from), `rows_bad` (broken, skipped), `duplicates_dropped`, `contradictions_dropped` (texts with different
             labels), `train`, `val`, `test`, `unused`, and `leaked` (rows of sources for `val` and `test` that are like
-            one trained on).
+            one trained on); of each named validation set also `val/<name>` and `val/<name>/leaked`.
         ignored_fields: How many records hold each field that nothing reads.
         fingerprint: SHA-256 of the rows and their splits.
         tokenizer: The tokenizer, once `setup` has run.
@@ -106,7 +103,7 @@ class RecordData(TokenizedData, abc.ABC):
     def __init__(
         self,
         train: Source,
-        val: Source | None = None,
+        val: dict[str, Source] | Source | None = None,
         test: Source | None = None,
         predict: Source | None = None,
         *,
@@ -136,13 +133,12 @@ class RecordData(TokenizedData, abc.ABC):
             num_workers=num_workers,
             tokenizer=tokenizer,
         )
-        sources = {"train": train, "val": val, "test": test, "predict": predict}
+        sources = split_sources({"train": train, "val": val, "test": test, "predict": predict})
         # The settings of the subclass are found too. Data would not fit into a checkpoint; settings do.
-        in_memory = [split for split, source in sources.items() if is_in_memory(source)]
-        self.save_hyperparameters(logger=False, ignore=in_memory)
-        if too_long not in self.lengths_allowed:
-            raise ConfigError(f"too_long is {too_long!r}: expected {' or '.join(self.lengths_allowed)}.")
+        in_memory = {kind_of(split) for split, source in sources.items() if is_in_memory(source)}
+        self.save_hyperparameters(logger=False, ignore=sorted(in_memory))
         self.too_long = too_long
+        self._require_one_of(too_long=self.lengths_allowed)
         self.cache = cache
         self.label_names: list[str] = []
         self.plan = Plan(
@@ -157,6 +153,7 @@ class RecordData(TokenizedData, abc.ABC):
             needed=self.needed,
         )
         self._about = About()
+        self._told_ignored: set[str] = set()
         self._folder: Path | None = None
         self._encoded_by: Any = None
         self._tokenizer_key = self._data_key = ""
@@ -180,8 +177,8 @@ class RecordData(TokenizedData, abc.ABC):
         """Return the tokenizer of this name, ready to encode."""
 
     @abc.abstractmethod
-    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Mapping[str, list[Any]]:
-        """Encode rows.
+    def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+        """Encode rows, each into one or several.
 
         Args:
             rows: The rows.
@@ -189,7 +186,7 @@ class RecordData(TokenizedData, abc.ABC):
             counts: Takes what is lost, by name.
 
         Returns:
-            For each column one list or number an encoded row; the column `row` is the index of its row in `rows`.
+            For each encoded row its columns, lists and numbers; the column `row` is the index of its row in `rows`.
         """
 
     @abc.abstractmethod
@@ -219,11 +216,15 @@ class RecordData(TokenizedData, abc.ABC):
         """Iterate over the encoded rows of a split, in the order of their source.
 
         Args:
-            split: `train`, `val`, `test` or `predict`.
+            split: `train`, `val`, `test` or `predict`; of named validation sets also `val/<name>`, and `val` is all.
 
         Raises:
             ConfigError: `setup` has not run for this split.
         """
+        for one in self._splits_of(split) or [split]:
+            yield from self._examples_of(one)
+
+    def _examples_of(self, split: str) -> Iterator[Example]:
         encoded = self._documents(split)
         rows = self._rows(split)
         for index in range(len(encoded)):
@@ -251,9 +252,14 @@ class RecordData(TokenizedData, abc.ABC):
 
     def prepare_data(self) -> None:
         """Download Hub data sets, in one process."""
-        for split, source in self.plan.sources.items():
-            if is_hub_name(source):
+        for split in filter(self.plan.has_own_source, self.plan.sources):
+            for source in filter(is_hub_name, self.plan.parts(split)):
                 download(source, self.plan.settings, kind_of(split))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, divide and encode rows (see `TokenizedData`), and name the fields that nothing reads."""
+        super().setup(stage)
+        self._tell_ignored()
 
     # The road.
 
@@ -280,9 +286,14 @@ class RecordData(TokenizedData, abc.ABC):
         self._folder = self._kept(f"rows-{self._data_key}", self._lay)
         self._about = load_about(self._folder)
         self.counts = dict(self._about.counts)
-        self.fingerprint = self._about.fingerprint
-        self._tell_read()
-        self._write_bad_rows()
+        self.fingerprint = self._as_drawn(self._about.fingerprint)
+        rank_zero_info(read_message(self.counts, self.needed))
+        if self._about.bad:
+            write_bad_rows(self._about.bad, bad_rows_file(self.trainer))
+
+    def _as_drawn(self, fingerprint: str) -> str:
+        """Return the fingerprint of rows together with the weights by which they are drawn."""
+        return drawn_fingerprint(fingerprint, self.plan.weights())
 
     def _lay(self, folder: Path) -> None:
         # Not at the top: what only starts a parser does without Arrow.
@@ -290,35 +301,16 @@ class RecordData(TokenizedData, abc.ABC):
 
         save_about(lay(self.plan, folder, self), folder)
 
-    def _tell_read(self) -> None:
-        counts = self.counts
-        rank_zero_info(
-            f"Data: {counts['rows_read']} rows read, {counts['rows_filtered']} filtered out by where, "
-            f"{counts['rows_incomplete']} without {self.needed}, {counts['rows_bad']} broken and skipped, "
-            f"{counts['duplicates_dropped']} duplicates and {counts['contradictions_dropped']} rows with "
-            f"contradictory labels dropped; {counts['train']} train, {counts['val']} val, {counts['test']} test, "
-            f"{counts['unused']} not used."
-        )
-        if self._about.ignored:
-            self._tell_ignored(ignored_message(self.plan.source_name("train"), self._about.ignored))
+    def _tell_ignored(self) -> None:
+        """Name the fields that nothing reads, each once."""
+        new = {name: count for name, count in self.ignored_fields.items() if name not in self._told_ignored}
+        if new:
+            self._announce(ignored_message(self.plan.source_name("train"), new))
+            self._told_ignored.update(new)
 
-    def _tell_ignored(self, message: str) -> None:
+    def _announce(self, message: str) -> None:
+        # Tables have columns for many purposes: no reason to warn.
         rank_zero_info(message)
-
-    def _write_bad_rows(self) -> None:
-        """Write what was left out as broken to a file beside the run."""
-        bad = self._about.bad
-        if not bad:
-            return
-        folder = getattr(self.trainer, "log_dir", None) or getattr(self.trainer, "default_root_dir", None)
-        where = ""
-        if folder is not None and self.trainer is not None and self.trainer.is_global_zero:
-            path = Path(folder) / "bad_rows.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [json.dumps({"reason": reason, "text": text}) + "\n" for reason, text in bad]
-            path.write_text("".join(lines), "utf-8")
-            where = f" They are written to {path}."
-        rank_zero_warn(f"{len(bad)} broken rows are left out; the first: {bad[0][0]}{where}")
 
     def _prepare(self) -> None:
         """Load the tokenizer and settle the names of labels; forget what was encoded by others."""
@@ -360,9 +352,10 @@ class RecordData(TokenizedData, abc.ABC):
 
     def _batches(self, rows: SplitRows, split: str, lost: Counter[str]) -> Iterable[Mapping[str, list[Any]]]:
         for start, some in rows.batches():
-            columns = dict(self.encode(some, split, lost))
-            columns["row"] = [start + row for row in columns["row"]]
-            if columns["row"]:
+            encoded = list(self.encode(some, split, lost))
+            if encoded:
+                columns = {name: [one[name] for one in encoded] for name in encoded[0]}
+                columns["row"] = [start + row for row in columns["row"]]
                 yield columns
 
     def _nothing_left(self, split: str, num_rows: int, lost: Mapping[str, int]) -> DataError:
@@ -382,13 +375,24 @@ class RecordData(TokenizedData, abc.ABC):
         """Return the encoded rows of a split, one by one."""
         return self._encoded_rows(split)
 
+    def _mixture(self) -> Mixture | None:
+        return self._mixture_of(self._documents("train"))
+
+    def _mixture_of(self, encoded: EncodedRows) -> Mixture | None:
+        """Return what draws encoded training rows by the weights of their sources; None without weights."""
+        weights = self.plan.weights()
+        if weights is None:
+            return None
+        mixture = Mixture(source_of_rows(encoded.origins, self._about.parts), weights)
+        rank_zero_info(f"Data: {mixture.describe(list(map(describe, self.plan.parts('train'))))}")
+        return mixture
+
     # The cache.
 
     def _kept(self, name: str, build: Callable[[Path], None]) -> Path:
         """Return the folder of what is built once: in the cache, or in one that ends with this object."""
         if self.cache and code_digest(type(self)) is not None:
             return cached(name, build)
-        folder = Path(tempfile.mkdtemp(prefix="lora-lightning-"))
-        weakref.finalize(self, rmtree, folder, ignore_errors=True)
+        folder = temporary_folder(self)
         build(folder)
         return folder

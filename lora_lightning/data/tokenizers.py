@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,32 +116,8 @@ def tokenize(
     ]
 
 
-class Shortener:
-    """Decides what becomes of texts longer than the maximum, and counts them.
-
-    Args:
-        too_long: `cut`, `drop` or `split`.
-        counts: Takes `cut`, `dropped` and `split`.
-    """
-
-    def __init__(self, too_long: str, counts: Counter[str]) -> None:
-        self._too_long, self._counts = too_long, counts
-
-    def pieces(self, texts: Sequence[list[Tokens]]) -> Iterator[tuple[int, Tokens]]:
-        """Return the pieces to keep, each with the index of its text."""
-        for index, pieces in enumerate(texts):
-            if len(pieces) == 1:
-                yield index, pieces[0]
-                continue
-            self._counts[{"cut": "cut", "drop": "dropped", "split": "split"}[self._too_long]] += 1
-            if self._too_long == "split":
-                yield from ((index, piece) for piece in pieces)
-            elif self._too_long == "cut":
-                yield index, pieces[0]
-
-
 def tell_too_long(
-    lost: Mapping[str, int], num_rows: int, whose: str, max_length: int, setting: str = "max_length"
+    lost: Mapping[str, int], num_rows: int, whose: str, max_length: int | str, setting: str = "max_length"
 ) -> None:
     """Warn once of the rows of a split that are longer than the maximum.
 
@@ -150,7 +125,7 @@ def tell_too_long(
         lost: How many were `cut`, `dropped` or `split`.
         num_rows: How many rows there are.
         whose: The split and its source.
-        max_length: The maximum.
+        max_length: The maximum, or what there is of them.
         setting: The setting that names it.
     """
     for name, did in (("cut", "cut at it"), ("dropped", "left out"), ("split", "split into pieces")):

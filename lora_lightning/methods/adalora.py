@@ -20,6 +20,7 @@ from lora_lightning.adapters.base import (
     check_positive,
     check_positive_int,
 )
+from lora_lightning.adapters.sharded import is_shard
 from lora_lightning.adapters.targets import select_hosts, takes_all_linear
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import Host, codec_of
@@ -278,7 +279,7 @@ class AdaLoRA(TargetedMethod):
         _, end = self.schedule(total_steps)
         if step < end:
             for path, adapter in self._own(model):
-                if hasattr(adapter.lora_A, "device_mesh"):
+                if is_shard(adapter.lora_A):
                     raise ConfigError(
                         f"AdaLoRA compares the triplets of all layers, and {path!r} is sharded over several processes "
                         "(FSDP); train with DDP instead."

@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from lora_lightning.adapters.attach import adapters_of
 from lora_lightning.adapters.base import Adapter, Role, check_choice, check_positive, check_positive_int
+from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.adapters.weights import Host
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.methods.lora import LoRA
@@ -168,7 +169,7 @@ class LoRADrop(LoRA):
             ConfigError: The importance came out as zero or not finite, or the model is sharded.
         """
         adapters = self._own(model)
-        if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        if is_sharded(model):
             raise ConfigError(
                 "LoRADrop decides which parameters there are by the data, and this model's are sharded already (FSDP); "
                 "train with DDP instead."

@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lora_lightning.adapters.sharded import is_shard
+
 
 def unfinished_state(module: L.LightningModule) -> dict[str, Any]:
     """Return a rank's gradients by parameter, on the CPU, and what the module's `unfinished_step` returns."""
@@ -17,7 +19,7 @@ def unfinished_state(module: L.LightningModule) -> dict[str, Any]:
         for name, parameter in module.named_parameters()
         if parameter.requires_grad and parameter.grad is not None
     }
-    if any(hasattr(gradient, "device_mesh") for gradient in gradients.values()):
+    if any(map(is_shard, gradients.values())):
         rank_zero_warn(
             "The checkpoint is written between the batches of one optimizer step, and the model is sharded: the "
             "gradients of these batches are not in it. Save at the end of a step to go on exactly."

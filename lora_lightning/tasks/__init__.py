@@ -1,8 +1,8 @@
 """Tasks: what is learnt, with which head, loss and metrics."""
 
+from lora_lightning.strategies import FSDP2Strategy
 from lora_lightning.tasks.base import AdapterTask
 from lora_lightning.tasks.causal_lm import CausalLM
-from lora_lightning.tasks.fsdp2 import FSDP2Strategy
 from lora_lightning.tasks.multiple_choice import MultipleChoice
 from lora_lightning.tasks.per_token import PerTokenTask
 from lora_lightning.tasks.seq2seq import Seq2SeqLM

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lora_lightning.backbones.load import enable_gradient_checkpointing
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.recompute import recompute_activations
+from lora_lightning.strategies.facts import facts_of
 from lora_lightning.tasks.offload import OffloadActivations
 
 if TYPE_CHECKING:
@@ -47,12 +48,10 @@ def check_offloading(task: AdapterTask) -> None:
     trainer = task._trainer
     if not task.offload_activations or trainer is None:
         return
-    from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-
-    strategy = trainer.strategy
-    if isinstance(strategy, DeepSpeedStrategy | FSDPStrategy | ModelParallelStrategy):
+    strategy, facts = trainer.strategy, facts_of(trainer)
+    if not facts.keeps_whole:
         raise ConfigError(
-            f"offload_activations goes with one device or strategy=ddp: under {type(strategy).__name__} backward keeps "
+            f"offload_activations goes with one device or strategy=ddp: under {facts.name} backward keeps "
             "weights that are gathered for each layer, which nothing tells from activations. Leave it out, or use "
             "gradient_checkpointing: true."
         )

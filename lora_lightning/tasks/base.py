@@ -11,38 +11,37 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from lora_lightning import methods as _known_methods  # noqa: F401 - checkpoints name these classes
 from lora_lightning.adapters import (
     AttachReport,
     Method,
-    adapter_state_dict,
     fold,
-    gathered,
     is_attached,
-    load_adapter_state_dict,
     report_of,
     require_calls,
 )
 from lora_lightning.backbones.attach import attach
 from lora_lightning.backbones.load import load_backbone
 from lora_lightning.backbones.quantization import Quantization
-from lora_lightning.backbones.tokenizer_identity import check_tokenizer, tokenizer_fingerprint, tokenizer_of
+from lora_lightning.backbones.tokenizer_identity import tokenizer_of
 from lora_lightning.backbones.view import view_of
-from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
-from lora_lightning.checkpoint.folder import check_finite
+from lora_lightning.checkpoint.fingerprint import fingerprint
 from lora_lightning.checkpoint.manifest import class_config
-from lora_lightning.checkpoint.starting import StartingAdapter, read_starting_adapter
-from lora_lightning.errors import CheckpointError, ConfigError
+from lora_lightning.checkpoint.saved_run import SavedRun
+from lora_lightning.checkpoint.starting import StartingAdapter, read_starting_adapter, starting_adapter
+from lora_lightning.errors import ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
 from lora_lightning.resume import ExactResume
+from lora_lightning.strategies.fsdp2 import shard_for_trainer
+from lora_lightning.tasks.averaging import copy_for_averages
 from lora_lightning.tasks.backward import check_offloading, offloaded, recompute
 from lora_lightning.tasks.calibration import calibrate_once
-from lora_lightning.tasks.fsdp2 import shard_for_trainer
+from lora_lightning.tasks.checkpoint_state import CheckpointState
+from lora_lightning.tasks.evaluation import EvaluationSets, Measures, sets_of
 from lora_lightning.tasks.fusing import may_fuse
-from lora_lightning.tasks.loading import CheckedLoading, own_entry, require_training_state
+from lora_lightning.tasks.loading import class_path_for_cli, refuse_unread_adapter
 from lora_lightning.tasks.log_pace import LogPace
 from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
 from lora_lightning.tasks.settings import Recomputing, is_plain, labels, methods_from, plain, refuse_packing
@@ -51,15 +50,18 @@ from lora_lightning.tasks.step_output import StepOutput, batch_size_of
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
-_MODEL = "model."
 T = TypeVar("T")
 
 
-class AdapterTask(CheckedLoading):
+class AdapterTask(CheckpointState):
     """Fine-tunes adapters on a frozen backbone; subclass it for a task.
 
     A subclass defines `compute_loss`, and where it wants them `configure_metrics` and `predict`. To train on a model of
     your own instead of a transformers backbone, override `configure_backbone` and return any module.
+
+    Loss and metrics of validation are logged as `val/<metric>`. With several sets (loaders in a mapping), those of each
+    set are logged as `val/<set>/<metric>` besides, and `val/<metric>` is over the rows of all sets together. The same
+    holds for `test`.
 
     Args:
         backbone: Hub name, folder, or `pkg://package/folder`; None where `configure_backbone` is overridden.
@@ -107,6 +109,7 @@ class AdapterTask(CheckedLoading):
         self._takes_method_of_adapter = adapter is not None and method is None
         # Settings from a checkpoint are plain: then its weights follow, and the folder may be gone or changed.
         self._takes_state_of_checkpoint = adapter is not None and is_plain(method)
+        self._starting_run: SavedRun | None = None
         self.model: nn.Module | None = None
         self.label_names: list[str] | None = None
         self.base_fingerprint: str | None = None
@@ -114,10 +117,9 @@ class AdapterTask(CheckedLoading):
         self._stages_checked: set[str] = set()
         self._is_calibrated = False
         self._log_pace = LogPace()
-        self._metrics_of: dict[str, MetricCollection] = {}
+        self._measures_of: dict[str, Measures] = {}
         specs = [class_config(one) for one in self.methods]
         self.keep_settings(
-            _class_path=f"{type(self).__module__}.{type(self).__qualname__}",
             backbone=backbone,
             method=None if self._takes_method_of_adapter else specs[0] if len(specs) == 1 else specs,
             optim=asdict(self.optim),
@@ -126,6 +128,7 @@ class AdapterTask(CheckedLoading):
             offload_activations=offload_activations,
             quantization=None if self.quantization is None else asdict(self.quantization),
             adapter=adapter,
+            **class_path_for_cli(),
             train_norm_statistics=train_norm_statistics,
         )
 
@@ -212,7 +215,8 @@ class AdapterTask(CheckedLoading):
         """Load the backbone, freeze it, attach the adapters, shard it under FSDP2; does nothing the second time."""
         check_offloading(self)
         if self.model is not None:
-            shard_for_trainer(self, self._trainer)  # it may have been built before there was a Trainer
+            # It may have been built before there was a Trainer.
+            shard_for_trainer(self.model, self.base_fingerprint, self._trainer)
             return
         if self.quantization is not None and self._trainer is not None:
             refuse_unfit_trainer(self._trainer)  # before minutes go into loading
@@ -227,16 +231,15 @@ class AdapterTask(CheckedLoading):
         if start is not None:
             start.check_labels(self.label_names, model)
             start.load_into(model, self.methods, tokenizer_of(self._trainer))
+            start.load_own(self)
             self._is_calibrated = True  # to look at data again would undo what the adapter has learned
         recompute(model, self.gradient_checkpointing)
         self.model = model.train()
         self.base_fingerprint = fingerprint(model)
         for stage in ("val", "test"):
-            metrics = self.configure_metrics()
-            if metrics is not None:
-                self._metrics_of[stage] = metrics.clone(prefix=f"{stage}/")
-                self.add_module(f"{stage}_metrics", self._metrics_of[stage])
-        shard_for_trainer(self, self._trainer)
+            self._add_measures(stage, f"{stage}_metrics")
+        copy_for_averages(self)
+        shard_for_trainer(self.model, self.base_fingerprint, self._trainer)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - torch's own signature
         """Move the module; in a fit, methods may look at data once it is on its device.
@@ -265,15 +268,31 @@ class AdapterTask(CheckedLoading):
         self._log_pace.log(self, values, batch_size_of(batch))
         return reduce(torch.add, values.values())
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 - the data module's own type
-        """Log the loss and the metrics of validation."""
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401 - the data module's own type
+        """Measure a batch of validation."""
         del batch_idx
-        self._evaluate(batch, "val")
+        self._evaluate(batch, sets_of(self._trainer, "val"), dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401 - the data module's own type
-        """Log the loss and the metrics of the test."""
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401 - the data module's own type
+        """Measure a batch of the test."""
         del batch_idx
-        self._evaluate(batch, "test")
+        self._evaluate(batch, sets_of(self._trainer, "test"), dataloader_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        """Start measuring."""
+        self._start_evaluation(sets_of(self._trainer, "val"))
+
+    def on_test_epoch_start(self) -> None:
+        """Start measuring."""
+        self._start_evaluation(sets_of(self._trainer, "test"))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what is known only after the last batch of validation."""
+        self._end_evaluation(sets_of(self._trainer, "val"))
+
+    def on_test_epoch_end(self) -> None:
+        """Log what is known only after the last batch of the test."""
+        self._end_evaluation(sets_of(self._trainer, "test"))
 
     def predict_step(self, batch: Any, batch_idx: int) -> Any:  # noqa: ANN401 - the data module's own type
         """Return the task's predictions for a batch."""
@@ -297,65 +316,6 @@ class AdapterTask(CheckedLoading):
         """Drop what only training needs (the encoders of prompt methods); the model answers as before."""
         fold(self.adapted)
 
-    # What a checkpoint keeps.
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps: adapters, trained copies, and state of this module outside the model."""
-        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(_MODEL)}
-        return {**{_MODEL + name: tensor for name, tensor in adapter_state_dict(self.adapted).items()}, **own}
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Replace the full state dict by the adapter state, and add what the methods carry along."""
-        checkpoint["state_dict"] = gathered(self.adapter_state())
-        checkpoint["lora_lightning"] = {
-            "base_fingerprint": self.base_fingerprint,
-            "method_state": [method.extra_state(self.adapted) for method in self.methods],
-            "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer_of(self._trainer)),
-        }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare the base, and give the methods back what they carried along.
-
-        Raises:
-            CheckpointError: The checkpoint is not one of this library, was trained on another base, or holds too little
-                to train on from it.
-        """
-        own = own_entry(checkpoint, len(self.methods))
-        require_training_state(checkpoint, self._trainer)
-        self.configure_model()
-        self._is_calibrated = True
-        check_fingerprint(self.base_fingerprint or fingerprint(self.adapted), own["base_fingerprint"], "The checkpoint")
-        check_tokenizer(tokenizer_of(self._trainer), own.get("tokenizer_fingerprint"), "The checkpoint")
-        for method, state in zip(self.methods, own["method_state"], strict=True):
-            method.load_extra_state(self.adapted, state)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401 - torch's own signature
-        """Load an adapter state; keys and shapes must be exactly this model's.
-
-        Raises:
-            CheckpointError: They are not; nothing is changed.
-        """
-        del strict  # a partly loaded adapter is never wanted
-        self.configure_model()
-        own = {name: tensor for name, tensor in state_dict.items() if not name.startswith(_MODEL)}
-        expected = {name for name in self.state_dict() if not name.startswith(_MODEL)}
-        if set(own) != expected:
-            raise CheckpointError(
-                f"The checkpoint's own entries are {sorted(own) or 'none'}, and this task expects "
-                f"{sorted(expected) or 'none'}."
-            )
-        adapters = {name.removeprefix(_MODEL): t for name, t in state_dict.items() if name.startswith(_MODEL)}
-        check_finite(adapters, "The checkpoint")
-        load_adapter_state_dict(self.adapted, adapters)
-        self._takes_state_of_checkpoint = False
-        if own:
-            super().load_state_dict(own, strict=False, assign=assign)
-        return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])
-
-    def expect_checkpoint(self) -> None:
-        """Leave `adapter` unread, since a checkpoint's weights follow: the folder may be gone or changed by then."""
-        self._takes_state_of_checkpoint = self.adapter is not None
-
     # Helpers.
 
     def _starting_adapter(self, model: nn.Module) -> StartingAdapter | None:
@@ -364,7 +324,8 @@ class AdapterTask(CheckedLoading):
             return None
         if self._takes_state_of_checkpoint and not self._takes_method_of_adapter:
             return None
-        start = read_starting_adapter(model, self.adapter)
+        run, self._starting_run = self._starting_run, None
+        start = read_starting_adapter(model, self.adapter) if run is None else starting_adapter(run, model)
         if self._takes_method_of_adapter:
             self.methods = methods_from(start.methods)
             self.keep_settings(method=start.methods[0] if len(start.methods) == 1 else start.methods)
@@ -374,10 +335,7 @@ class AdapterTask(CheckedLoading):
     def _checked(self, stage: str, compute: Callable[[Any], T], batch: Any) -> T:  # noqa: ANN401 - the data module's own type
         """Call `compute` on a batch; on a stage's first one, make sure that every adapter is called."""
         if self._takes_state_of_checkpoint:
-            raise CheckpointError(
-                f"The adapter {self.adapter!r} was not loaded: with a method in its plain form the weights are "
-                "expected from a checkpoint. Give the method as an object, or leave it out."
-            )
+            refuse_unread_adapter(self.adapter)
         compute = offloaded(self, compute) if stage == "train" else compute
         if stage in self._stages_checked or hasattr(self.model, "_orig_mod"):
             return compute(batch)
@@ -385,13 +343,38 @@ class AdapterTask(CheckedLoading):
         with require_calls(self.adapted, of_all=False):
             return compute(batch)
 
-    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401 - the data module's own type
-        output = self._checked(stage, self.compute_loss, batch)
-        self.log(f"{stage}/loss", output.loss, prog_bar=True, sync_dist=True, batch_size=batch_size_of(batch))
-        metrics = self._metrics_of.get(stage)
-        if metrics is not None:
-            metrics.update(output.predictions, output.targets)
-            self.log_dict(metrics, prog_bar=True, batch_size=batch_size_of(batch))
+    def _start_evaluation(self, sets: EvaluationSets) -> None:
+        """Prepare for the first batch of an evaluation."""
+
+    def _evaluate(self, batch: Any, sets: EvaluationSets, index: int) -> None:  # noqa: ANN401 - the data module's own type
+        """Count a batch for its set, by the index of its loader, and for all sets together."""
+        output = self._checked(sets.stage, self.compute_loss, batch)
+        for prefix in sets.prefixes_of(index):
+            self._measures(prefix).update(output, batch_size_of(batch))
+        if not sets.names:
+            self._log_measures(sets)  # while batches pass, so that every hook at the end of the epoch finds it
+
+    def _end_evaluation(self, sets: EvaluationSets) -> None:
+        """Log after the last batch; figures of all sets together cannot be logged in the step of one loader."""
+        if sets.names:
+            self._log_measures(sets)
+
+    def _log_measures(self, sets: EvaluationSets) -> None:
+        for prefix in sets.prefixes:
+            for name, metric in self._measures(prefix).named():
+                self.log(f"{prefix}/{name}", metric, prog_bar=sets.is_all(prefix), metric_attribute=prefix)
+
+    def _measures(self, prefix: str) -> Measures:
+        """Return what is measured under a prefix; the names of sets are known only once there are loaders."""
+        if prefix not in self._measures_of:
+            self._add_measures(prefix, f"set_metrics_{len(self._measures_of)}")
+        return self._measures_of[prefix]
+
+    def _add_measures(self, prefix: str, attribute: str) -> None:
+        metrics = self.configure_metrics()
+        measures = Measures(None if metrics is None else metrics.clone()).to(self.device)
+        self._measures_of[prefix] = measures
+        self.add_module(attribute, measures)
 
     def _total_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import lightning as L
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+
+from lora_lightning.strategies.facts import facts_of
 
 
 def may_fuse(trainer: L.Trainer) -> bool:
@@ -13,5 +14,6 @@ def may_fuse(trainer: L.Trainer) -> bool:
     Lightning's mixed precision refuses to clip the gradients of a fused optimizer, and unscales those of float16 only
     inside its step, behind the back of guards; DeepSpeed and FSDP1 hand it flat parameters of their own.
     """
+    facts = facts_of(trainer)
     is_mixed = isinstance(trainer.precision_plugin, MixedPrecision)
-    return not is_mixed and not isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy)
+    return not is_mixed and not (facts.partitions or facts.flattens)

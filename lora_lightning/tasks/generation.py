@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import iter_adapters, unwrap
+from lora_lightning.adapters import iter_acting
+from lora_lightning.adapters.attach import unwrap
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.token_loss import IGNORED
+from lora_lightning.texts.generation_config import own_ends
 
 
 class Example(NamedTuple):
@@ -105,7 +107,7 @@ def generate(
     room = max_positions(bare) - longest
     if room < 1:
         raise ConfigError(f"A prompt of {longest} tokens leaves no room: the model takes {max_positions(bare)}.")
-    ends = list(dict.fromkeys([*_own_ends(bare), *stop]))
+    ends = list(dict.fromkeys([*own_ends(bare), *stop]))
     pad = ends[0] if ends else 0
     device = next(bare.parameters()).device
     ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -151,21 +153,15 @@ def answer(
     with _evaluating(bare):
         output = bare.generate(**inputs, generation_config=config)
     pad = {config.pad_token_id} - {None}
-    return [_until(row[1:].tolist(), [*_own_ends(bare), *pad]) for row in output]
+    return [_until(row[1:].tolist(), [*own_ends(bare), *pad]) for row in output]
 
 
 def max_positions(model: Any) -> float:  # noqa: ANN401 - a transformers model
     """Return how many tokens a model takes beside its virtual ones, infinity where its config sets no limit."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    virtual = (adapter.num_virtual_tokens for _, _, adapter in iter_adapters(model) if adapter.enabled)
+    virtual = (adapter.num_virtual_tokens for _, _, adapter in iter_acting(model))
     return (getattr(config, "max_position_embeddings", None) or float("inf")) - max(virtual, default=0)
-
-
-def _own_ends(model: Any) -> list[int]:  # noqa: ANN401 - a transformers model
-    configs = (getattr(model, "generation_config", None), getattr(model, "config", None))
-    found: Any = next((end for config in configs if (end := getattr(config, "eos_token_id", None)) is not None), [])
-    return list(found) if isinstance(found, Sequence) else [found]
 
 
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import lightning as L
+import torch
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 
-from lora_lightning.checkpoint.complete import check_checkpoint
+from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint, tokenizer_of
+from lora_lightning.checkpoint.own_state import own_entries
+from lora_lightning.checkpoint.reading import read_file
+from lora_lightning.checkpoint.task_class import argument_names, build_task
 from lora_lightning.errors import CheckpointError
+from lora_lightning.texts.saved_tokenizer import SavedTokenizer
+
+_CLASS_PATH = "_class_path"
 
 
 class CheckedLoading(L.LightningModule):
-    """A LightningModule whose `load_from_checkpoint` compares the file with its manifest first."""
+    """A LightningModule whose `load_from_checkpoint` reads the file once, safely, and compares it with its manifest."""
+
+    _arguments: list[str]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - those of __init__
+        """Note which arguments the constructor is called with: a subclass may take them through `**kwargs`."""
+        task = super().__new__(cls)
+        object.__setattr__(task, "_arguments", argument_names(cls, args, kwargs))
+        return task
 
     @classmethod
     def load_from_checkpoint(
@@ -28,12 +44,46 @@ class CheckedLoading(L.LightningModule):
         """Load a task; see Lightning's method of the same name.
 
         Raises:
-            CheckpointError: The file differs from what was written, or the base or the adapter from the checkpoint's.
+            CheckpointError: The file differs from what was written, its settings do not fit the class, or the base or
+                the adapter differ from the checkpoint's.
         """
-        if isinstance(checkpoint_path, str | Path) and Path(checkpoint_path).is_file():
-            check_checkpoint(Path(checkpoint_path))
-        safely = True if weights_only is None else weights_only
-        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, safely, **kwargs)
+        safely = weights_only is not False
+        path = Path(checkpoint_path) if isinstance(checkpoint_path, str | Path) else None
+        if path is None or not path.is_file() or hparams_file is not None:
+            return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, safely, **kwargs)
+        content = read_file(path, map_location, weights_only=safely).content
+        if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
+            raise CheckpointError(f"{path} holds no state_dict, so it is no checkpoint of a task; name a .ckpt file.")
+        content.setdefault("hyper_parameters", {})
+        task = build_task(cls, content, path, kwargs, strict=strict)
+        assert isinstance(task, cls)
+        tensors = (value for value in content["state_dict"].values() if isinstance(value, torch.Tensor))
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+        return task.to(device)
+
+
+def class_path_for_cli() -> dict[str, str]:
+    """Return what a `LightningCLI(..., subclass_mode_model=True)` looks for in the settings of a checkpoint.
+
+    Such a CLI builds the task inside this context; nothing else has a use for the entry.
+    """
+    given = _given_hyperparameters.get() or {}
+    return {_CLASS_PATH: str(given[_CLASS_PATH])} if _CLASS_PATH in given else {}
+
+
+def entry_of(task: Any) -> dict[str, Any]:  # noqa: ANN401 - an AdapterTask, which imports this
+    """Return what a task with its model puts into a checkpoint beside Lightning's own and its adapters' weights."""
+    data = getattr(task._trainer, "datamodule", None)
+    tokenizer = SavedTokenizer.of_data(data, task.backbone)
+    return {
+        "base_fingerprint": task.base_fingerprint,
+        "method_state": [method.extra_state(task.adapted) for method in task.methods],
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer_of(task._trainer)),
+        "tokenizer": None if tokenizer is None else tokenizer.plain(),
+        "task": f"{type(task).__module__}.{type(task).__qualname__}",
+        "arguments": list(task._arguments),
+        "label_names": None if task.label_names is None else [str(name) for name in task.label_names],
+    }
 
 
 def own_entry(checkpoint: Mapping[str, Any], num_methods: int) -> dict[str, Any]:
@@ -58,6 +108,33 @@ def own_entry(checkpoint: Mapping[str, Any], num_methods: int) -> dict[str, Any]
             f"and a method_state for each of {num_methods} methods; use another checkpoint."
         )
     return own
+
+
+def own_entries_for(task: L.LightningModule, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a state holds for a task beside its model.
+
+    Raises:
+        CheckpointError: It is not what the task holds.
+    """
+    own, expected = own_entries(state), own_entries(task.state_dict()).keys()
+    if own.keys() != expected:
+        raise CheckpointError(
+            f"The checkpoint's own entries are {sorted(own) or 'none'}, and this task expects "
+            f"{sorted(expected) or 'none'}."
+        )
+    return own
+
+
+def refuse_unread_adapter(adapter: str | None) -> NoReturn:
+    """Refuse to use a task whose adapter was left unread, because a checkpoint was to follow.
+
+    Raises:
+        CheckpointError: Always.
+    """
+    raise CheckpointError(
+        f"The adapter {adapter!r} was not loaded: with a method in its plain form the weights are expected from a "
+        "checkpoint. Give the method as an object, or leave it out."
+    )
 
 
 def require_training_state(checkpoint: Mapping[str, Any], trainer: L.Trainer | None) -> None:

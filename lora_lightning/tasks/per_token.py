@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lora_lightning.tasks.base import AdapterTask
+from lora_lightning.tasks.evaluation import EvaluationSets
 from lora_lightning.tasks.settings import labels
 from lora_lightning.tasks.step_output import StepOutput
 from lora_lightning.tasks.token_loss import TokenSums
@@ -105,36 +106,33 @@ class PerTokenTask(AdapterTask, abc.ABC):
         self._add_penalties(optimizer)
         super().on_before_optimizer_step(optimizer)
 
-    def on_validation_epoch_start(self) -> None:
-        """Start counting."""
-        self._totals.pop("val", None)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the metrics of the whole validation set."""
-        self._log_totals("val")
-
-    def on_test_epoch_start(self) -> None:
-        """Start counting."""
-        self._totals.pop("test", None)
-
-    def on_test_epoch_end(self) -> None:
-        """Log the metrics of the whole test set."""
-        self._log_totals("test")
-
     # Helpers.
 
-    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401 - the data module's own type
-        self._totals[stage].add(self._checked(stage, self.token_sums, batch))
+    def _start_evaluation(self, sets: EvaluationSets) -> None:
+        super()._start_evaluation(sets)
+        for prefix in sets.prefixes:
+            self._totals.pop(prefix, None)
 
-    def _log_totals(self, stage: str) -> None:
-        totals = self._totals.pop(stage, _Totals())
+    def _evaluate(self, batch: Any, sets: EvaluationSets, index: int) -> None:  # noqa: ANN401 - the data module's own type
+        sums = self._checked(sets.stage, self.token_sums, batch)
+        for prefix in sets.prefixes_of(index):
+            self._totals[prefix].add(sums)
+
+    def _end_evaluation(self, sets: EvaluationSets) -> None:
+        for prefix in sets.prefixes:
+            values = self._values_of(prefix)
+            self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, prog_bar=sets.is_all(prefix))
+
+    def _values_of(self, prefix: str) -> dict[str, Any]:
+        """Return the figures of a set, over all ranks."""
+        totals = self._totals.pop(prefix, _Totals())
         num_tokens = int(self._over_ranks(torch.tensor(totals.num_tokens, device=self.device)))
         if num_tokens == 0:
-            rank_zero_warn(f"No token of the {stage} batches is supervised, so {stage}/loss is not a number.")
+            rank_zero_warn(f"No token of the {prefix} batches is supervised, so {prefix}/loss is not a number.")
         loss = self._over_ranks(totals.loss.to(self.device)) / num_tokens
         accuracy = self._over_ranks(totals.num_right.to(self.device)) / num_tokens
-        metrics = {"loss": loss, "perplexity": loss.exp(), "accuracy": accuracy}
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in metrics.items()}, prog_bar=True)
+        values = {"loss": loss, "perplexity": loss.exp(), "accuracy": accuracy}
+        return {name: value.float() for name, value in values.items()}
 
     def _over_ranks(self, value: Tensor) -> Tensor:
         """Return the sum of a scalar over all ranks."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lora_lightning.backbones.quantized import is_quantized
 from lora_lightning.backbones.skeleton import is_without_weights
 from lora_lightning.errors import ConfigError
+from lora_lightning.strategies.facts import facts_of
 
 if TYPE_CHECKING:
     import lightning as L
@@ -39,25 +40,16 @@ def refuse_unfit_trainer(trainer: L.Trainer) -> None:
 
 
 def _refuse_strategy(trainer: L.Trainer) -> None:
-    from lightning.pytorch.strategies import (
-        DDPStrategy,
-        DeepSpeedStrategy,
-        FSDPStrategy,
-        ModelParallelStrategy,
-        SingleDeviceStrategy,
-    )
-
-    strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+    facts = facts_of(trainer)
+    if facts.shards or facts.flattens:
         raise ConfigError(
-            f"A quantized base cannot be sharded by {type(strategy).__name__} (FSDP): the packed bytes of a weight and "
+            f"A quantized base cannot be sharded by {facts.name} (FSDP): the packed bytes of a weight and "
             "the constants that give them meaning would end up on different ranks. Use strategy=ddp, where each rank "
             "holds the whole quantized base, or leave quantization out."
         )
-    is_known = isinstance(strategy, DDPStrategy | SingleDeviceStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-    if not is_known:
+    if facts.partitions or not facts.is_known:
         raise ConfigError(
-            f"A quantized base runs on one device or with strategy=ddp; {type(strategy).__name__} moves weights in "
+            f"A quantized base runs on one device or with strategy=ddp; {facts.name} moves weights in "
             "ways that quantized ones do not survive. Use strategy=ddp, or leave quantization out."
         )
 

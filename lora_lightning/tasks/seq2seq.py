@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -16,6 +17,8 @@ from lora_lightning.backbones.output_head import without_cache
 from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.optim import Optim
+from lora_lightning.strategies.facts import facts_of
+from lora_lightning.tasks.evaluation import EvaluationSets
 from lora_lightning.tasks.generation import answer
 from lora_lightning.tasks.per_token import PerTokenTask
 from lora_lightning.tasks.settings import Recomputing
@@ -49,7 +52,8 @@ class Seq2SeqLM(PerTokenTask):
         loss_chunk_size: Tokens whose logits are held at one time; more take more memory and, on a GPU, less time.
         max_new_tokens: Tokens of an answer, at most.
         num_beams: Answers that are followed at a time while generating; 1 takes the likeliest token each time.
-        num_generated: Rows of each validation and test that are answered, over all ranks; 0 generates nothing.
+        num_generated: Rows of the test, and of each validation set, that are answered, over all ranks; 0 generates
+            nothing.
         train_norm_statistics: See `AdapterTask`.
     """
 
@@ -96,7 +100,7 @@ class Seq2SeqLM(PerTokenTask):
         self.num_beams, self.num_generated = num_beams, num_generated
         self.keep_settings(**own)
         self._found: tuple[nn.Module | None, nn.Module | None] | None = None
-        self._overlaps: list[Overlap] = []
+        self._overlaps: dict[str, list[Overlap]] = defaultdict(list)
         self._has_told_sharded = False
 
     def trained_modules(self, model: nn.Module) -> list[str]:
@@ -122,6 +126,10 @@ class Seq2SeqLM(PerTokenTask):
         rows = torch.index_select(states.flatten(0, 1), 0, positions)
         return chunked_token_loss(rows, targets, head or nn.Identity(), chunk_size=self.loss_chunk_size)
 
+    def generation_settings(self) -> dict[str, Any]:
+        """Return how the answers of evaluations are generated, which goes into what is exported."""
+        return {"max_new_tokens": self.max_new_tokens, "max_length": None, "num_beams": self.num_beams}
+
     def predict(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the answer to each source text.
 
@@ -141,18 +149,6 @@ class Seq2SeqLM(PerTokenTask):
             {"source": self._text(row["source_ids"]), "generated": self._text(row["generated_ids"]), **row}
             for row in rows
         ]
-
-    # What Lightning calls.
-
-    def on_validation_epoch_start(self) -> None:
-        """Start counting."""
-        super().on_validation_epoch_start()
-        self._overlaps = []
-
-    def on_test_epoch_start(self) -> None:
-        """Start counting."""
-        super().on_test_epoch_start()
-        self._overlaps = []
 
     # Helpers.
 
@@ -191,30 +187,39 @@ class Seq2SeqLM(PerTokenTask):
             inputs["decoder_input_ids"] = shift(labels)
         return inputs
 
-    def _evaluate(self, batch: Any, stage: str) -> None:  # noqa: ANN401 - the data module's own type
-        super()._evaluate(batch, stage)
+    def _start_evaluation(self, sets: EvaluationSets) -> None:
+        super()._start_evaluation(sets)
+        self._overlaps.clear()
+
+    def _evaluate(self, batch: Any, sets: EvaluationSets, index: int) -> None:  # noqa: ANN401 - the data module's own type
+        super()._evaluate(batch, sets, index)
+        prefixes = sets.prefixes_of(index)
         share = -(-self.num_generated // self.trainer.world_size)
-        rows = min(share - len(self._overlaps), len(batch["input_ids"]))
-        if rows < 1 or self._is_sharded():
+        num_answered = len(self._overlaps[prefixes[0]])
+        num_rows = min(share - num_answered, len(batch["input_ids"]))
+        if num_rows < 1 or self._is_sharded():
             return
-        part = {name: value[:rows] for name, value in batch.items() if isinstance(value, Tensor)}
+        part = {name: value[:num_rows] for name, value in batch.items() if isinstance(value, Tensor)}
         for ids, labels in zip(self._answers(part), part["labels"].tolist(), strict=True):
             target = [token for token in labels if token != IGNORED]
-            self._overlaps.append(overlap(self._text(ids), self._text(target)))
+            found = overlap(self._text(ids), self._text(target))
+            for prefix in prefixes:
+                self._overlaps[prefix].append(found)
 
-    def _log_totals(self, stage: str) -> None:
-        super()._log_totals(stage)
+    def _values_of(self, prefix: str) -> dict[str, Any]:
+        values = super()._values_of(prefix)
         if self.num_generated == 0:
-            return
-        sums = torch.tensor([[1.0, *one] for one in self._overlaps] or [[0.0] * 5], device=self.device).sum(0)
+            return values
+        found = [[1.0, *one] for one in self._overlaps[prefix]]
+        sums = torch.tensor(found or [[0.0] * 5], device=self.device).sum(0)
         num_rows, *totals = self._over_ranks(sums).tolist()
         if num_rows:
-            pairs = zip(Overlap._fields, totals, strict=True)
-            self.log_dict({f"{stage}/{name}": total / num_rows for name, total in pairs}, prog_bar=True)
+            values |= {name: total / num_rows for name, total in zip(Overlap._fields, totals, strict=True)}
+        return values
 
     def _is_sharded(self) -> bool:
         """Tell whether parameters are sharded; then ranks that generate differently long would wait for each other."""
-        sharded = any(hasattr(parameter, "device_mesh") for parameter in self.adapted.parameters())
+        sharded = facts_of(self.trainer).shards
         if sharded and not self._has_told_sharded:
             self._has_told_sharded = True
             rank_zero_warn("The model's parameters are sharded, so nothing is generated: no exact_match and no ROUGE.")

@@ -14,6 +14,7 @@ from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.class_weights import ClassWeights
+from lora_lightning.tasks.evaluation import EvaluationSets
 from lora_lightning.tasks.labelled import LabelledTask
 from lora_lightning.tasks.problems import PROBLEMS, ProblemName
 from lora_lightning.tasks.settings import Recomputing
@@ -35,8 +36,9 @@ class SequenceClassification(LabelledTask):
     - `multi_label`: any number of classes, float32 `[batch, classes]` of 0 and 1; binary cross-entropy. Logged are `f1`
       (mean over the classes), `f1_micro` (over all rows and classes together) and `average_precision` (mean over the
       classes that occur). `predict` returns `labels` and `probabilities`. A label applies if its probability reaches a
-      threshold: during `fit`, each validation chooses the one with the largest micro-F1 on the validation rows and logs
-      it as `val/threshold`; `test` and `predict` use it, also from a checkpoint. Before the first validation it is 0.5.
+      threshold: during `fit`, each validation chooses the one with the largest micro-F1 on the validation rows (of all
+      its sets together) and logs it as `val/threshold`; `test` and `predict` use it, also from a checkpoint. Before the
+      first validation it is 0.5.
     - `regression`: one or more numbers, float32 `[batch]` or `[batch, targets]`; mean squared error. Logged are `mse`,
       `pearson` and `spearman` (means over the targets). `predict` returns `value`, or `values` by the target's name.
 
@@ -161,25 +163,24 @@ class SequenceClassification(LabelledTask):
 
     # The threshold of several labels.
 
-    def on_validation_epoch_start(self) -> None:
-        """Let the metrics of a fit choose the threshold by their rows."""
-        super().on_validation_epoch_start()
-        chooses = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
-        self._set_threshold_of("val", chooses=chooses)
+    def _start_evaluation(self, sets: EvaluationSets) -> None:
+        """Let the metrics of all validation rows of a fit choose the threshold; others use the one that is set."""
+        super()._start_evaluation(sets)
+        chooses = sets.stage == "val" and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        for prefix in sets.prefixes:
+            self._set_threshold_of(prefix, chooses=chooses and sets.is_all(prefix))
 
-    def on_validation_epoch_end(self) -> None:
-        """Take the threshold that the metrics have chosen."""
-        super().on_validation_epoch_end()
-        for metric in self._threshold_metrics("val")[:1]:
-            metric.compute()  # Lightning has done it, before this hook: the value is at hand
-            self.threshold.fill_(metric.threshold)
-            self._tell_config()
-            self.log("val/threshold", self.threshold, sync_dist=True)
-
-    def on_test_epoch_start(self) -> None:
-        """Compute the metrics at the threshold."""
-        super().on_test_epoch_start()
-        self._set_threshold_of("test", chooses=False)
+    def _end_evaluation(self, sets: EvaluationSets) -> None:
+        """Take the threshold that the metrics have chosen, for the figures of each set too."""
+        for metric in self._threshold_metrics(sets.stage)[:1]:
+            if sets.stage == "val":
+                metric.compute()  # the value is kept for the log
+                self.threshold.fill_(metric.threshold)
+                self._tell_config()
+                self.log("val/threshold", self.threshold, sync_dist=True)
+            for prefix in sets.prefixes[:-1]:
+                self._set_threshold_of(prefix, chooses=False)
+        super()._end_evaluation(sets)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401 - torch's own signature
         """Load an adapter state and, with several labels, the threshold."""
@@ -194,13 +195,13 @@ class SequenceClassification(LabelledTask):
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return self(inputs).logits.float()
 
-    def _set_threshold_of(self, stage: str, *, chooses: bool) -> None:
-        for metric in self._threshold_metrics(stage):
+    def _set_threshold_of(self, prefix: str, *, chooses: bool) -> None:
+        for metric in self._threshold_metrics(prefix):
             metric.threshold, metric.chooses = self.threshold.item(), chooses
 
-    def _threshold_metrics(self, stage: str) -> list[Any]:
-        """Return the metrics of a stage that have a threshold; a subclass may have none."""
-        metrics = self._metrics_of.get(stage)
+    def _threshold_metrics(self, prefix: str) -> list[Any]:
+        """Return the metrics under a prefix that have a threshold; a subclass may have none."""
+        metrics = self._measures(prefix).metrics
         if self.problem != "multi_label" or metrics is None:
             return []
         from lora_lightning.tasks.row_metrics import MultilabelF1

@@ -18,7 +18,7 @@ from lora_lightning.tasks.token_loss import IGNORED
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
-_NOT_FOR_THE_MODEL = ("labels", "words")
+_NOT_FOR_THE_MODEL = ("labels", "words", "sentences")
 
 
 class TokenClassification(LabelledTask):
@@ -26,7 +26,8 @@ class TokenClassification(LabelledTask):
 
     Batches hold `input_ids` and `attention_mask` `[batch, length]`, and `labels` `[batch, length]`: the index of a tag
     at the tokens that are learnt (usually the first one of each word), -100 elsewhere. With `words` `[batch, length]`,
-    `predict` knows where words begin: a word's place in its sentence at its first token, -1 elsewhere.
+    `predict` knows where words begin: a word's index in its sentence at its first token, -1 elsewhere. With `sentences`
+    `[batch]`, it joins the rows of one sentence in their order.
 
     Logged: `train/loss`, and `val/…` and `test/…` of `loss`, `accuracy` (share of labelled tokens that are right), and
     `f1`, `precision` and `recall` of entities that are found exactly, over all types together. With tags without
@@ -85,24 +86,26 @@ class TokenClassification(LabelledTask):
             and the `text` of each entity.
         """
         names = self.label_names or []
-        guesses = self._logits(batch).argmax(-1).tolist()
         tokenizer: Any = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
-        rows = []
-        for ids, starts, end, guess in zip(batch["input_ids"].tolist(), *_words_of(batch), guesses, strict=True):
+        guesses = self._logits(batch).argmax(-1).tolist()
+        sentences = batch["sentences"].tolist() if "sentences" in batch else range(len(guesses))
+        tags_of: dict[int, list[str]] = {}
+        words_of: dict[int, list[str]] = {}
+        rows = zip(sentences, batch["input_ids"].tolist(), *_words_of(batch), guesses, strict=True)
+        for sentence, ids, starts, end, guess in rows:
             tags = [names[guess[place]] for place in starts]
-            row: dict[str, Any] = {
-                "tags": tags,
-                "entities": [entity._asdict() for entity in entities(tags, prefixed=has_prefixes(names))],
-            }
+            tags_of.setdefault(sentence, []).extend(tags)
             if tokenizer is not None:
-                special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
-                parts = zip(starts, [*starts[1:], end], strict=True)
-                words = [tokenizer.decode([one for one in ids[a:b] if one not in special]).strip() for a, b in parts]
-                for entity in row["entities"]:
-                    entity["text"] = " ".join(words[entity["start"] : entity["end"]])
-                row = {"tokens": words, **row}
-            rows.append(row)
-        return rows
+                words_of.setdefault(sentence, []).extend(_spelt(tokenizer, ids, starts, end))
+        return [self._described(tags, words_of.get(sentence)) for sentence, tags in tags_of.items()]
+
+    def _described(self, tags: list[str], words: list[str] | None) -> dict[str, Any]:
+        """Return the tags of a text with their entities, and where its words are known, these too."""
+        found = entities(tags, prefixed=has_prefixes(self.label_names or []))
+        if words is None:
+            return {"tags": tags, "entities": [entity._asdict() for entity in found]}
+        spelt = [{**entity._asdict(), "text": " ".join(words[entity.start : entity.end])} for entity in found]
+        return {"tokens": words, "tags": tags, "entities": spelt}
 
     def _logits(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return float32 logits `[batch, length, tags]`."""
@@ -118,3 +121,10 @@ def _words_of(batch: Mapping[str, Tensor]) -> tuple[list[list[int]], list[int]]:
     is_word = batch["words"] >= 0 if "words" in batch else labelled
     starts = [row.nonzero().flatten().tolist() for row in is_word]
     return starts, [int(row.nonzero().max()) + 1 if row.any() else 0 for row in mask]
+
+
+def _spelt(tokenizer: Any, ids: list[int], starts: list[int], end: int) -> list[str]:  # noqa: ANN401 - tokenizers share no public base class
+    """Return the words of a row, from the first token of each to that of the next, as the tokenizer spells them."""
+    special = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}
+    parts = zip(starts, [*starts[1:], end], strict=True)
+    return [tokenizer.decode([one for one in ids[a:b] if one not in special]).strip() for a, b in parts]

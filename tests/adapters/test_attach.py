@@ -15,6 +15,7 @@ from lora_lightning.adapters import (
     detach,
     disabled,
     is_attached,
+    iter_acting,
     iter_adapters,
     iter_hosts,
     iter_roles,
@@ -325,8 +326,8 @@ def test_disabling_a_part():
     attach(model, LoRA(r=2, target_modules=["query"]))
     perturb(model)
     with disabled(model.layer[0]):
-        assert [adapter.enabled for _, _, adapter in iter_adapters(model)] == [False, True]
-    assert all(adapter.enabled for _, _, adapter in iter_adapters(model))
+        assert [path for path, _, _ in iter_acting(model)] == ["layer.1.query"]
+    assert [path for path, _, _ in iter_acting(model)] == ["layer.0.query", "layer.1.query"]
 
 
 # Adapters that are never called

@@ -8,8 +8,8 @@ from torch import nn
 
 from lora_lightning import LoRA, attach
 from lora_lightning.adapters.patterns import MATCH_SECONDS, MAX_LENGTH, compile_pattern, match_start, matches_whole
-from lora_lightning.checkpoint.peft_config import parse_peft_config
 from lora_lightning.errors import CheckpointError, ConfigError
+from lora_lightning.peft_format.config import parse_peft_config
 
 RUNAWAY = "(a|aa)+$"
 LONG = "a" * 60 + "b"

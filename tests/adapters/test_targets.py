@@ -54,6 +54,19 @@ def test_selection(settings, expected):
     assert chosen(**settings) == expected
 
 
+def test_a_suffix_leaves_out_what_is_trained_as_a_copy_and_says_so(recwarn):
+    with pytest.warns(UserWarning, match=r"leaves out 1 modules that modules_to_save trains.*'layer\.0\.query'"):
+        assert chosen(target_modules=["query"], modules_to_save=["layer.0"]) == ["layer.1.query"]
+    recwarn.clear()
+    # Nothing is left out of what was asked for: the layers are named, or excluded.
+    assert chosen(target_modules=["layer.1.query"], modules_to_save=["layer.0"]) == ["layer.1.query"]
+    excluding = {"exclude_modules": ["layer.0"], "modules_to_save": ["layer.0"]}
+    assert chosen(target_modules=["query"], **excluding) == ["layer.1.query"]
+    assert not recwarn.list
+    with pytest.raises(TargetError, match="both a target and in modules_to_save"):
+        chosen(target_modules=["layer.0.query"], modules_to_save=["layer.0"])
+
+
 def test_the_view_knows_usual_targets_and_the_head():
     view = View(Model())
     assert chosen(view) == ["layer.0.value", "layer.1.value"]

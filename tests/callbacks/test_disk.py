@@ -19,9 +19,9 @@ from lora_lightning.__main__ import _mistake, main
 from lora_lightning.checkpoint import read_adapter_folder
 from lora_lightning.checkpoint.complete import newest_complete
 from lora_lightning.checkpoint.pair import folder_of
-from lora_lightning.checkpoint.rebuild import read_checkpoint
 from lora_lightning.errors import CheckpointError, trouble_of_disk
 from tests.callbacks.runs import LIGHTNING_WARNINGS
+from tests.checkpoint.runs import read_content
 from tests.killing import CHANGES, WRITING, run_forked
 
 pytestmark = LIGHTNING_WARNINGS
@@ -128,7 +128,7 @@ def test_a_disk_that_refuses_in_mid_run(disk: Path, kind: str) -> None:
     newest = newest_complete(disk / "checkpoints")
     assert newest is not None
     assert f": {WORDS[kind]}. The newest complete checkpoint is {newest} (step 2)" in said
-    assert read_checkpoint(newest)["global_step"] == 2
+    assert read_content(newest)["global_step"] == 2
     assert read_adapter_folder(folder_of(newest))[0].step == 2
     names = sorted(path.name for path in (disk / "checkpoints").iterdir())
     assert names == ["epoch=0-step=2", "epoch=0-step=2.ckpt", "last", "last.ckpt"]
@@ -149,7 +149,7 @@ def test_without_trouble_the_run_succeeds(disk: Path) -> None:
     assert (status, said) == (0, "")
     newest = newest_complete(disk / "checkpoints")
     assert newest is not None
-    assert read_checkpoint(newest)["global_step"] == 4
+    assert read_content(newest)["global_step"] == 4
 
 
 def test_the_first_error_is_told() -> None:

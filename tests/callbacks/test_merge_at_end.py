@@ -101,7 +101,7 @@ def test_dtype_must_be_known() -> None:
 
 @pytest.mark.parametrize("force", [False, True])
 def test_a_lost_update_is_a_warning_and_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
-    monkeypatch.setattr("lora_lightning.checkpoint.merge_report.MergeLoss.kept", 0.1)
+    monkeypatch.setattr("lora_lightning.merging.report.MergeLoss.kept", 0.1)
     callback = MergeAtEnd(tmp_path / "merged", dtype="bfloat16", force=force)
     if force:
         fit(tmp_path, AdapterCheckpoint(), callback)

@@ -44,16 +44,28 @@ class Talk(LightningDataModule):
         return loader(batches())
 
 
-def fit(folder, tokenizer, *callbacks, **settings):
+class TwoTalks(Talk):
+    def val_dataloader(self):
+        return {"first": loader(batches()), "second": loader(batches((5, 7)))}
+
+
+def fit(folder, tokenizer, *callbacks, data=None, **settings):
     torch.manual_seed(1)
     task = Speaker()
     run = make_trainer(folder, *callbacks, **{"max_epochs": 2, "num_sanity_val_steps": 2, **settings})
-    run.fit(task, Talk(tokenizer))
+    run.fit(task, (data or Talk)(tokenizer))
     return task, run
 
 
 def written(folder):
     return [json.loads(line) for line in (folder / "run" / "version_0" / "samples.jsonl").read_text().splitlines()]
+
+
+def test_of_several_sets_the_first_one_gives_the_rows(tmp_path, tokenizer):
+    for name, data in (("one", Talk), ("two", TwoTalks)):
+        fit(tmp_path / name, tokenizer, SampleGenerations(num_samples=3, max_new_tokens=5), data=data)
+    assert written(tmp_path / "two") == written(tmp_path / "one")
+    assert len(written(tmp_path / "two")) == 6
 
 
 def test_the_first_rows_are_answered_after_each_validation(tmp_path, tokenizer, capsys):

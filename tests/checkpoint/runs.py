@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.checkpoint.reading import read_checkpoint
+from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.tasks import AdapterTask, StepOutput
 from tests import models
 
@@ -73,3 +76,13 @@ def save_checkpoint(task: AdapterTask, path: Path, *, moved: bool = True) -> Pat
     trainer.strategy.connect(task)
     trainer.save_checkpoint(path)
     return path
+
+
+def rebuild_task(path: Path, task_class: type[L.LightningModule] | None = None) -> Any:
+    """Read a checkpoint and build its task."""
+    return SavedRun.of_checkpoint(path).build(task_class)
+
+
+def read_content(path: Path) -> dict[str, Any]:
+    """Return what a `.ckpt` file holds, having compared it with its manifest."""
+    return read_checkpoint(path).content

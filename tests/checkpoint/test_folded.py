@@ -22,9 +22,8 @@ from lora_lightning.adapters import (
 )
 from lora_lightning.adapters.targets import select_hosts
 from lora_lightning.checkpoint import load_adapter, read_adapter_folder, write_adapter_folder
-from lora_lightning.checkpoint.rebuild import rebuild_task
 from lora_lightning.errors import CheckpointError
-from tests.checkpoint.runs import PlainTask, save_checkpoint
+from tests.checkpoint.runs import PlainTask, rebuild_task, save_checkpoint
 from tests.models import perturb
 
 

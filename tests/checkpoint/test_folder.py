@@ -17,10 +17,11 @@ from lora_lightning.adapters import Method, adapter_state_dict, attach
 from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint
 from lora_lightning.checkpoint import RunFacts, load_adapter, read_adapter_folder, write_adapter_folder
 from lora_lightning.checkpoint.files import sha256_file
-from lora_lightning.checkpoint.folder import CONFIG_NAME, OWN_WEIGHTS_NAME, PEFT_WEIGHTS_NAME
+from lora_lightning.checkpoint.folder import OWN_WEIGHTS_NAME
 from lora_lightning.checkpoint.manifest import DIGEST_KEY, MANIFEST_NAME
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import DoRA, LoRA
+from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
 from tests.models import perturb
 
 BuildModel = Callable[..., nn.Module]
@@ -160,7 +161,7 @@ def test_unlisted_file(folder: Path, fresh: nn.Module) -> None:
 def test_bad_config(folder: Path, fresh: nn.Module, text: str) -> None:
     (folder / CONFIG_NAME).write_text(text)
     refresh_digest(folder, CONFIG_NAME)
-    assert_refused(fresh, folder, "not valid JSON|must be a list of names")
+    assert_refused(fresh, folder, "not valid JSON|must hold a JSON object|must be a list of names")
 
 
 def test_pickle_in_place_of_safetensors(folder: Path, fresh: nn.Module) -> None:

@@ -19,9 +19,10 @@ from lora_lightning.checkpoint.files import atomic_folder, hidden_entries, remov
 from lora_lightning.checkpoint.folder import fill_adapter_folder
 from lora_lightning.checkpoint.manifest import MANIFEST_NAME
 from lora_lightning.checkpoint.pair import folder_of, remove_pair, replace_link, write_pair
-from lora_lightning.checkpoint.rebuild import load_safely, read_checkpoint
+from lora_lightning.checkpoint.reading import read_file
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import LoRA
+from tests.checkpoint.runs import read_content
 from tests.killing import kill_before_change
 
 NUM_FLIPS, NUM_CUTS = 200, 20
@@ -57,7 +58,7 @@ def write(model: nn.Module) -> Callable[[Path, int], Path]:
 
 def step_of(path: Path) -> int:
     """Load a checkpoint and, where it has one, its adapter folder; both must be of one step."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_content(path)
     assert {value for tensor in checkpoint["state_dict"].values() for value in tensor.unique().tolist()} == {
         checkpoint["global_step"]
     }
@@ -183,7 +184,7 @@ def test_a_checkpoint_without_an_adapter_takes_the_older_folder_away(
     write_pair(path, {"global_step": 2})
     assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
     assert check_checkpoint(path) is None
-    assert load_safely(path) == {"global_step": 2}
+    assert read_file(path).content == {"global_step": 2}
 
 
 # Damage.
@@ -197,7 +198,7 @@ def two(tmp_path: Path, write: Callable[[Path, int], Path]) -> tuple[Path, Path]
 
 def assert_refused(last: Path, older: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
-        read_checkpoint(last)
+        read_content(last)
     assert str(last.parent / "last") in str(caught.value)
     assert f"The newest complete one beside it is {older} (step 1)." in str(caught.value)
     assert newest_complete(last.parent) == older
@@ -242,20 +243,20 @@ def test_an_unpacked_size_is_not_hidden(tmp_path: Path) -> None:
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(tmp_path / "packed", "w", zipfile.ZIP_DEFLATED) as packed:
         for entry in source.infolist():
             packed.writestr(entry.filename, source.read(entry))
-    assert load_safely(path)["state_dict"]["x"].numel() == 100_000
+    assert read_file(path).content["state_dict"]["x"].numel() == 100_000
     path.write_bytes((tmp_path / "packed").read_bytes())
     with pytest.raises(CheckpointError, match="it is packed, which torch never does"):
-        load_safely(path)
+        read_file(path)
 
 
 def test_nothing_complete_is_said_too(tmp_path: Path, write: Callable[[Path, int], Path]) -> None:
     path = write(tmp_path / "last.ckpt", 1)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"cut short or changed\. There is no complete one beside it"):
-        read_checkpoint(path)
+        read_content(path)
     remove(folder_of(path))
     with pytest.raises(CheckpointError, match=r"is damaged, or another kind .*\. There is no complete one beside it"):
-        read_checkpoint(path)
+        read_content(path)
     shutil.rmtree(tmp_path)
     assert newest_complete(tmp_path) is None
 

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from lora_lightning.adapters import adapter_state_dict, attached_methods
 from lora_lightning.checkpoint import export_peft
-from lora_lightning.checkpoint.rebuild import read_checkpoint, rebuild_task
 from lora_lightning.errors import CheckpointError, ConfigError, UserError
 from lora_lightning.methods import DoRA, LoRA
 from lora_lightning.tasks import AdapterTask, SequenceClassification
-from tests.checkpoint.runs import PlainTask, save_backbone, save_checkpoint
+from tests.checkpoint.runs import PlainTask, read_content, rebuild_task, save_backbone, save_checkpoint
 from tests.models import build, inputs, logits, perturb
 
 LABELS = ["bad", "neutral", "good"]
@@ -107,7 +106,7 @@ def test_starts_a_head_that_the_adapter_lacks(tmp_path: Path, base: Path) -> Non
 def test_checkpoint_needs_the_folder_no_more(tmp_path: Path, base: Path, theirs: Path, gone: bool) -> None:
     task = classifier(base, adapter=str(theirs))
     ckpt = save_checkpoint(task, tmp_path / "x.ckpt")  # moves the adapter on
-    stored = read_checkpoint(ckpt)["hyper_parameters"]
+    stored = read_content(ckpt)["hyper_parameters"]
     assert stored["adapter"] == str(theirs)
     assert stored["method"]["class_path"] == "lora_lightning.methods.dora.DoRA"
     if gone:

@@ -2,6 +2,10 @@ import json
 
 import pytest
 
+from lora_lightning.data import TextClassificationData
+from tests.data.instruction_runs import PAIRS
+from tests.data.talk import llama_config, save_tokenizer, write_lines
+
 WORDS = [f"w{index}" for index in range(60)]
 
 
@@ -32,6 +36,39 @@ def write(tmp_path):
         return str(path)
 
     return _write
+
+
+@pytest.fixture
+def build_texts(write, tokenizer_folder):
+    """Set up a data module over generated rows."""
+
+    def _build(rows=None, stage=None, **settings):
+        path = write("train.csv", labelled(100) if rows is None else rows)
+        data = TextClassificationData(path, **{"tokenizer": tokenizer_folder, "batch_size": 8, **settings})
+        data.setup(stage)
+        return data
+
+    return _build
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A byte-level tokenizer beside the config of a small Llama."""
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), config=llama_config())
+
+
+@pytest.fixture
+def build(tmp_path, folder):
+    """Write records to a file and set InstructionData up with it."""
+    from lora_lightning.data import InstructionData
+
+    def _build(records=PAIRS, stage="fit", **settings):
+        path = write_lines(tmp_path / "train.jsonl", records)
+        data = InstructionData(path, **{"tokenizer": folder, "batch_size": 4, "val_size": 0, **settings})
+        data.setup(stage)
+        return data
+
+    return _build
 
 
 def labelled(count, labels=("no", "yes"), start=0):

@@ -11,6 +11,20 @@ from lora_lightning.data import TextClassificationData
 from tests.ranks import leave
 
 
+class CountedData(TextClassificationData):
+    """Counts the texts that this process reads and encodes."""
+
+    num_read = num_encoded = 0
+
+    def row_of(self, record, split):
+        self.num_read += 1
+        return super().row_of(record, split)
+
+    def encode(self, rows, split, counts):
+        self.num_encoded += len(rows)
+        return super().encode(rows, split, counts)
+
+
 class Recorder(L.LightningModule):
     def __init__(self):
         super().__init__()
@@ -36,7 +50,7 @@ class Recorder(L.LightningModule):
 
 if __name__ == "__main__":
     csv, tokenizer, out = sys.argv[1:]
-    data = TextClassificationData(csv, val_size=17, test_size=11, batch_size=4, tokenizer=tokenizer)
+    data = CountedData(csv, val_size=17, test_size=11, batch_size=4, tokenizer=tokenizer)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
@@ -51,5 +65,6 @@ if __name__ == "__main__":
     module = Recorder()
     trainer.fit(module, data)
     trainer.predict(module, data)
-    Path(out, f"{trainer.global_rank}.json").write_text(json.dumps(module.seen))
+    counted = {"read": data.num_read, "encoded": data.num_encoded}
+    Path(out, f"{trainer.global_rank}.json").write_text(json.dumps({**module.seen, **counted}))
     leave()

@@ -1,10 +1,10 @@
 import multiprocessing
 import os
 import time
+from pathlib import Path
 
 import pytest
 
-from lora_lightning.data import cache
 from lora_lightning.data.cache import cache_folder, cached, clear, entries, key_of, parse_size, size_limit
 from lora_lightning.errors import ConfigError, DataError
 
@@ -102,7 +102,8 @@ def test_building_keeps_the_cache_within_its_size(folder, monkeypatch):
 
 def test_entries_that_vanish_meanwhile_are_no_error(folder, monkeypatch):
     cached("a", filled())
-    monkeypatch.setattr(cache, "_folders", lambda root: [root / "a", root / ".unfinished-gone"])
+    gone = folder / ".unfinished-gone"
+    monkeypatch.setattr(Path, "glob", lambda root, _: [root / "a", gone])
     assert [entry.path.name for entry in entries()] == ["a"]
     assert cached("b", filled()) == folder / "b"
 

@@ -1,42 +1,23 @@
 import itertools
 import json
 import re
-import warnings
 
-import lightning as L
 import pytest
 import torch
 
 from lora_lightning.data import InstructionData
-from lora_lightning.data.batches.streaming import StreamedRows
-from lora_lightning.data.language.chat_templates import chat_template
-from lora_lightning.data.language.samples import sample_of
+from lora_lightning.data.language.conversations import sample_of
 from lora_lightning.errors import ConfigError, DataError, UserError
+from lora_lightning.texts.chat_templates import chat_template
+from tests.data.instruction_runs import PAIRS, Model, everything, fit
 from tests.data.talk import learnt, llama_config, save_tokenizer, turns, write_lines
 
 CHATTERBOT = "pkg://chatterbot_corpus/data/english"
-PAIRS = [{"prompt": f"question {index} ", "completion": f"answer {index}"} for index in range(40)]
 # Without markers; what follows an answer's end is not the assistant's.
 UNMARKED = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), config=llama_config())
-
-
-@pytest.fixture
-def build(tmp_path, folder):
-    def _build(records=PAIRS, stage="fit", **settings):
-        path = write_lines(tmp_path / "train.jsonl", records)
-        data = InstructionData(path, **{"tokenizer": folder, "batch_size": 4, "val_size": 0, **settings})
-        data.setup(stage)
-        return data
-
-    return _build
 
 
 def texts(data, split="train"):
@@ -181,6 +162,15 @@ def test_ignored_fields_are_named_once(build, streaming):
     assert len(told) == 1
 
 
+def test_fields_ignored_by_records_and_by_the_template_are_named_together(build):
+    rows = [{"messages": [{**turn, "name": "al"} for turn in turns(f"q{n}", "a")], "topic": "x"} for n in range(30)]
+    with pytest.warns(UserWarning, match="ignored fields") as told:
+        data = build(rows, template="chatml", val_size=10, stage=None)
+    (message,) = [str(one.message) for one in told if "ignored" in str(one.message)]
+    assert "topic (30 rows), messages[].name (30 rows)" in message
+    assert data.ignored_fields == {"topic": 30, "messages[].name": 30}
+
+
 def test_template_arguments_reach_the_template(build, tmp_path):
     (tmp_path / "mine.jinja").write_text("{{ mood }} " + UNMARKED)
     settings = {"template": str(tmp_path / "mine.jinja"), "records": [{"messages": turns("q", "a")}]}
@@ -278,10 +268,6 @@ def test_chatterbots_pairs(tmp_path):
 # Batches.
 
 
-def everything(loader):
-    return sorted([token for token in row.tolist() if token != -100] for batch in loader for row in batch["labels"])
-
-
 def test_batches_hold_every_sample(build):
     plain = build()
     batches = list(plain.train_dataloader())
@@ -297,38 +283,6 @@ def test_batches_hold_every_sample(build):
     assert set(left) == {"input_ids", "attention_mask", "position_ids", "labels"}
     first, second = (list(build().train_dataloader()) for _ in range(2))
     assert all(torch.equal(one["input_ids"], two["input_ids"]) for one, two in zip(first, second, strict=True))
-
-
-class Model(L.LightningModule):
-    """As much of a task as the data looks at, with every batch written down."""
-
-    def __init__(self, backbone=None, model=None):
-        super().__init__()
-        self.backbone, self.model = backbone, model
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.seen = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append((self.current_epoch, batch["input_ids"].tolist()))
-        return self.weight * 0.0
-
-    def validation_step(self, batch, batch_idx):
-        pass
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(data, model, **settings):
-    L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **{"max_epochs": 2, **settings},
-    ).fit(model, data)
-    return model
 
 
 @pytest.mark.filterwarnings("ignore:Total length of `list`")  # Lightning's, for val_size 0
@@ -372,75 +326,6 @@ def test_nothing_is_done_twice(build, monkeypatch):
 def test_settings_are_plain(build, folder):
     kept = build(columns={"prompt": "prompt"}).hparams
     assert json.loads(json.dumps(dict(kept)))["columns"] == {"prompt": "prompt"}
-
-
-# Streaming.
-
-
-def test_a_stream_gives_the_same_samples(build):
-    whole = everything(build().train_dataloader())
-    for settings in ({}, {"num_workers": 2}, {"shuffle_buffer": 1}, {"packing": True, "max_length": 64}):
-        data = build(streaming=True, **settings)
-        batches = list(data.train_dataloader())
-        assert "position_ids" in batches[0] or everything(batches) == whole
-        assert sorted(itertools.chain(*everything(batches))) == sorted(itertools.chain(*whole))
-    assert data.counts["rows_read"] == 0
-    assert len(data.fingerprint) == 64
-    loader = build(streaming=True).train_dataloader()
-    assert [one["input_ids"].tolist() for one in loader] != [one["input_ids"].tolist() for one in loader]
-
-
-@pytest.mark.parametrize("packing", [False, True])
-def test_ranks_and_workers_share_a_stream(build, monkeypatch, packing):
-    data = build(PAIRS[:39], streaming=True, packing=packing, max_length=64)
-
-    def rows(rank, worker):
-        info = type("Info", (), {"id": worker, "num_workers": 2})
-        monkeypatch.setattr("lora_lightning.data.batches.streaming.get_worker_info", lambda: info)
-        stream = StreamedRows(**{**vars(data._stream()), "num_replicas": 2, "rank": rank})
-        return [tuple(one.ids.tolist() for one in row) for row in stream]
-
-    parts = {(rank, worker): rows(rank, worker) for rank in (0, 1) for worker in (0, 1)}
-    for worker in (0, 1):
-        assert len(parts[0, worker]) == len(parts[1, worker])  # no rank waits for the other
-    seen = [str(row) for part in parts.values() for row in part]
-    assert len(set(seen)) == len(seen)
-    documents = sum(len(row) for part in parts.values() for row in part)
-    assert 39 - documents <= (2 if not packing else 16)
-
-
-def test_streams_tell_what_they_lose(build):
-    data = build([*PAIRS[:3], {"prompt": "q" * 30, "completion": "b"}], streaming=True, max_length=25)
-    with pytest.warns(UserWarning, match=r"of 4 rows, 1 were cut at 25 tokens, and 1 were left out"):
-        assert len(everything(data.train_dataloader())) == 3
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        list(build(PAIRS[:3], streaming=True).train_dataloader())  # control
-    with pytest.raises(DataError, match="nothing can be learnt from any of 1 rows"):
-        build([{"prompt": "q" * 30, "completion": "b"}], streaming=True, max_length=10)
-
-
-def test_mistakes_in_workers_are_told_in_one_sentence(build):
-    data = build([*PAIRS * 3, "{broken"], streaming=True, num_workers=1, bad_rows="refuse")
-    with pytest.raises(DataError, match=r"^\S+train\.jsonl, line 121: this is no valid JSON") as caught:
-        list(data.train_dataloader())
-    assert "\n" not in str(caught.value)
-
-
-def rows_seen(data):
-    return sum(len(batch["input_ids"]) for batch in data.train_dataloader())
-
-
-def test_streams_leave_broken_rows_out(build):
-    records = [*PAIRS, "{broken", {"messages": []}, *PAIRS]
-    with (
-        pytest.warns(UserWarning, match=r"A broken row is left out: \S+train\.jsonl, line 41: this is no valid JSON"),
-        pytest.warns(UserWarning, match="of 81 rows, 0 were cut .* 2 broken rows were left out"),
-    ):
-        seen = rows_seen(build(records, streaming=True, shuffle_buffer=1))
-    assert seen == 80
-    with pytest.raises(DataError, match="line 41"):  # control
-        build(records, streaming=True, bad_rows="refuse")
 
 
 def test_hub_data_sets(monkeypatch, folder):

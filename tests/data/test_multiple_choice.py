@@ -67,7 +67,7 @@ def test_questions_to_predict_need_no_labels(build, write):
         (
             [("w1", ["w8", "w9"], 2)],
             COLUMNS,
-            r"line 1: the column 'label' holds 2, and there are 2 choices; .* \(A to B\)",
+            r"line 1: the column 'label' holds 2; there are 2 choices; .* \(A to B\)",
         ),
         ([("w1", ["w8", "w9"], "C")], COLUMNS, "holds 'C'"),
         ([("w1", ["w8", "w9"], "no")], COLUMNS, "holds 'no'"),

@@ -5,7 +5,7 @@ import torch
 
 from lora_lightning.data import TextClassificationData
 from lora_lightning.errors import ConfigError, DataError
-from tests.data.test_text_classification import Model, trainer
+from tests.data.toys import Model, trainer
 
 ALL_TRAINED = {"val_size": 0, "test_size": 0, "group_by_length": False}
 LABELS = [["spam"], ["toxic", "rude"], [], ["rude"], ["rude", "spam"], ["toxic"]]
@@ -118,7 +118,9 @@ def test_separators_that_contradict_each_other_are_refused(build):
 
 
 def test_lists_of_labels_need_the_problem(build):
-    with pytest.raises(DataError, match=r"line 1: the column 'label' holds a list .* set `problem: multi_label`"):
+    with pytest.raises(
+        DataError, match=r"line 1: the column 'label' holds .*; expected one label.* set `problem: multi_label`"
+    ):
         build("a.jsonl", list(zip(texts(), LABELS, strict=True)))
     with pytest.raises(ConfigError, match="label_column names several columns"):
         build("a.csv", [("id1", 0, 1)], ("text", "a", "b"), label_column=["a", "b"])
@@ -157,7 +159,9 @@ def test_whole_numbers_are_numbers_too(build):
 def test_rows_without_a_number_are_left_out_and_others_refused(build):
     data = build("a.csv", [("id1", 1.5), ("id2", ""), ("id3", 2)], problem="regression")
     assert (data.counts["rows_incomplete"], data.counts["train"]) == (1, 2)
-    with pytest.raises(DataError, match=r"a\.csv, line 3: the column 'label' holds 'good', which is no finite number"):
+    with pytest.raises(
+        DataError, match=r"a\.csv, line 3: the column 'label' holds 'good'; `problem: regression` needs a finite number"
+    ):
         build("a.csv", [("id1", 1.5), ("id2", "good")], problem="regression")
 
 
@@ -171,6 +175,21 @@ def test_scores_are_no_classes_unless_they_are_named(build, name):
     halves = [(text, score + 0.5) for text, score in rows if score % 1 == 0]
     assert build(name, halves, label_names=["0.5", "1.5"]).label_names == ["0.5", "1.5"]
     assert build(name, [(text, int(score)) for text, score in rows]).label_names == ["0", "1"]
+
+
+def test_names_that_are_given_settle_what_a_class_is(build):
+    joined = [(f"id{n}", ("a", "b", "a;b")[n % 3]) for n in range(30)]
+    titles = [(f"id{n}", f"title {n}") for n in range(150)]
+    with pytest.warns(UserWarning, match=r"labels such as 'a;b' look like several labels in one"):
+        build("a.csv", joined)
+    assert build("a.csv", joined, label_names=["b", "a;b", "a"]).label_names == ["b", "a;b", "a"]
+    with pytest.raises(
+        DataError, match=r"150 rows have 150 different labels .*`label_column` probably names the wrong"
+    ):
+        build("a.csv", titles)
+    assert len(build("a.csv", titles, label_names=[title for _, title in titles]).label_names) == 150
+    numbered = build("a.csv", [(f"id{n}", n % 2) for n in range(10)], label_names=[1, 0])
+    assert numbered.label_names == ["1", "0"]
 
 
 # Whose problem it is.

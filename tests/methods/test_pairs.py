@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning.adapters import Adapter, Method, is_attached, iter_adapters
-from lora_lightning.adapters.attach import adapters_of
+from lora_lightning.adapters import Method, attached_methods, is_attached, iter_adapters, selected
 from lora_lightning.backbones.attach import attach, merge
 from lora_lightning.errors import ConfigError, NotMergeable, TargetError
 from lora_lightning.methods import (
@@ -115,13 +114,9 @@ def names(methods: Sequence[Method]) -> str:
 @torch.no_grad()
 def logits_without(model: nn.Module, method: Method) -> torch.Tensor:
     """Return the logits with the adapters of one method switched off."""
-    own = [adapter for _, _, adapter in adapters_of(model, method, Adapter)]
-    for adapter in own:
-        adapter.enabled = False
-    output = models.logits(model)
-    for adapter in own:
-        adapter.enabled = True
-    return output
+    others = [one for one in attached_methods(model) if one != method]
+    with selected(model, others):
+        return models.logits(model)
 
 
 @torch.no_grad()

@@ -14,12 +14,11 @@ from torch.utils.data import DataLoader
 from lora_lightning import LoRA, Optim, SequenceClassification
 from lora_lightning.checkpoint import export_peft
 from lora_lightning.checkpoint.folder import RunFacts
-from lora_lightning.checkpoint.merging import merge_checkpoint
-from lora_lightning.checkpoint.rebuild import rebuild_task
 from lora_lightning.commands._compare.budget import Skeleton
 from lora_lightning.commands.plan import plan
 from lora_lightning.errors import CheckpointError, ConfigError, DataError
-from tests.checkpoint.runs import save_backbone
+from lora_lightning.merging.merge import merge_checkpoint
+from tests.checkpoint.runs import rebuild_task, save_backbone
 from tests.tasks.toys import trainer
 
 NAMES = {

@@ -14,9 +14,9 @@ from lora_lightning import AdapterCheckpoint, AdapterTask, LoRA, Optim, Sequence
 from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.backbones.quantized import is_quantized, quantized_modules
 from lora_lightning.checkpoint import load_adapter
-from lora_lightning.checkpoint.rebuild import rebuild_task
 from lora_lightning.errors import BackboneError, ConfigError
 from tests import models, quantizable
+from tests.checkpoint.runs import rebuild_task
 from tests.tasks.quantized_runs import EXACT, LABELS, METHODS, loader, task, trainer
 
 pytestmark = [

@@ -48,7 +48,7 @@ def test_only_adapters_and_the_head_train(backbone):
 
 def test_a_model_built_before_its_trainer_is_sharded_by_it(backbone, monkeypatch):
     given = []
-    monkeypatch.setattr("lora_lightning.tasks.base.shard_for_trainer", lambda _, trainer: given.append(trainer))
+    monkeypatch.setattr("lora_lightning.tasks.base.shard_for_trainer", lambda *those: given.append(those[-1]))
     task = build(backbone)
     task.configure_model()
     built = task.adapted

@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 
@@ -164,6 +165,34 @@ def test_predictions_are_words_tags_and_entities(backbone):
     assert {(one["type"][0], 2 * one["start"], 2 * one["end"]) for one in row["entities"]} == spans(row["tags"])
     del batch["words"]
     assert task.predict(batch)[0]["tags"] == guesses
+
+
+def test_predictions_for_a_split_sentence_are_those_of_its_parts(backbone, tmp_path):
+    task, words = built(backbone), [f"w{n}" for n in range(11)]
+    (tmp_path / "train.conll").write_text(sentences(20))
+    (tmp_path / "framed").mkdir()
+    framed = _save_tokenizer(tmp_path / "framed", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+
+    def predicted(*predict, **settings):
+        (tmp_path / "new.jsonl").write_text("\n".join(json.dumps({"tokens": one}) for one in predict))
+        settings = {"max_length": 6, "too_long": "split", "eval_batch_size": 2, **settings}
+        data = TokenClassificationData(
+            str(tmp_path / "train.conll"), predict=str(tmp_path / "new.jsonl"), tokenizer=framed, **settings
+        )
+        return list(itertools.chain(*trainer().predict(task, data)))
+
+    with pytest.warns(UserWarning, match="1 of 3 predict sentences .* split into pieces"):
+        first, whole, last = predicted(["w5"], words, ["w9", "w2"])
+    parts = predicted(words[:4], words[4:8], words[8:])
+    assert whole["tokens"] == words
+    assert whole["tags"] == [tag for part in parts for tag in part["tags"]]
+    assert len(set(whole["tags"])) > 1
+    assert [len(one["tags"]) for one in (first, last)] == [1, 2]
+    spelt = {(one["start"], one["end"]): one["text"] for one in whole["entities"]}
+    assert spelt == {span: " ".join(words[slice(*span)]) for span in spelt}
+    (at_once,) = predicted(words, max_length=20)
+    assert at_once["tokens"] == words
+    assert at_once["tags"] != whole["tags"]  # control: the parts do not see each other
 
 
 def without_words(batch):

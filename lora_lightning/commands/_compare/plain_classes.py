@@ -24,7 +24,7 @@ def task_spec(task: AdapterTask) -> Spec:
     Raises:
         ConfigError: A setting contradicts the comparison: a method, an adapter to start from, or LoRA+.
     """
-    settings = {name: value for name, value in task.hparams.items() if name not in ("_class_path", "method")}
+    settings = {name: value for name, value in task.hparams.items() if name != "method"}
     if settings.get("adapter") is not None:
         raise ConfigError("model.adapter is set, and compare starts every method afresh; leave it out.")
     optim = dict(settings.get("optim") or {})

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,21 +135,37 @@ def _trainer(spec: Spec, recorder: Recorder) -> L.Trainer:
 
 
 def _limit_validation(data: L.LightningDataModule, num_rows: int) -> None:
-    """Make a data module validate on some of its rows alone, evenly spaced: files are often sorted by their source."""
+    """Make a data module validate on some of its rows alone; of several sets each gives its share."""
     make: Callable[[], Any] = data.val_dataloader
 
     def limited() -> Any:  # noqa: ANN401 - Lightning's own union
-        loader = make()
-        dataset = getattr(loader, "dataset", None)
-        if not isinstance(loader, DataLoader) or not hasattr(dataset, "__len__") or len(dataset) <= num_rows:  # type: ignore[arg-type]  # datasets need not be sized to torch
-            return loader
-        lengths = getattr(dataset, "lengths", None)
-        places = [index * len(dataset) // num_rows for index in range(num_rows)]  # type: ignore[arg-type]  # datasets need not be sized to torch
-        if lengths is not None:  # texts of like length together, so that little is padded
-            places.sort(key=lambda place: -lengths[place])
-        return DataLoader(Subset(dataset, places), batch_size=loader.batch_size, collate_fn=loader.collate_fn)  # type: ignore[arg-type]  # datasets need not be sized to torch
+        loaders = make()
+        if not isinstance(loaders, Mapping):
+            return _limited(loaders, num_rows)
+        totals = {name: _num_rows(loader) for name, loader in loaders.items()}
+        share = num_rows / max(sum(totals.values()), 1)
+        return {name: _limited(loader, max(round(share * totals[name]), 1)) for name, loader in loaders.items()}
 
     data.val_dataloader = limited  # type: ignore[method-assign]  # replaced on this instance alone
+
+
+def _limited(loader: Any, num_rows: int) -> Any:  # noqa: ANN401 - Lightning's own union
+    """Return a loader of some rows of another, evenly spaced: files are often sorted by their source."""
+    total = _num_rows(loader)
+    if total <= num_rows:
+        return loader
+    dataset = loader.dataset
+    lengths = getattr(dataset, "lengths", None)
+    places = [index * total // num_rows for index in range(num_rows)]
+    if lengths is not None:  # texts of like length together, so that little is padded
+        places.sort(key=lambda place: -lengths[place])
+    return DataLoader(Subset(dataset, places), batch_size=loader.batch_size, collate_fn=loader.collate_fn)
+
+
+def _num_rows(loader: Any) -> int:  # noqa: ANN401 - Lightning's own union
+    """Return the number of rows of a loader; 0 where it is not known."""
+    dataset = getattr(loader, "dataset", None)
+    return len(dataset) if isinstance(loader, DataLoader) and hasattr(dataset, "__len__") else 0  # type: ignore[arg-type]  # datasets need not be sized to torch
 
 
 def _end_with_parent() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
+from lora_lightning.data.batches.mixing import Mixture
 from lora_lightning.data.batches.packing import UNSUPERVISED
 from lora_lightning.resume.position import Layout, Position
 
@@ -91,6 +92,7 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         group_by_length: False shuffles without regard to length.
         num_replicas: Number of ranks.
         rank: This process's rank.
+        mixture: Draws the rows of each epoch by weight; None takes each row once.
 
     Example:
         >>> sampler = LengthGroupedSampler([5, 1, 5, 1], batch_size=2, shuffle=False)
@@ -108,11 +110,13 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         group_by_length: bool = True,
         num_replicas: int = 1,
         rank: int = 0,
+        mixture: Mixture | None = None,
     ) -> None:
         super().__init__(range(len(lengths)), num_replicas, rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]  # any sized sequence does
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.batch_size = batch_size
         self.group_by_length = group_by_length
+        self.mixture = mixture
         self.seek(Position())
 
     def set_epoch(self, epoch: int) -> None:
@@ -156,6 +160,8 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         if not self.shuffle:
             return np.argsort(-self.lengths, kind="stable") if self.group_by_length else places
         generator = np.random.default_rng([self.seed, self.epoch])
+        if self.mixture is not None:
+            places = self.mixture.draw(generator)
         places = generator.permutation(places)
         if not self.group_by_length:
             return places

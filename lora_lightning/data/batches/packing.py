@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lora_lightning.data.batches.columns import EncodedRows
+from lora_lightning.data.batches.mixing import Mixture
 from lora_lightning.data.language.encoding import Encoded
 from lora_lightning.errors import DataError
 
@@ -54,18 +55,28 @@ class DocumentRows(Dataset[list[Document]]):
         documents: The documents: columns `input_ids` and `labels`.
         max_length: Pack documents into rows of at most so many tokens; None gives each a row of its own.
         seed: Seed of the order in which documents are packed.
+        mixture: Draws the documents that are packed by weight, once for all epochs; None packs each once.
 
     Attributes:
         documents: The documents.
         lengths: Number of tokens of each row.
     """
 
-    def __init__(self, documents: EncodedRows, *, max_length: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        documents: EncodedRows,
+        *,
+        max_length: int | None = None,
+        seed: int = 0,
+        mixture: Mixture | None = None,
+    ) -> None:
         self.documents = documents
         self.lengths = documents.lengths
         self._rows: list[list[int]] | None = None
         if max_length is not None:
-            order = np.random.default_rng(seed).permutation(len(documents))
+            generator = np.random.default_rng(seed)
+            drawn = mixture.draw(generator) if mixture else np.arange(len(documents))
+            order = generator.permutation(drawn)
             packs = first_fit(documents.lengths[order].tolist(), max_length)
             self._rows = [order[pack].tolist() for pack in packs]
             self.lengths = np.array([documents.lengths[row].sum() for row in self._rows])

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from lora_lightning.data.batches.mixing import interleave
 from lora_lightning.data.batches.packing import Document, document_from, pack_stream
 from lora_lightning.data.language.conversations import sample_from
 from lora_lightning.data.language.encoding import EncodedSample, Encoder
-from lora_lightning.data.rows.cells import ignored_message
-from lora_lightning.data.sources import ReadSettings, Record, Source, describe, read_records
+from lora_lightning.data.rows.reports import note
+from lora_lightning.data.sources import ReadSettings, Record, Source, describe, parts_of, read_records
 from lora_lightning.errors import DataError
 from lora_lightning.resume.position import Layout, Passed, Position
 
@@ -33,7 +37,8 @@ class StreamedRows(IterableDataset[list[Document]]):
     worker are left out for that.
 
     Args:
-        source: The files; see `Source`.
+        source: The files; see `Source`. Those of a mixture are drawn by weight; one that ends starts again, and an
+            epoch ends when each was read once.
         encoder: Encodes the samples.
         settings: How files are read.
         columns: For our names of fields, the names that the file has instead.
@@ -46,6 +51,8 @@ class StreamedRows(IterableDataset[list[Document]]):
         epoch: The epoch that the next iteration is for; every epoch has an order of its own.
         passed: Batches that have passed of this epoch in other layouts. What is left of it keeps its order and is dealt
             anew; for that, each process goes through the streams of all former ranks and workers.
+        notes: Folder in which each process notes what it leaves out (see `note`); None for processes that need not, as
+            all ranks read the same.
     """
 
     source: Source
@@ -60,6 +67,8 @@ class StreamedRows(IterableDataset[list[Document]]):
     rank: int = 0
     epoch: int = 0
     passed: _PassedBefore = ()
+    notes: Path | None = None
+    _has_skipped: bool = field(default=False, init=False)
 
     def __iter__(self) -> Iterator[_Row]:
         """Return the rows of this rank and worker."""
@@ -69,57 +78,60 @@ class StreamedRows(IterableDataset[list[Document]]):
         groups = self._groups(layout, worker, self.epoch, self.passed)
         return self._of_rank(groups, self.rank, worker, self.epoch, is_shuffled=not self.passed)
 
-    def documents(self, worker: int = 0, num_workers: int = 1, *, warn: bool = True) -> Iterator[Document]:
-        """Return the documents of one worker's share of the lines; `warn` at the end of what is lost.
+    def documents(self, worker: int = 0, num_workers: int = 1, epoch: int = 0) -> Iterator[Document]:
+        """Return the documents of one worker's share of the lines, and note at the end what was lost.
 
         Raises:
             DataError: A line is malformed, or no line can be learnt from.
         """
-        became: Counter[str] = Counter()
+        lost: Counter[str] = Counter(rows_read=0)
         ignored: Counter[str] = Counter()
-        for record in self._records(worker, num_workers, became):
-            became["read"] += 1
-            encoded = self._encoded(record, became, ignored)
-            became["cut"] += encoded.cut
-            became["dropped"] += not encoded.pieces
+        has_documents = False
+        for record in self._records(worker, num_workers, epoch):
+            lost["rows_read"] += 1
+            encoded = self._encoded(record, lost, ignored)
+            lost.update(cut=int(encoded.cut), answers_lost=encoded.num_lost)
             ignored.update(encoded.ignored)
+            has_documents = has_documents or bool(encoded.pieces)
             yield from map(document_from, encoded.pieces)
-        if became["read"] and became["dropped"] == became["read"]:
+        if lost["rows_read"] and not has_documents:
             raise DataError(
-                f"{describe(self.source)}: nothing can be learnt from any of {became['read']} rows: their answers are "
-                f"blank, or beyond the first {self.encoder.max_length} tokens. Set a larger max_length."
+                f"{describe(self.source)}: nothing can be learnt from any of {lost['rows_read']} rows: their answers "
+                f"are blank, or beyond the first {self.encoder.max_length} tokens. Set a larger max_length."
             )
-        if warn and ignored:
-            rank_zero_warn(ignored_message(describe(self.source), ignored))
-        if warn and (became["cut"] or became["dropped"] or became["bad"]):
-            rank_zero_warn(
-                f"{describe(self.source)}: of {became['read']} rows, {became['cut']} were cut at "
-                f"{self.encoder.max_length} tokens, and {became['dropped']} were left out because no answer was left "
-                f"of them; {became['bad']} broken rows were left out."
-            )
+        note(self.notes, share=[worker, num_workers, epoch], lost=lost, ignored=ignored)
 
-    def _records(self, worker: int, num_workers: int, became: Counter[str]) -> Iterator[Record]:
-        """Return one worker's share of the records."""
+    def _records(self, worker: int, num_workers: int, epoch: int) -> Iterator[Record]:
+        """Return one worker's share of the records, those of several sources drawn by weight."""
 
-        def note(error: DataError, text: str) -> None:  # noqa: ARG001 - as OnBad has it
-            if not became["bad"]:
-                rank_zero_warn(f"A broken row is left out: {error}")
-            became["bad"] += 1
+        def begin(source: Source, is_first: bool) -> Iterator[Record]:
+            on_bad = self._skip if is_first else pass_over
+            share = (worker, num_workers)
+            return read_records(source, self.settings, on_bad=on_bad if self.skips_bad_rows else None, share=share)
 
-        on_bad = note if self.skips_bad_rows else None
-        return read_records(self.source, self.settings, on_bad=on_bad, share=(worker, num_workers))
+        parts = parts_of(self.source)
+        # The ranks share the rows that come out, so all of them draw alike.
+        generator = np.random.default_rng([self.seed, epoch, worker, num_workers])
+        streams = [partial(begin, part.source) for part in parts]
+        return interleave(streams, [part.weight for part in parts], generator)
 
-    def _encoded(self, record: Record, became: Counter[str], ignored: Counter[str]) -> EncodedSample:
+    def _encoded(self, record: Record, lost: Counter[str], ignored: Counter[str]) -> EncodedSample:
         try:
             sample = sample_from(record, self.columns, ignored)
+            lost["rows_incomplete"] += sample is None
             return EncodedSample(()) if sample is None else self.encoder.encode(sample)
         except DataError as error:
             if not self.skips_bad_rows:
                 raise
-            if not became["bad"]:
-                rank_zero_warn(f"A broken row is left out: {error}")
-            became["bad"] += 1
+            self._skip(error, json.dumps(record.fields, default=str))
             return EncodedSample(())
+
+    def _skip(self, error: DataError, text: str) -> None:
+        """Leave out a broken row and note it; warn of the first at once."""
+        if not self._has_skipped:
+            rank_zero_warn(f"A broken row is left out: {error}")
+        self._has_skipped = True
+        note(self.notes, reason=str(error), text=text)
 
     # A group is one row for each rank: only whole groups are dealt, so that all ranks get as many rows.
 
@@ -129,7 +141,7 @@ class StreamedRows(IterableDataset[list[Document]]):
             return itertools.islice(
                 _in_groups(self._left(epoch, passed), layout.num_replicas), worker, None, layout.num_workers
             )
-        documents = self.documents(worker, layout.num_workers)
+        documents = self.documents(worker, layout.num_workers, epoch)
         rows = pack_stream(documents, self.encoder.max_length) if self.packing else ([one] for one in documents)
         return _in_groups(rows, layout.num_replicas)
 
@@ -195,6 +207,8 @@ class StreamLoader(DataLoader[Any]):
     """
 
     dataset: StreamedRows
+    at_end: Callable[[], None] | None = None
+    """Is called once, when the first iteration ends; also one that is broken off."""
     _num_skipped = 0
 
     @property
@@ -227,3 +241,11 @@ class StreamLoader(DataLoader[Any]):
             # From a worker process, torch brings the message with the whole traceback around it.
             last = str(error).strip().splitlines()[-1]
             raise DataError(last.removeprefix(f"{DataError.__module__}.{DataError.__qualname__}: ")) from None
+        finally:
+            at_end, self.at_end, self.dataset.notes = self.at_end, None, None
+            if at_end is not None:
+                at_end()
+
+
+def pass_over(error: DataError, text: str) -> None:
+    """Leave out a broken row without a word, as it is told and counted elsewhere."""

@@ -14,9 +14,6 @@ from lora_lightning.data.language.rendering import Renderer, Rendering, Span
 from lora_lightning.data.language.turns import Message
 from lora_lightning.errors import DataError
 
-# What a generation prompt may end with beyond the role's header: a block of thoughts, left open or empty.
-_BLOCK_OF_THOUGHTS = re.compile(r"(<(?:think|thinking|thought)>\s*)?(</(?:think|thinking|thought)>\s*)?\Z")
-
 
 @dataclass(frozen=True)
 class View:
@@ -65,81 +62,74 @@ class AnswerFinder:
         Raises:
             DataError: There is no template, it refuses the conversation, or it marks no answers.
         """
+        learnt = tuple(index for index, message in enumerate(sample.messages) if message.trained)
+        if self.train_on != "assistant":
+            learnt = learnt[-1:]
         if self.train_on == "all":
             text = self.renderer.write(sample).text
-            return [View(text, ((0, len(text)),), len(sample.messages), _learnt(sample.messages)[-1:])]
-        learnt = _learnt(sample.messages)
-        if self.train_on == "last":
-            learnt = learnt[-1:]
-        if not learnt:
-            return []
-        written = [self.renderer.write(sample, index + 1) for index in learnt]
-        spans = [self._spans(sample, index, until) for index, until in zip(learnt, written, strict=True)]
-        pairs = zip(written, spans, strict=True)
-        if all(written[-1].text.startswith(until.text[: found[-1][1]]) for until, found in pairs):
-            together = tuple(span for found in spans for span in found)
-            return [View(written[-1].text, together, learnt[-1] + 1, learnt)]
-        found = zip(learnt, written, spans, strict=True)
-        return [View(until.text, tuple(those), index + 1, (index,)) for index, until, those in found]
+            return [View(text, ((0, len(text)),), len(sample.messages), learnt)]
+        views = [self._view(sample, index) for index in learnt]
+        if not all(views[-1].text.startswith(view.text[: view.spans[-1][1]]) for view in views):
+            return views
+        spans = tuple(span for view in views for span in view.spans)
+        return [View(view.text, spans, view.count, learnt) for view in views[-1:]]
 
-    def _spans(self, sample: Sample, index: int, until: Rendering) -> list[Span]:
-        """Return where in the text up to an answer's end that answer stands."""
-        message, end = sample.messages[index], len(until.text)
-        if not self.renderer.marks_answers:
-            start = self._start(sample, index, until.text)
-            return [self._up_to_end((start, end), until.text, message)]
-        joined = _joined(self._marked(sample, index, until), until.text)
-        if not joined:
-            num_answers = sum(message.role == "assistant" for message in sample.messages)
-            raise DataError(
-                f"{sample.place}: the chat template of {self.renderer.tokenizer_name} marks {len(until.marked)} "
-                f"answers where the conversation has {num_answers}, and not turn {index + 1}; correct its generation "
-                "markers, or choose a named template."
-            )
-        return [*joined[:-1], self._up_to_end(joined[-1], until.text, message)]
-
-    def _marked(self, sample: Sample, index: int, until: Rendering) -> list[Span]:
-        """Return what the template marks of one answer."""
-        num_answers = sum(message.role == "assistant" for message in sample.messages[: index + 1])
-        if len(until.marked) == num_answers and not until.text.startswith("<", until.marked[-1][0]):
-            return [until.marked[-1]]
-        # Several marks an answer, or a mark around a block of thoughts that the generation prompt has opened already.
+    def _view(self, sample: Sample, index: int) -> View:
+        """Return a conversation's text up to the end of one answer, which is learnt."""
+        until = self.renderer.write(sample, index + 1)
         start = self._start(sample, index, until.text)
-        marked = [(max(first, start), last) for first, last in until.marked]
-        return [span for span in marked if span[0] < span[1]]
-
-    # Where an answer begins.
+        spans = [(start, len(until.text))]
+        if self.renderer.marks_answers:
+            # A mark may stand around a block of thoughts that the generation prompt has opened already.
+            spans = _joined([(max(first, start), last) for first, last in until.marked if last > start], until.text)
+        if not spans:
+            raise self._no_mark(sample, index, until)
+        *earlier, (start, end) = spans
+        end = self._end(start, end, until.text, sample.messages[index])
+        return View(until.text, (*earlier, (start, end)), index + 1, (index,))
 
     def _start(self, sample: Sample, index: int, until: str) -> int:
         """Return where in the text up to an answer's end that answer begins."""
-        before = self._written(sample, index, prompt=True)
-        if before is not None and until.startswith(before):
-            has_opening = until.startswith(self._opening, len(before))
-            return len(before) + (len(self._opening) if has_opening else 0)
-        start = self._start_in_own_text(sample, index, until, before)
-        asked = sample.messages[index - 1].content if index else ""
-        if "".join(asked.split()) not in "".join(until[:start].split()):
+        prompt = self._written(sample, index, prompt=True)
+        header = self._header
+        if prompt is not None and until.startswith(prompt):
+            # A template may write the header before answers though it writes no generation prompt.
+            is_header_next = not prompt.endswith(header) and until.startswith(header, len(prompt))
+            return len(prompt) + (len(header) if is_header_next else 0)
+        before = self._written(sample, index) or ""
+        shared = _num_shared(until, before)
+        found = until.find(header, max(shared - len(header), 0))
+        start = found + len(header) if header and found >= 0 else shared
+        question = sample.messages[index - 1].content if index else ""
+        if "".join(question.split()) not in "".join(until[:start].split()):
             raise DataError(
                 f"{sample.place}: the assistant's words cannot be told from the rest: the chat template of "
                 f"{self.renderer.tokenizer_name} has no assistant markers ({{% generation %}}), and what it writes for "
                 f"the first {index + 1} turns does not begin with what it writes for those before. Add markers, set "
                 "template to a named one, or set train_on to all."
             )
-        if before is not None:
-            self._warn_of_own_text()
+        if prompt is not None and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"The chat template of {self.renderer.tokenizer_name} begins answers in another way than its "
+                "generation prompt does; they are learnt as it writes them in the conversation."
+            )
         return start
 
-    def _start_in_own_text(self, sample: Sample, index: int, until: str, before: str | None) -> int:
-        """Return where an answer begins whose text does not begin with its generation prompt."""
-        turns = self._written(sample, index) or ""
-        shared = _num_shared(until, before or turns)
-        header = self._header
-        if before is not None and before.startswith(turns):
-            header = _without_thoughts(before[len(turns) :])
-            if shared >= len(turns) + len(header):
-                return len(turns) + len(header)
-        at = until.find(header, max(shared - len(header), 0)) if header else -1
-        return at + len(header) if at >= 0 else shared
+    @cached_property
+    def _header(self) -> str:
+        """What the template writes between a question and its answer; empty where that cannot be told, or is blank."""
+        talk = Sample("", (Message("user", "x"), Message("assistant", "zq0qz")))
+        asked, prompt, answered = self._written(talk, 1), self._written(talk, 1, prompt=True), self._written(talk, 2)
+        if asked is None or prompt is None or answered is None:
+            return ""
+        before_words = answered.partition("zq0qz")[0]
+        # A prompt that answers do not begin with may open a block of thoughts, which is not the header's.
+        is_prompt_written = prompt != asked and before_words.startswith(prompt)
+        opening = prompt if is_prompt_written else before_words
+        header = opening[_num_shared(opening, asked) :]
+        # White space before the words is the assistant's: a prompt ends without it.
+        return header if header.strip() else ""
 
     def _written(self, sample: Sample, count: int, *, prompt: bool = False) -> str | None:
         """Return what the template writes for the first turns, or None where it refuses so few."""
@@ -148,72 +138,29 @@ class AnswerFinder:
         except DataError:
             return None
 
-    @cached_property
-    def _header(self) -> str:
-        """What the template writes between a question and its answer; empty where that cannot be told."""
-        question = Sample("", (Message("user", "x"),))
-        asked, led = self._written(question, 1), self._written(question, 1, prompt=True)
-        if asked is None or led is None or not led.startswith(asked):
-            return ""
-        return _without_thoughts(led[len(asked) :])
-
-    @cached_property
-    def _opening(self) -> str:
-        """The header that a template writes before answers though it writes no generation prompt; else empty."""
-        if self._header:
-            return ""
-        question, words = Message("user", "x"), "zq0qz"
-        asked = self._written(Sample("", (question,)), 1)
-        answered = self._written(Sample("", (question, Message("assistant", words))), 2)
-        if asked is None or answered is None or not answered.startswith(asked):
-            return ""
-        opening = answered[len(asked) :].partition(words)[0]
-        # White space before the words is the assistant's: a prompt ends without it.
-        return opening if opening.strip() else ""
-
-    def _warn_of_own_text(self) -> None:
-        if self._has_warned:
-            return
-        self._has_warned = True
-        rank_zero_warn(
-            f"The chat template of {self.renderer.tokenizer_name} begins answers in another way than its generation "
-            "prompt does; they are learnt as it writes them in the conversation."
-        )
-
-    # Where it ends.
-
-    def _up_to_end(self, span: Span, text: str, message: Message) -> Span:
-        """Let an answer end with the mark that ends its turn: nothing after it is the assistant's."""
-        start, end = span
-        words, span_text = message.content.strip(), text[start:end]
-        marks = list(self._end_mark.finditer(span_text))
-        ends = [mark.end() for mark in marks]
-        if words in span_text and not message.extra.get("tool_calls"):
+    def _end(self, start: int, end: int, text: str, message: Message) -> int:
+        """Return where an answer ends: behind the mark that ends its turn, as nothing after it is the assistant's."""
+        words = "" if message.extra.get("tool_calls") else message.content.strip()
+        marks = list(self._end_mark.finditer(text, start, end))
+        if words in text[start:end]:
             # The words may hold end marks themselves, so that one right behind them counts.
-            ends = [mark.end() for mark in marks if span_text[: mark.start()].rstrip().endswith(words)]
-        if ends:
-            return start, start + ends[-1]
-        following = self._end_mark.match(text, end)
-        return start, following.end() if following else end
+            marks = [mark for mark in marks if text[start : mark.start()].rstrip().endswith(words)]
+        # Generation markers may leave the end mark out.
+        last = marks[-1] if marks else self._end_mark.match(text, end)
+        return last.end() if last else end
 
     @cached_property
     def _end_mark(self) -> re.Pattern[str]:
         """What ends a turn; matches nothing where no mark is known."""
         return re.compile("|".join(map(re.escape, self.end_marks)) or r"(?!)")
 
-
-def _without_thoughts(prompt: str) -> str:
-    """Return a generation prompt without the block of thoughts that it opens.
-
-    Example:
-        >>> _without_thoughts("<assistant><think> ")
-        '<assistant>'
-    """
-    return _BLOCK_OF_THOUGHTS.sub("", prompt, count=1)
-
-
-def _learnt(messages: Sequence[Message]) -> tuple[int, ...]:
-    return tuple(index for index, message in enumerate(messages) if message.trained)
+    def _no_mark(self, sample: Sample, index: int, until: Rendering) -> DataError:
+        num_answers = sum(message.role == "assistant" for message in sample.messages)
+        return DataError(
+            f"{sample.place}: the chat template of {self.renderer.tokenizer_name} marks {len(until.marked)} answers "
+            f"where the conversation has {num_answers}, and not turn {index + 1}; correct its generation markers, or "
+            "choose a named template."
+        )
 
 
 def _num_shared(one: str, other: str) -> int:
@@ -237,7 +184,6 @@ def _joined(spans: Sequence[Span], text: str) -> list[Span]:
     joined: list[Span] = []
     for start, end in spans:
         if joined and not text[joined[-1][1] : start].strip():
-            joined[-1] = (joined[-1][0], end)
-        else:
-            joined.append((start, end))
+            start = joined.pop()[0]
+        joined.append((start, end))
     return joined

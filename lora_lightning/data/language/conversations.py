@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from lora_lightning.data.language.turns import Fields, Message, message_from, parsed, text_from, tools_from
+from lora_lightning.data.language.turns import Message, message_from
+from lora_lightning.data.language.values import Context, from_json, list_from, names_of, present, shown, text_from
 from lora_lightning.data.sources import Record
-from lora_lightning.errors import DataError
 from lora_lightning.paths import nearest
-
-COLUMNS = (
-    "messages",
-    "conversations",
-    "prompt",
-    "completion",
-    "instruction",
-    "input",
-    "output",
-    "history",
-    "system",
-    "tools",
-    "text",
-)
-# The fields that tell a record's shape, in the order in which they are looked for.
-_SHAPES = (
-    ("messages",),
-    ("conversations",),
-    ("prompt", "completion"),
-    ("instruction", "output"),
-    ("text",),
-    ("dialogue",),
-)
-_SHAPES_IN_WORDS = (
-    "messages (a list of objects with role and content), conversations (with from and value), "
-    "prompt and completion, instruction and output (with input), or text"
-)
 
 
 @dataclass(frozen=True)
@@ -71,6 +45,23 @@ class Sample:
         return [turns, self.text, list(self.plain), list(self.tools)]
 
 
+def sample_of(content: list[Any], place: str) -> Sample:
+    """Return the sample that has this content.
+
+    Args:
+        content: What `Sample.content` gave.
+        place: Where the sample stands, as messages begin.
+
+    Example:
+        >>> sample = Sample("a.jsonl, line 1", (Message("user", "Hi", extra={"name": "Al"}),))
+        >>> sample_of(sample.content, sample.place) == sample
+        True
+    """
+    turns, text, plain, tools = content
+    messages = tuple(Message(extra.pop("role"), extra.pop("content"), trained, extra) for extra, trained in turns)
+    return Sample(place, messages, text, tuple(plain), tuple(tools))
+
+
 def sample_from(
     record: Record, columns: Mapping[str, str] | None = None, ignored: Counter[str] | None = None
 ) -> Sample | None:
@@ -93,24 +84,31 @@ def sample_from(
         >>> sample.plain, [message.role for message in sample.messages]
         (('1 + 1 =', ' 2'), ['user', 'assistant'])
     """
-    named = _renamed(record, columns or {})
-    reader = _Reader(record.place, Fields(named))
-    sample = reader.read(_shape_of(named))
+    at = Context(record.place)
+    fields = _renamed(record.fields, columns or {}, at)
+    left = present(fields)
+    # Fields with a value go before those without.
+    shape = next((shape for names in (left, fields) for shape in _READERS if names.keys() >= set(shape)), None)
+    if shape is None:
+        raise at.error(
+            "expected messages (a list of objects with role and content), conversations (with from and value), prompt "
+            f"and completion, instruction and output (with input), or text; got {names_of(fields)}."
+        )
+    sample = _READERS[shape](left, at)
+    at.ignore(left)
     if ignored is not None:
-        ignored.update({*reader.ignored, *reader.fields.left()})
+        ignored.update(at.ignored)
     return sample
 
 
-def _renamed(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
+def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str], at: Context) -> dict[str, Any]:
     """Return a record's fields under our names."""
-    fields = dict(record.fields)
+    named = {name: value for name, value in fields.items() if name not in columns.values()}
     for ours, theirs in columns.items():
         if theirs not in fields:
             near = nearest(theirs, fields, count=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise DataError(f"{record.place}: there is no field {theirs!r}, which columns names for {ours}.{hint}")
-    named = {name: value for name, value in fields.items() if name not in columns.values()}
-    for ours, theirs in columns.items():
+            raise at.error(f"there is no field {theirs!r}, which columns names for {ours}.{hint}")
         if ours in named:
             # The record has a field of our name too: it is kept aside, so that it counts as ignored.
             named[f"{ours} (replaced by {theirs})"] = named[ours]
@@ -118,139 +116,128 @@ def _renamed(record: Record, columns: Mapping[str, str]) -> dict[str, Any]:
     return named
 
 
-def _shape_of(fields: Mapping[str, Any]) -> str:
-    """Return the first field of the shape that a record has; fields with a value go before those without."""
-    present = {name for name, value in fields.items() if value is not None}
-    for names in (present, set(fields)):
-        for shape in _SHAPES:
-            if names.issuperset(shape):
-                return shape[0]
-    return ""
+# A reader takes the fields that it uses out of a record, and returns None where there is nothing to learn.
+
+_Fields = dict[str, Any]
 
 
-class _Reader:
-    """Reads one record in a given shape, and remembers what it did not use."""
+def _read_text(left: _Fields, at: Context) -> Sample | None:
+    text = text_from(left.pop("text", None), "text", at)
+    return Sample(at.place, text=text) if text.strip() else None
 
-    def __init__(self, place: str, fields: Fields) -> None:
-        self.place = place
-        self.fields = fields
-        self.ignored: set[str] = set()
 
-    def read(self, shape: str) -> Sample | None:
-        """Return the sample, or None where there is nothing to learn."""
-        if shape in ("messages", "conversations"):
-            return self._conversation(shape)
-        if shape == "prompt":
-            return self._prompt()
-        if shape == "instruction":
-            return self._alpaca()
-        if shape == "text":
-            text = text_from(self.fields.take("text"), "text", self.place)
-            return Sample(self.place, text=text) if text.strip() else None
-        if shape == "dialogue":
-            return self._dialogue()
-        raise DataError(f"{self.place}: expected {_SHAPES_IN_WORDS}; got {self.fields.shown()}.")
+def _read_turns(left: _Fields, at: Context, *, name: str) -> Sample | None:
+    return _conversation(_messages(left.pop(name, None), name, at), left, at)
 
-    def _conversation(self, name: str) -> Sample | None:
-        turns = self._turns(self.fields.take(name), name)
-        messages = [self._message(turn, name, number) for number, turn in enumerate(turns, start=1)]
-        answers = [message for message in messages if message.role == "assistant"]
-        if not answers:
-            raise DataError(f"{self.place}: no turn is the assistant's, so there is nothing to learn; expected one.")
-        if not any(message.says_something for message in answers):
-            return None
-        return self._with_frame(messages)
 
-    def _prompt(self) -> Sample | None:
-        prompt, completion = self.fields.take("prompt"), self.fields.take("completion")
-        if isinstance(prompt, str | None) and isinstance(completion, str | None):
-            texts = (self._text(prompt, "prompt"), self._text(completion, "completion"))
-            if not texts[1].strip():
-                return None
-            return self._with_frame([Message("user", texts[0]), Message("assistant", texts[1], trained=True)], texts)
-        if isinstance(prompt, str | None) or isinstance(completion, str | None):
-            kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
-            raise DataError(
-                f"{self.place}: prompt and completion must both be texts, or both lists of turns; got {kinds}."
+def _read_prompt(left: _Fields, at: Context) -> Sample | None:
+    prompt, completion = left.pop("prompt", None), left.pop("completion", None)
+    are_texts = [isinstance(value, str | None) for value in (prompt, completion)]
+    if all(are_texts):
+        texts = (text_from(prompt, "prompt", at), text_from(completion, "completion", at))
+        return _conversation([Message("user", texts[0]), _answer(texts[1])], left, at, plain=texts)
+    if any(are_texts):
+        kinds = f"{type(prompt).__name__} and {type(completion).__name__}"
+        raise at.error(f"prompt and completion must both be texts, or both lists of turns; got {kinds}.")
+    context = [replace(message, trained=False) for message in _messages(prompt, "prompt", at)]
+    answer = _messages(completion, "completion", at)
+    return _conversation([*context, *answer], left, at, num_given=len(context))
+
+
+def _read_alpaca(left: _Fields, at: Context) -> Sample | None:
+    """Read an instruction; answers in its `history` are learnt like any other turn, as in LLaMA-Factory."""
+    texts = {name: text_from(left.pop(name, None), name, at) for name in ("instruction", "input", "output")}
+    output = texts.pop("output")
+    question = "\n\n".join(text for text in texts.values() if text.strip())
+    if not output.strip() or not question:
+        return None
+    messages = []
+    for pair in list_from(left.pop("history", None), "history", "pairs of texts", at):
+        if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
+            raise at.error(
+                f"history must be a list of pairs of texts, an instruction and its answer; got {shown(pair)}."
             )
-        context = [self._message(turn, "prompt") for turn in self._turns(prompt, "prompt")]
-        context = [Message(one.role, one.content, trained=False, extra=one.extra) for one in context]
-        answer = [self._message(turn, "completion") for turn in self._turns(completion, "completion")]
-        if not any(message.role == "assistant" for message in answer):
-            raise DataError(
-                f"{self.place}: no turn of the completion is the assistant's, so there is nothing to learn."
-            )
-        return self._with_frame([*context, *answer])
+        earlier, answer = (text_from(text, "history", at) for text in pair)
+        messages += [Message("user", earlier), _answer(answer)]
+    return _conversation([*messages, Message("user", question, extra=texts), _answer(output)], left, at)
 
-    def _alpaca(self) -> Sample | None:
-        """Read an instruction; answers in its `history` are learnt like any other turn, as in LLaMA-Factory."""
-        names = ("instruction", "input", "output")
-        instruction, context, output = (self._text(self.fields.take(name), name) for name in names)
-        if not output.strip() or not (instruction.strip() or context.strip()):
-            return None
-        question = "\n\n".join(part for part in (instruction, context) if part.strip())
-        user = Message("user", question, extra={"instruction": instruction, "input": context})
-        return self._with_frame([*self._history(), user, Message("assistant", output, trained=True)])
 
-    def _history(self) -> list[Message]:
-        value = self.fields.take("history")
-        if isinstance(value, str) and value.strip():
-            value = parsed(value, "history", self.place)
-        pairs = value if isinstance(value, list) else [value] if value else []
-        messages: list[Message] = []
-        for pair in pairs:
-            is_pair = isinstance(pair, list | tuple) and len(pair) == 2
-            if not is_pair or not all(isinstance(text, str) for text in pair):
-                raise DataError(
-                    f"{self.place}: history must be a list of pairs of texts, an instruction and its answer; got "
-                    f"{str(pair)[:40]!r}."
-                )
-            question, answer = (self._text(one, "history") for one in pair)
-            messages += [Message("user", question), Message("assistant", answer, trained=bool(answer.strip()))]
-        return messages
+def _read_dialogue(left: _Fields, at: Context) -> Sample | None:
+    """Read statements that answer one another in turn, without the last one if it has no answer."""
+    statements = _turns(left.pop("dialogue", None), "dialogue", at)
+    texts = ["" if text is None else str(text).strip() for text in statements]
+    pairs = list(zip(texts[::2], texts[1::2], strict=False))
+    if not pairs or not all(question and answer for question, answer in pairs):
+        return None
+    if len(texts) % 2:
+        at.ignore(["a last statement without an answer"])
+    turns = [(Message("user", question), _answer(answer)) for question, answer in pairs]
+    return _conversation([message for pair in turns for message in pair], left, at)
 
-    def _dialogue(self) -> Sample | None:
-        """Read statements that answer one another in turn, without the last one if it has no answer."""
-        statements = self._turns(self.fields.take("dialogue"), "dialogue")
-        answered = list(statements[: len(statements) // 2 * 2])
-        if not answered or any(text is None or not str(text).strip() for text in answered):
-            return None
-        if len(answered) < len(statements):
-            self.ignored.add("a last statement without an answer")
-        turns = zip(("user", "assistant") * (len(answered) // 2), answered, strict=True)
-        return Sample(self.place, tuple(Message(role, str(text).strip(), role == "assistant") for role, text in turns))
 
-    def _with_frame(self, messages: Sequence[Message], plain: tuple[str, ...] = ()) -> Sample:
-        """Return a conversation with what stands beside it in the record: the system's words, and tools."""
-        system = self._text(self.fields.take("system"), "system")
-        tools = tools_from(self.fields.take("tools"), self.place)
-        opening = messages[0]
-        if system.strip() and opening.role == "system" and opening.content.strip() != system.strip():
-            raise DataError(
-                f"{self.place}: the field system and the conversation's first turn give different system messages; "
-                "keep one of them."
-            )
-        if system.strip() and opening.role != "system":
-            messages = [Message("system", system), *messages]
-        # Joined plainly, a prompt and its completion would lose what stands beside them.
-        joined = () if system.strip() or tools else plain
-        return Sample(self.place, tuple(messages), plain=joined, tools=tools)
+_READERS: dict[tuple[str, ...], Callable[[_Fields, Context], Sample | None]] = {
+    ("messages",): partial(_read_turns, name="messages"),
+    ("conversations",): partial(_read_turns, name="conversations"),
+    ("prompt", "completion"): _read_prompt,
+    ("instruction", "output"): _read_alpaca,
+    ("text",): _read_text,
+    ("dialogue",): _read_dialogue,
+}
+"""For the fields that tell a record's shape, what reads it; they are looked for in this order."""
 
-    def _turns(self, value: object, name: str) -> Sequence[Any]:
-        if isinstance(value, str) and value.lstrip().startswith("["):
-            # A cell of a CSV file can hold turns only as JSON.
-            value = parsed(value, name, self.place)
-        if isinstance(value, str) or not isinstance(value, Sequence):
-            raise DataError(f"{self.place}: {name} must be a list of turns, got {str(value)[:40]!r}.")
-        if not value:
-            raise DataError(
-                f"{self.place}: the conversation is empty; expected at least a user's turn and an assistant's."
-            )
-        return value
+COLUMNS = (*(name for shape in _READERS for name in shape), "input", "history", "system", "tools")
+"""Our names of a record's fields."""
 
-    def _message(self, turn: object, name: str, number: int | None = None) -> Message:
-        where = f"turn {number}" if number else name
-        return message_from(turn, f"{self.place}, {where}", self.ignored, f"{name}[]")
 
-    def _text(self, value: object, name: str) -> str:
-        return text_from(value, name, self.place)
+def _answer(text: str) -> Message:
+    return Message("assistant", text, trained=bool(text.strip()))
+
+
+def _turns(value: object, name: str, at: Context) -> Sequence[Any]:
+    turns = list_from(value, name, "turns", at)
+    if not turns:
+        raise at.error("the conversation is empty; expected at least a user's turn and an assistant's.")
+    return turns
+
+
+def _messages(value: object, name: str, at: Context) -> list[Message]:
+    turns = enumerate(_turns(value, name, at), start=1)
+    return [message_from(turn, at.inside(f"turn {number}", f"{name}[]")) for number, turn in turns]
+
+
+def _conversation(
+    messages: Sequence[Message], left: _Fields, at: Context, *, num_given: int = 0, plain: tuple[str, ...] = ()
+) -> Sample | None:
+    """Return a conversation with what stands beside it in the record: the system's words, and tools.
+
+    Args:
+        messages: The turns.
+        left: The record's other fields.
+        at: Where the record stands.
+        num_given: Number of turns at the beginning of which none is an answer to be learnt.
+        plain: See `Sample`.
+    """
+    answers = [message for message in messages[num_given:] if message.role == "assistant"]
+    if not answers:
+        whose = " of the completion" if num_given else ""
+        raise at.error(f"no turn{whose} is the assistant's, so there is nothing to learn; expected one.")
+    if not any(message.says_something for message in answers):
+        return None
+    system = text_from(left.pop("system", None), "system", at)
+    tools = tuple(_tool(tool, at) for tool in list_from(left.pop("tools", None), "tools", "objects", at))
+    if system.strip() and messages[0].role != "system":
+        messages = [Message("system", system), *messages]
+    elif system.strip() and messages[0].content.strip() != system.strip():
+        raise at.error(
+            "the field system and the conversation's first turn give different system messages; keep one of them."
+        )
+    # Joined plainly, a prompt and its completion would lose what stands beside them.
+    is_alone = not (system.strip() or tools)
+    return Sample(at.place, tuple(messages), plain=plain if is_alone else (), tools=tools)
+
+
+def _tool(value: object, at: Context) -> Mapping[str, Any]:
+    tool = from_json(value, "tools must be a list of objects", at)
+    if not isinstance(tool, Mapping):
+        raise at.error(f"tools must be a list of objects, but one of them is {shown(tool)}.")
+    return tool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -17,21 +17,34 @@ from lora_lightning.errors import DataError
 _END_OF_THOUGHTS = "</think>"
 # Switches inside the words, which templates of Nemotron read and leave out.
 _SWITCHES = re.compile(r"/(no_)?think\b")
+_CONTENT, _THOUGHTS = "messages[].content", "messages[].reasoning_content"
+_CALLS = "messages[].tool_calls"
+_ARGUMENTS = f"{_CALLS}[].function.arguments"
+_ALPACA = ("instruction", "input")
+_REQUIRED = {
+    _CONTENT: "the content",
+    _THOUGHTS: "the thoughts (reasoning_content)",
+    f"{_CALLS}[].function.name": "the tool call {!r}",
+    _ARGUMENTS: "the argument {!r} of a tool call",
+    "tools[].name": "the description of the tool {!r} (tools)",
+    "tools[].description": "the description {!r} of a tool (tools)",
+}
+"""What a template may not leave out, and what messages call it."""
 
 
 class Item(NamedTuple):
-    """Something that a conversation holds.
+    """One value that a conversation holds.
 
     Args:
         turn: Index of its turn, or -1 for what belongs to all.
-        field: Its field's name, as it is counted where a template may leave it out.
-        shown: What messages call it; empty for what a template may leave out.
-        probe: The word that stood in its place when the template was tried.
+        field: The path of its field.
+        value: The value.
+        probe: The word that stands for it when the template is tried.
     """
 
     turn: int
     field: str
-    shown: str
+    value: str
     probe: str
 
 
@@ -39,8 +52,8 @@ class Item(NamedTuple):
 class Coverage:
     """Refuses conversations of which the template leaves something out.
 
-    Content must stand in the text. For what can be as short as a tool's name, which the text may hold for another
-    reason, the template is tried once for each shape of a conversation, with words in its place that occur nowhere
+    Words must stand in the text. A short value, such as a tool's name, may stand there for another reason. So the
+    template is tried, once for each shape of a conversation, with words in the place of all values that occur nowhere
     else.
 
     Args:
@@ -48,7 +61,7 @@ class Coverage:
     """
 
     renderer: Renderer
-    _lost: dict[Any, list[int]] = field(default_factory=dict, init=False)
+    _lost: dict[int, list[int]] = field(default_factory=dict, init=False)
 
     def check(self, sample: Sample, views: Sequence[View]) -> set[str]:
         """Return the names of fields that no view holds, though they are optional: names, ids, earlier thoughts.
@@ -56,56 +69,101 @@ class Coverage:
         Raises:
             DataError: The template leaves out content, a tool call, a tool's description, or thoughts to be learnt.
         """
-        optional: set[str] = set()
-        learnt = {index for view in views for index in view.learnt}
+        held: set[Item] = set()
+        written: set[Item] = set()
         for view in views:
-            lost = self._lost_in(sample, view)
+            probe = _Probe(sample, view.count)
+            lost = self._lost_in(probe, view)
             for item in lost:
-                is_thought = item.field.endswith("reasoning_content")
-                if item.shown and (not is_thought or item.turn in view.learnt):
-                    raise DataError(self._refusal(sample, item.turn, item.shown))
-            if view is views[-1]:
-                optional = {item.field for item in lost if item.turn not in learnt or not item.shown}
-            self._check_content(sample, view)
+                if item.field in _REQUIRED and (item.field != _THOUGHTS or item.turn in view.learnt):
+                    raise self._refusal(sample, item)
+            held.update(probe.items)
+            written.update(set(probe.items).difference(lost))
+        ignored = {item.field for item in held - written}
         if views and views[-1].count < len(sample.messages):
-            optional.add("turns after the last learnt answer")
-        return optional
+            ignored.add("turns after the last learnt answer")
+        return ignored
 
-    def _lost_in(self, sample: Sample, view: View) -> list[Item]:
-        """Return what the template leaves out of conversations of this shape."""
-        messages = sample.messages[: view.count]
-        shape = (*map(_shape, messages), len(sample.tools))
-        if self._lost.get(shape) == []:
-            return []
-        probe = _Probe(messages, sample.tools)
+    def _lost_in(self, probe: _Probe, view: View) -> list[Item]:
+        """Return what the template leaves out of a conversation."""
+        shape = hash(repr((probe.sample.messages, probe.sample.tools)))
         if shape not in self._lost:
-            text = self._tried(probe, sample.place)
+            text = self._tried(probe)
             self._lost[shape] = [number for number, item in enumerate(probe.items) if item.probe not in text]
-        return [probe.items[number] for number in self._lost[shape]]
+        lost = [probe.items[number] for number in self._lost[shape]]
+        words = [item for item in probe.items if item.field in (_CONTENT, _THOUGHTS)]
+        return lost + [item for item in words if not _is_written(item.value, view.text)]
 
-    def _tried(self, probe: _Probe, place: str) -> str:
+    def _tried(self, probe: _Probe) -> str:
         try:
-            return self.renderer.write_messages(probe.messages, probe.tools, place).text
+            return self.renderer.write(probe.sample).text
         except DataError:
-            # It takes the conversation, but not with other words; then only the content can be checked.
+            # It takes the conversation, but not with other words; then only the words can be checked.
             return " ".join(item.probe for item in probe.items)
 
-    def _check_content(self, sample: Sample, view: View) -> None:
-        for index, message in enumerate(sample.messages[: view.count]):
-            thoughts, words = split_thoughts(message)
-            wanted = [("the content", part) for part in _parts(message, words)]
-            if index in view.learnt:
-                wanted.append(("the thoughts", thoughts))
-            for shown, part in wanted:
-                if part not in view.text and not _is_written(part, view.text):
-                    raise DataError(self._refusal(sample, index, shown))
-
-    def _refusal(self, sample: Sample, index: int, shown: str) -> str:
-        place = f"{sample.place}, turn {index + 1}" if index >= 0 else sample.place
-        return (
-            f"{place}: the chat template of {self.renderer.tokenizer_name} leaves out or changes {shown}. Set template "
-            "to one that writes it (a name, or a .jinja file), or remove it from the data."
+    def _refusal(self, sample: Sample, item: Item) -> DataError:
+        place = sample.place if item.turn < 0 else f"{sample.place}, turn {item.turn + 1}"
+        return DataError(
+            f"{place}: the chat template of {self.renderer.tokenizer_name} leaves out or changes "
+            f"{_REQUIRED[item.field].format(item.value[:40])}. Set template to one that writes it (a name, or a .jinja "
+            "file), or remove it from the data."
         )
+
+
+class _Probe:
+    """A conversation of the same shape with words that occur nowhere else, and the values that they stand for."""
+
+    def __init__(self, sample: Sample, count: int) -> None:
+        self.items: list[Item] = []
+        self._ids: dict[str, str] = {}
+        tools = tuple(map(self._tool, sample.tools))
+        messages = tuple(self._message(turn, message) for turn, message in enumerate(sample.messages[:count]))
+        self.sample = Sample(sample.place, messages, tools=tools)
+
+    def _word(self, turn: int, path: str, value: object) -> str:
+        """Return the word for a value; a blank one stands for itself."""
+        if not str(value).strip():
+            return str(value)
+        # Of nine letters, as Mistral's templates want an id; the same for a call and its answer.
+        word = f"zq{len(self.items):05d}qz"
+        if path.endswith("id"):
+            word = self._ids.setdefault(str(value), word)
+        self.items.append(Item(turn, path, str(value), word))
+        return word
+
+    def _tool(self, tool: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a tool with words as its name and its description; templates may go by the kinds of its parameters."""
+        if isinstance(tool.get("function"), Mapping):
+            return {**tool, "function": self._tool(tool["function"])}
+        texts = {name: tool[name] for name in ("name", "description") if isinstance(tool.get(name), str)}
+        return {**tool, **{name: self._word(-1, f"tools[].{name}", text) for name, text in texts.items()}}
+
+    def _message(self, turn: int, message: Message) -> Message:
+        thoughts, words = split_thoughts(message)
+        extra = dict(message.extra)
+        # Alpaca's template writes an instruction and its input instead of the content, which joins them.
+        parts = [extra[name].strip() for name in _ALPACA if name in extra] or [words]
+        probes = [self._word(turn, _CONTENT, part) for part in parts]
+        content = "\n\n".join(filter(None, probes))
+        thought = self._word(turn, _THOUGHTS, thoughts)
+        if thoughts and _END_OF_THOUGHTS in message.content:
+            content = f"<think>\n{thought}\n</think>\n\n{content}"
+        replaced = dict(zip(_ALPACA, probes, strict=False)) | {"reasoning_content": thought}
+        for name, value in extra.items():
+            extra[name] = replaced[name] if name in replaced else self._replaced(turn, f"messages[].{name}", value)
+        return replace(message, content=content, extra=extra)
+
+    def _replaced(self, turn: int, path: str, value: Any) -> Any:  # noqa: ANN401 - whatever the message holds
+        """Return a value with words in place of all texts and numbers in it."""
+        is_argument = path == _ARGUMENTS  # of which the parts are not told apart
+        if isinstance(value, Mapping):
+            paths = {name: path if is_argument else f"{path}.{name}" for name in value}
+            return {name: self._replaced(turn, paths[name], one) for name, one in value.items()}
+        if isinstance(value, list):
+            return [self._replaced(turn, path if is_argument else f"{path}[]", one) for one in value]
+        if value is None or path == f"{_CALLS}[].type":
+            return value
+        return self._word(turn, path, value)
 
 
 def split_thoughts(message: Message) -> tuple[str, str]:
@@ -122,88 +180,14 @@ def split_thoughts(message: Message) -> tuple[str, str]:
     return inside.rpartition("<think>")[2].strip() or thoughts.strip(), words.strip()
 
 
-def _parts(message: Message, words: str) -> list[str]:
-    """Return the texts that make up a turn's content: two for Alpaca's instruction with an input."""
-    if "instruction" in message.extra:
-        return [message.extra["instruction"].strip(), message.extra["input"].strip()]
-    return [words]
-
-
-def _is_written(part: str, text: str) -> bool:
-    """Return whether a text holds a part with other white space, as JSON, or without the switches."""
+def _is_written(value: str, text: str) -> bool:
+    """Return whether a text holds a value, also with other white space, as JSON, or without the switches."""
+    if value in text:
+        return True
     text = _squeezed(text)
-    as_json = json.dumps(part, ensure_ascii=False)[1:-1]
-    return _squeezed(part) in text or _squeezed(as_json) in text
+    as_json = json.dumps(value, ensure_ascii=False)[1:-1]
+    return _squeezed(value) in text or _squeezed(as_json) in text
 
 
 def _squeezed(text: str) -> str:
     return "".join(_SWITCHES.sub("", text).split())
-
-
-def _shape(message: Message) -> tuple[Any, ...]:
-    """Return what a template may look at besides the words themselves."""
-    thoughts, words = split_thoughts(message)
-    calls = [(sorted(call), bool(call["function"]["arguments"])) for call in message.extra.get("tool_calls", ())]
-    in_content = _END_OF_THOUGHTS in message.content
-    return (message.role, bool(words), bool(thoughts), in_content, tuple(sorted(message.extra)), str(calls))
-
-
-class _Probe:
-    """A conversation of the same shape with words that occur nowhere else, and what they stand for."""
-
-    def __init__(self, messages: Iterable[Message], tools: Iterable[Any]) -> None:
-        self.items: list[Item] = []
-        self._ids: dict[str, str] = {}
-        self.tools = [self._tool(tool) for tool in tools]
-        self.messages = [self._message(index, message) for index, message in enumerate(messages)]
-
-    def _word(self, turn: int, name: str, shown: str) -> str:
-        probe = f"zq{len(self.items)}qz"
-        self.items.append(Item(turn, name, shown, probe))
-        return probe
-
-    def _tool(self, tool: Any) -> Any:  # noqa: ANN401 - tools are whatever templates take
-        if isinstance(tool.get("function"), dict):
-            return {**tool, "function": self._tool(tool["function"])}
-        if not isinstance(tool.get("name"), str):
-            return tool
-        return {**tool, "name": self._word(-1, "tools", f"the description of the tool {tool['name']!r} (tools)")}
-
-    def _message(self, index: int, message: Message) -> Message:
-        extra = dict(message.extra)
-        thoughts, words = split_thoughts(message)
-        content = self._word(index, "messages[].content", "the content") if words else ""
-        if thoughts:
-            thought = self._word(index, "messages[].reasoning_content", "the thoughts (reasoning_content)")
-            if _END_OF_THOUGHTS in message.content:
-                content = f"<think>\n{thought}\n</think>\n\n{content}"
-            if "reasoning_content" in extra:
-                extra["reasoning_content"] = thought
-        if "instruction" in extra:
-            extra["instruction"], extra["input"] = content, ""
-        if "name" in extra:
-            extra["name"] = self._word(index, "messages[].name", "")
-        if "tool_call_id" in extra:
-            extra["tool_call_id"] = self._id(index, extra["tool_call_id"], "messages[].tool_call_id")
-        if "tool_calls" in extra:
-            extra["tool_calls"] = [self._call(index, call) for call in extra["tool_calls"]]
-        return replace(message, content=content, extra=extra)
-
-    def _call(self, index: int, call: dict[str, Any]) -> dict[str, Any]:
-        function = dict(call["function"])
-        shown = f"the tool call {function['name']!r}"
-        function["name"] = self._word(index, "messages[].tool_calls", shown)
-        if function["arguments"]:
-            value = self._word(index, "messages[].tool_calls", f"the arguments of {shown}")
-            is_text = isinstance(function["arguments"], str)
-            function["arguments"] = value if is_text else {"argument": value}
-        probed = {**call, "function": function}
-        if "id" in call:
-            probed["id"] = self._id(index, call["id"], "messages[].tool_calls[].id")
-        return probed
-
-    def _id(self, index: int, value: object, name: str) -> str:
-        """Return an id of nine letters, as Mistral's templates want it; the same for the call and its answer."""
-        probe = self._ids.setdefault(str(value), f"zq{len(self._ids):05d}qz")
-        self.items.append(Item(index, name, "", probe))
-        return probe

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lora_lightning.backbones.load import load_tokenizer
-from lora_lightning.data.language.chat_templates import END_TOKENS, begins_with_bos, chat_template
-from lora_lightning.data.language.conversations import Sample
 from lora_lightning.data.language.encoding import Encoder
 from lora_lightning.data.model_facts import ModelFacts
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.texts.chat_templates import END_TOKENS, begins_with_bos, chat_template
 
 _USUAL_LENGTH = 2048
 
@@ -22,12 +21,10 @@ def build_encoder(
     facts: ModelFacts,
     *,
     template: str | None,
-    train_on: str,
     max_length: int | None,
     padding_side: str,
-    template_arguments: Mapping[str, Any] | None = None,
-    too_long: str = "cut",
-    first_samples: Callable[[], Iterable[Sample]],
+    holds_instructions: Callable[[], bool],
+    **settings: Any,  # noqa: ANN401 - those of Encoder
 ) -> Encoder:
     """Load a tokenizer and settle what the data's settings leave open; each choice is told.
 
@@ -35,12 +32,10 @@ def build_encoder(
         name: Hub name, folder or `pkg://` path of the tokenizer.
         facts: What is known of the model.
         template: The chat template's name, or None for the tokenizer's own.
-        train_on: `assistant`, `last` or `all`.
-        max_length: Tokens after which a sample is cut; None means the usual number, or what the model takes.
+        max_length: Tokens after which a sample is too long; None means the usual number, or what the model takes.
         padding_side: `right` or `left`.
-        template_arguments: Further arguments of the chat template.
-        too_long: `cut`, `split` or `drop`.
-        first_samples: Gives samples that show the data's shape.
+        holds_instructions: Tells whether the data are instructions, which have a template of their own.
+        **settings: `too_long`, `train_on` and `template_arguments`; see `Encoder`.
 
     Raises:
         BackboneError: The tokenizer cannot be loaded.
@@ -52,29 +47,31 @@ def build_encoder(
     stop_ids = _settle_end(tokenizer, name, facts)
     _settle_padding(tokenizer, name, facts)
     begins = begins_with_bos(tokenizer)
-    _settle_template(tokenizer, name, template, begins, first_samples)
+    _settle_template(tokenizer, name, template, begins, holds_instructions)
+    most = min(facts.context or int(1e30), tokenizer.model_max_length)
+    if max_length is not None and max_length > most:
+        raise ConfigError(
+            f"max_length is {max_length}, but {name} takes at most {most} tokens; set it to that or less."
+        )
     return Encoder(
         tokenizer=tokenizer,
         tokenizer_name=name,
         template=tokenizer.chat_template,
-        max_length=_length(max_length, name, min(facts.context or int(1e30), tokenizer.model_max_length)),
-        too_long=too_long,
-        train_on=train_on,
-        template_arguments=template_arguments or {},
+        max_length=max_length or min(_USUAL_LENGTH, most),
         begin=(tokenizer.bos_token_id,) if begins else (),
         end_id=tokenizer.eos_token_id,
         stop_ids=frozenset(stop_ids),
         turn_end_ids=frozenset([*stop_ids, *known_ids(tokenizer, END_TOKENS)]),
         join_plainly=template == "plain",
         vocabulary=facts.vocabulary,
+        **settings,
     )
 
 
 def known_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:  # noqa: ANN401 - tokenizers share no public base
     """Return the ids of those tokens that a tokenizer knows as one."""
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
-    pairs = zip(tokens, ids, strict=True)
-    return [one for token, one in pairs if one is not None and tokenizer.convert_ids_to_tokens(one) == token]
+    vocabulary = tokenizer.get_vocab()
+    return [vocabulary[token] for token in tokens if token in vocabulary]
 
 
 def _settle_end(tokenizer: Any, name: str, facts: ModelFacts) -> list[int]:  # noqa: ANN401 - tokenizers share no public base class
@@ -90,15 +87,16 @@ def _settle_end(tokenizer: Any, name: str, facts: ModelFacts) -> list[int]:  # n
 
 def _settle_padding(tokenizer: Any, name: str, facts: ModelFacts) -> None:  # noqa: ANN401 - tokenizers share no public base class
     """Make sure that there is a token to pad with, and one that the model knows."""
-    known = facts.vocabulary is None or (tokenizer.pad_token_id or 0) < facts.vocabulary
-    if tokenizer.pad_token_id is not None and known:
+    if tokenizer.pad_token_id is None:
+        why = "no padding token"
+    elif facts.vocabulary is not None and tokenizer.pad_token_id >= facts.vocabulary:
+        why = f"the padding token {tokenizer.pad_token!r}, which the model does not know"
+    else:
         return
-    token = tokenizer.eos_token or tokenizer.unk_token
-    if token is None:
+    tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token is None:
         raise DataError(f"The tokenizer of {name} has neither a padding token nor an end token to pad with.")
-    why = "no padding token" if known else f"the padding token {tokenizer.pad_token!r}, which the model does not know"
-    tokenizer.pad_token = token
-    rank_zero_info(f"The tokenizer of {name} has {why}; {token!r} pads.")
+    rank_zero_info(f"The tokenizer of {name} has {why}; {tokenizer.pad_token!r} pads.")
 
 
 def _settle_template(
@@ -106,14 +104,13 @@ def _settle_template(
     name: str,
     wanted: str | None,
     begins: bool,
-    first_samples: Callable[[], Iterable[Sample]],
+    holds_instructions: Callable[[], bool],
 ) -> None:
     """Give the tokenizer the template that is asked for, or the one that the data's shape stands for."""
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.get_chat_template()
     if wanted is None and not tokenizer.chat_template:
-        messages = (message for sample in first_samples() for message in sample.messages)
-        wanted = "alpaca" if any("instruction" in message.extra for message in messages) else None
+        wanted = "alpaca" if holds_instructions() else None
     if wanted is not None:
         tokenizer.chat_template = chat_template(wanted, bos=begins)
     kind = wanted or ("the tokenizer's own" if tokenizer.chat_template else "none")
@@ -125,10 +122,3 @@ def _settle_template(
             "spells out. It can be learnt so, but a template without such tokens (dialogue, alpaca, plain) suits this "
             "model better."
         )
-
-
-def _length(asked: int | None, name: str, most: int) -> int:
-    """Return the number of tokens at which samples are cut."""
-    if asked is not None and asked > most:
-        raise ConfigError(f"max_length is {asked}, but {name} takes at most {most} tokens; set it to that or less.")
-    return asked or min(_USUAL_LENGTH, most)

@@ -22,12 +22,10 @@ class Encoded:
     Args:
         ids: The token ids.
         trained: For each of them, whether it is to be learnt.
-        cut: Whether it is a piece of a longer text.
     """
 
     ids: list[int]
     trained: list[bool]
-    cut: bool = False
 
     @property
     def num_trained(self) -> int:
@@ -104,12 +102,11 @@ class Encoder:
             DataError: A conversation has no template, or the template refuses it, hides where the answers are or leaves
                 something out, or a token lies beyond the model's vocabulary.
         """
-        if not sample.messages:
-            return self._fitted([self._tokens(sample.text, [(0, len(sample.text))], sample.place, begin=self.begin)])
-        if sample.plain and (self.template is None or self.join_plainly):
-            prompt, completion = sample.plain
-            answer = (len(prompt), len(prompt) + len(completion))
-            return self._fitted([self._tokens(prompt + completion, [answer], sample.place, begin=self.begin)])
+        is_joined = sample.plain and (self.template is None or self.join_plainly)
+        if is_joined or not sample.messages:
+            prompt, answer = sample.plain or ("", sample.text)
+            text = prompt + answer
+            return self._fitted([self._tokens(text, [(len(prompt), len(text))], sample.place, begin=self.begin)])
         views = self._answers.views(sample)
         ignored = self._coverage.check(sample, views)
         ends = self.train_on != "all" or sample.messages[-1].role == "assistant"
@@ -135,23 +132,20 @@ class Encoder:
 
     def _fitted(self, texts: Sequence[Encoded], ignored: frozenset[str] = frozenset()) -> EncodedSample:
         """Return the texts in pieces that are no longer than allowed."""
+        pieces_of = [self._pieces(text) for text in texts]
+        kept = tuple(piece for pieces in pieces_of for piece in pieces if piece.num_trained)
+        # A text that is dropped counts as one piece, and so does a sample without a text, as it has no answer to learn.
+        num_pieces = sum(max(len(pieces), 1) for pieces in pieces_of) or 1
         is_cut = any(len(text.ids) > self.max_length for text in texts)
-        pieces = list(itertools.chain.from_iterable(map(self._pieces, texts)))
-        kept = tuple(piece for piece in pieces if piece.num_trained)
-        # A text without pieces was dropped, and a sample without texts has no answer to be learnt.
-        num_dropped = sum(not self._pieces(text) for text in texts) + (not texts)
-        return EncodedSample(kept, is_cut, len(pieces) - len(kept) + num_dropped, ignored)
+        return EncodedSample(kept, is_cut, num_pieces - len(kept), ignored)
 
     def _pieces(self, text: Encoded) -> list[Encoded]:
         length = len(text.ids)
         if length <= self.max_length:
             return [text]
-        if self.too_long == "drop":
-            return []
-        num_kept = length if self.too_long == "split" else self.max_length
-        starts = range(0, num_kept, self.max_length)
-        parts = [slice(start, start + self.max_length) for start in starts]
-        return [Encoded(text.ids[part], text.trained[part], cut=True) for part in parts]
+        end = {"cut": self.max_length, "split": length, "drop": 0}[self.too_long]
+        parts = [slice(start, start + self.max_length) for start in range(0, end, self.max_length)]
+        return [Encoded(text.ids[part], text.trained[part]) for part in parts]
 
     # From text to tokens.
 
@@ -159,7 +153,8 @@ class Encoder:
         self, text: str, spans: Sequence[Span], place: str, *, begin: tuple[int, ...] = (), ends: bool = True
     ) -> Encoded:
         """Return a text's tokens up to the last one to be learnt, and with `ends` a token at which the model stops."""
-        ids, trained = self._tokenize(text, spans)
+        # Half of a surrogate pair, which JSON can carry, is no character, and tokenizers refuse it.
+        ids, trained = self._tokenize(text.encode("utf-8", "replace").decode("utf-8"), spans)
         last = max((index for index, is_trained in enumerate(trained) if is_trained), default=-1)
         if last >= 0:
             del ids[last + 1 :], trained[last + 1 :]
@@ -175,21 +170,16 @@ class Encoder:
         A token over such an edge would hold the end of a prompt and the begin of its answer; the model never gets it
         when it answers, as its prompt ends there. The text is cut at these edges, and only at these.
         """
-        edges = {edge for edge in itertools.chain(*spans) if 0 < edge < len(text)}
-        if self.tokenizer.is_fast:
-            ids, ends = self._with_ends(text)
-            starts = [0, *ends[:-1]]
-            crossed = {edge for edge in edges for start, end in zip(starts, ends, strict=True) if start < edge < end}
-        else:
-            crossed = edges
-        if not self.tokenizer.is_fast or crossed:
-            cuts = [0, *sorted(crossed), len(text)]
+        ids, ends = self._with_ends(text)
+        edges = {edge for span in spans for edge in span if 0 < edge < len(text)}
+        crossed = sorted(edges.difference(ends))
+        if crossed:
             ids, ends = [], []
-            for start, end in itertools.pairwise(cuts):
+            for start, end in itertools.pairwise([0, *crossed, len(text)]):
                 piece_ids, piece_ends = self._with_ends(text[start:end])
                 ids += piece_ids
                 ends += [start + place for place in piece_ends]
-        return ids, [any(start < place <= end for start, end in spans) for place in ends]
+        return ids, [any(start < end <= last for start, last in spans) for end in ends]
 
     def _with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Return a text's tokens and where each ends, in ascending order; a slow tokenizer's all end with the text."""
@@ -197,11 +187,8 @@ class Encoder:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids, [len(text)] * len(ids)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ends, last = [], 0
-        for _, end in encoded["offset_mapping"]:
-            last = max(last, end)
-            ends.append(last)
-        return list(encoded["input_ids"]), ends
+        ends = [end for _, end in encoded["offset_mapping"]]
+        return list(encoded["input_ids"]), list(itertools.accumulate(ends, max))
 
     def _require_known(self, ids: list[int], place: str) -> None:
         beyond = max(ids, default=0)

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
-from lora_lightning.data.language.chat_templates import TEMPLATE_NAMES, marks_answers
 from lora_lightning.data.language.conversations import Sample
 from lora_lightning.data.language.turns import Message
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.texts.chat_templates import TEMPLATE_NAMES, marks_answers
 
 Span = tuple[int, int]
-_TAKEN_ARGUMENTS = frozenset(
-    (
-        "messages",
-        "conversations",
-        "tools",
-        "documents",
-        "chat_template",
-        "add_generation_prompt",
-        "continue_final_message",
-        "return_assistant_tokens_mask",
-    )
-)
 
 
-@dataclass(frozen=True)
-class Rendering:
+class Rendering(NamedTuple):
     """What a template writes for some turns.
 
     Args:
@@ -41,20 +30,28 @@ class Rendering:
     marked: tuple[Span, ...] = ()
 
 
-@dataclass(frozen=True)
-class CallForm:
+class CallForm(NamedTuple):
     """How a template wants a turn with tool calls.
 
     Args:
-        blank_is_none: Whether blank content must be None, as in OpenAI's interface.
         arguments_as_text: Whether arguments must be JSON as a text, as in OpenAI's interface, instead of an object.
+        blank_is_none: Whether blank content must be None, as in OpenAI's interface.
     """
 
-    blank_is_none: bool = False
     arguments_as_text: bool = False
+    blank_is_none: bool = False
 
-
-_CALL_FORMS = tuple(CallForm(blank, text) for text in (False, True) for blank in (False, True))
+    def apply(self, message: Message) -> dict[str, Any]:
+        """Return a message as the template takes it."""
+        turn = message.as_dict()
+        if "reasoning_content" in turn:
+            # The name under which gpt-oss's template reads thoughts.
+            turn["thinking"] = turn["reasoning_content"]
+        if self.blank_is_none and "tool_calls" in turn and not message.content.strip():
+            turn["content"] = None
+        if self.arguments_as_text and "tool_calls" in turn:
+            turn["tool_calls"] = [_with_text(call) for call in turn["tool_calls"]]
+        return turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +76,11 @@ class Renderer:
         Raises:
             ConfigError: One of them is taken, or the template does not read it.
         """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        taken = {"messages", *inspect.signature(render_jinja_template).parameters, *self.special_tokens}
         for name in self.arguments:
-            if name in _TAKEN_ARGUMENTS or name in self.special_tokens:
+            if name in taken:
                 raise ConfigError(f"template_arguments sets {name!r}, which the data sets; leave it out.")
             if name not in (self.template or ""):
                 raise ConfigError(
@@ -99,25 +99,17 @@ class Renderer:
         Raises:
             DataError: There is no template, or it refuses the conversation.
         """
-        return self.write_messages(sample.messages[:count], sample.tools, sample.place, prompt=prompt)
-
-    def write_messages(
-        self, messages: Sequence[Message], tools: Sequence[Any], place: str, *, prompt: bool = False
-    ) -> Rendering:
-        """Write turns; see `write`."""
-        calls = any("tool_calls" in message.extra for message in messages)
-        form = self.call_form if calls else CallForm()
-        return self._write(messages, tools, place, form, prompt=prompt)
+        return self._write(sample, count, prompt, self._call_form)
 
     @cached_property
-    def call_form(self) -> CallForm:
-        """In which form the template writes a tool call: the first of the usual ones in which it does."""
-        arguments = {"someargument": "somevalue"}
-        call = {"type": "function", "id": "call00001", "function": {"name": "somename", "arguments": arguments}}
-        messages = (Message("user", "x"), Message("assistant", "", extra={"tool_calls": [call]}))
-        for form in _CALL_FORMS:
+    def _call_form(self) -> CallForm:
+        """The first of the usual forms in which the template writes a tool call."""
+        function = {"name": "somename", "arguments": {"someargument": "somevalue"}}
+        call = {"type": "function", "id": "call00001", "function": function}
+        sample = Sample("", (Message("user", "x"), Message("assistant", "", extra={"tool_calls": [call]})))
+        for form in itertools.starmap(CallForm, itertools.product((False, True), repeat=2)):
             try:
-                text = self._write(messages, (), "", form).text
+                text = self._write(sample, None, False, form).text
             except DataError:
                 continue
             # In single quotes stands Python's way to write a dict, under templates that expect a text.
@@ -125,21 +117,19 @@ class Renderer:
                 return form
         return CallForm()
 
-    def _write(
-        self, messages: Sequence[Message], tools: Sequence[Any], place: str, form: CallForm, *, prompt: bool = False
-    ) -> Rendering:
+    def _write(self, sample: Sample, count: int | None, prompt: bool, form: CallForm) -> Rendering:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if self.template is None:
             raise DataError(
-                f"{place}: the tokenizer of {self.tokenizer_name} has no chat template, which a conversation "
+                f"{sample.place}: the tokenizer of {self.tokenizer_name} has no chat template, which a conversation "
                 f"needs; set template to one of {', '.join(TEMPLATE_NAMES)}, or a .jinja file."
             )
         try:
             texts, spans = render_jinja_template(
-                [[_for_template(message, form) for message in messages]],
-                tools=list(tools) or None,
+                [[form.apply(message) for message in sample.messages[:count]]],
+                tools=list(sample.tools) or None,
                 chat_template=self.template,
                 return_assistant_tokens_mask=self.marks_answers,
                 add_generation_prompt=prompt,
@@ -149,25 +139,9 @@ class Renderer:
         except (TemplateError, TypeError, KeyError, ValueError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             raise DataError(
-                f"{place}: the chat template of {self.tokenizer_name} refuses this conversation: {reason}."
+                f"{sample.place}: the chat template of {self.tokenizer_name} refuses this conversation: {reason}."
             ) from error
-        marked = spans[0] if spans else ()
-        return Rendering(texts[0], tuple((start, end) for start, end in marked))
-
-
-def _for_template(message: Message, form: CallForm) -> dict[str, Any]:
-    """Return a message as templates take it."""
-    turn = message.as_dict()
-    if "reasoning_content" in turn:
-        # The name under which gpt-oss's template reads thoughts.
-        turn["thinking"] = turn["reasoning_content"]
-    if "tool_calls" not in turn:
-        return turn
-    if form.blank_is_none and not message.content.strip():
-        turn["content"] = None
-    if form.arguments_as_text:
-        turn["tool_calls"] = [_with_text(call) for call in turn["tool_calls"]]
-    return turn
+        return Rendering(texts[0], tuple(map(tuple, spans[0])) if spans else ())
 
 
 def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:

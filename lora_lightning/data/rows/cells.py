@@ -1,20 +1,47 @@
-"""Cells of records as texts, and labels in order."""
+"""Cells of records, read as texts and numbers or refused, and the labels that they hold."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from lora_lightning.data.rows.columns import missing_column
 from lora_lightning.data.sources import Record
 from lora_lightning.errors import DataError
+from lora_lightning.paths import nearest, some_of
 
 _INTEGER = re.compile(r"[+-]?\d+")
 
 
-def cell_of(record: Record, column: str, setting: str) -> Any:  # noqa: ANN401 - whatever stands there
+class Cell(NamedTuple):
+    """What a record holds in a column.
+
+    Args:
+        value: What stands there; None if the record does not have the column.
+        column: Name of the column.
+        place: Where the record stands, as messages begin.
+    """
+
+    value: Any
+    column: str
+    place: str
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether it holds nothing, as `is_missing` has it."""
+        return is_missing(self.value)
+
+    def entries(self) -> list[Cell]:
+        """Return each entry of a list as a cell of its own."""
+        return [Cell(one, f"{self.column}[{index}]", self.place) for index, one in enumerate(self.value)]
+
+    def refuse(self, expected: str) -> DataError:
+        """Return the error that says where the cell stands, what it holds, and what was expected instead."""
+        return DataError(f"{self.place}: the column {self.column!r} holds {repr(self.value)[:60]}; {expected}")
+
+
+def cell_of(record: Record, column: str, setting: str) -> Cell:
     """Return a cell that every record must have.
 
     Args:
@@ -27,26 +54,73 @@ def cell_of(record: Record, column: str, setting: str) -> Any:  # noqa: ANN401 -
     """
     if column not in record.fields:
         raise missing_column(record.place, column, setting, record.fields)
-    return record.fields[column]
+    return Cell(record.fields[column], column, record.place)
 
 
-def text_of(cell: object, place: str, column: str) -> str:
+def missing_column(source: str, column: str, setting: str, columns: Iterable[str]) -> DataError:
+    """Return the error for a column that is not there.
+
+    Args:
+        source: The source.
+        column: The column.
+        setting: The setting that names it.
+        columns: The columns that there are.
+    """
+    names = list(map(str, columns))
+    near = nearest(column, names, count=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    if len(names) == 1 and re.search(r"[;\t|]", names[0]):
+        hint = " It looks as if another separator is used: set separator."
+    return DataError(
+        f"{source} has no column {column!r}, which {setting} names; its columns: {some_of(names, 20)}.{hint}"
+    )
+
+
+def is_missing(value: object) -> bool:
+    """Return whether a value is nothing: null, NaN, or only white space.
+
+    Example:
+        >>> [is_missing(value) for value in ("a", " ", None, 0, float("nan"))]
+        [False, True, True, False, True]
+    """
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def text_of(cell: Cell) -> str:
     """Return a cell as a text.
 
     Raises:
         DataError: It holds something else, or a number that is NaN or infinite.
     """
-    if isinstance(cell, float) and not math.isfinite(cell):
-        what = "nothing (NaN)" if math.isnan(cell) else f"the number {cell}"
-        raise DataError(f"{place}: the column {column!r} holds {what}; expected texts. Take this row out, or mend it.")
-    if isinstance(cell, bool | int | float):
-        return str(cell)
-    if not isinstance(cell, str):
-        raise DataError(
-            f"{place}: the column {column!r} holds a {type(cell).__name__} ({str(cell)[:40]!r}); expected texts."
-        )
+    value = cell.value
+    is_number = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+    if not isinstance(value, str) and not is_number:
+        raise cell.refuse("expected a text. Correct this row, or take it out.")
+    text = str(value)
     # Half of a surrogate pair, which JSON can carry, is no character, and tokenizers refuse it.
-    return cell if cell.isascii() else cell.encode("utf-8", "replace").decode("utf-8")
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def number_of(value: object) -> float | None:
+    """Return the number that a value is or spells, infinity for one too large; None if it is no number.
+
+    Example:
+        >>> [number_of(value) for value in (3, " 4.5 ", "1e-3", True, "good", "1_000")]
+        [3.0, 4.5, 0.001, 1.0, None, None]
+    """
+    if isinstance(value, str) and "_" in value:  # only in Python are these digits
+        return None
+    try:
+        return float(value)  # type: ignore[arg-type]  # what float does not take is refused below
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        return None
+
+
+# Labels.
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:
@@ -63,12 +137,7 @@ def sorted_labels(labels: Iterable[str]) -> list[str]:
 
 
 def check_known(
-    labels: Mapping[str, tuple[int, str]],
-    names: Iterable[str],
-    source: str,
-    rows: str,
-    whose: str,
-    what: str = "labels",
+    labels: Mapping[str, tuple[int, str]], names: Sequence[str], source: str, split: str, owner: str, what: str
 ) -> None:
     """Refuse labels that are not among some names.
 
@@ -76,23 +145,21 @@ def check_known(
         labels: How many rows of a source have each label, and where the first of them stands.
         names: The labels that there may be.
         source: The source.
-        rows: The split that the source is for.
-        whose: Whose labels the names are, as in "the model does".
+        split: The split that the source is for.
+        owner: What has the names, as in "the model does".
         what: What the labels are called.
 
     Raises:
         DataError: There are others.
     """
-    known = list(names)
-    unseen = sorted_labels(set(labels) - set(known))
-    if not unseen:
-        return
-    shown = ", ".join(f"{name!r} ({labels[name][1]})" for name in unseen[:10])
-    more = f" and {len(unseen) - 10} more" if len(unseen) > 10 else ""
-    raise DataError(
-        f"{source} has {what} among its {rows} rows that {whose} not have: {shown}{more}; known are "
-        f"{', '.join(map(repr, known[:30]))}. Leave these rows out, or train with rows that have these {what}."
-    )
+    unseen = sorted_labels(labels.keys() - set(names))
+    if unseen:
+        shown = some_of([f"{name!r} ({labels[name][1]})" for name in unseen])
+        known = some_of(list(map(repr, names)), 30)
+        raise DataError(
+            f"{source} has {what} among its {split} rows that {owner} not have: {shown}; known are {known}. Leave "
+            f"these rows out, or train with rows that have these {what}."
+        )
 
 
 def ignored_message(source: str, ignored: Mapping[str, int]) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_lightning.data.rows.conditions import Condition, is_missing
+from lora_lightning.data.rows.cells import is_missing, missing_column
+from lora_lightning.data.rows.conditions import Condition
 from lora_lightning.data.sources import Record
 from lora_lightning.errors import DataError
-from lora_lightning.paths import nearest
 
 
 class ColumnWatch:
@@ -26,7 +25,7 @@ class ColumnWatch:
         self._unseen = {**{one.column: "where" for one in conditions}, **columns}
         self._seen: dict[str, None] = {}
         self._compared: set[Condition] = set()
-        self._cells: dict[Condition, Any] = {}
+        self._not_compared: dict[Condition, Any] = {}  # the first cell of each
 
     def admits(self, record: Record) -> bool:
         """Return whether a record meets all conditions."""
@@ -34,7 +33,7 @@ class ColumnWatch:
             self._seen.update(dict.fromkeys(record.fields))
             for column in self._unseen.keys() & record.fields.keys():
                 del self._unseen[column]
-        answers = [self._answer(condition, record) for condition in self._conditions]
+        answers = [self._answer(condition, record.fields) for condition in self._conditions]
         return all(answers)
 
     def check(self) -> None:
@@ -45,38 +44,17 @@ class ColumnWatch:
         """
         for column, setting in self._unseen.items():
             raise missing_column(self._source, column, setting, self._seen)
-        for condition, cell in self._cells.items():
+        for condition, cell in self._not_compared.items():
             if condition not in self._compared:
                 raise DataError(
                     f"{self._source}: the condition '{condition}' cannot be met: no cell of the column is "
                     f"{condition.kind} (the first is {str(cell)[:40]!r})."
                 )
 
-    def _answer(self, condition: Condition, record: Record) -> bool:
-        answer = condition.met_by(record.fields)
+    def _answer(self, condition: Condition, fields: Mapping[str, Any]) -> bool:
+        answer, cell = condition.met_by(fields), fields.get(condition.column)
         if answer is not None:
             self._compared.add(condition)
-            return answer
-        cell = record.fields.get(condition.column)
-        if not is_missing(cell):
-            self._cells.setdefault(condition, cell)
-        return False
-
-
-def missing_column(source: str, column: str, setting: str, columns: Iterable[str]) -> DataError:
-    """Return the error for a column that is not there; those that there are stand in the message.
-
-    Args:
-        source: The source.
-        column: The column.
-        setting: The setting that names it.
-        columns: The columns that there are.
-    """
-    names = list(map(str, columns))
-    near = nearest(column, names, count=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    if len(names) == 1 and re.search(r"[;\t|]", names[0]):
-        hint = " It looks as if another separator is used: set separator."
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    shown = ", ".join(names[:20]) + more
-    return DataError(f"{source} has no column {column!r}, which {setting} names; its columns: {shown}.{hint}")
+        elif not is_missing(cell):
+            self._not_compared.setdefault(condition, cell)
+        return bool(answer)

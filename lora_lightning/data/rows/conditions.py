@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lightning.data.rows.cells import is_missing, number_of
 from lora_lightning.errors import ConfigError
 
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
@@ -19,13 +20,16 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
+_TRUTH = {"true": True, "false": False}
+_READ_AS: dict[type, tuple[str, Callable[[Any], Any]]] = {
+    bool: ("true or false", lambda cell: _TRUTH.get(str(cell).lower())),
+    float: ("a number", number_of),
+    str: ("a text", str),
+}
+"""How cells are read for a value of each type: what they must be, and its reader, which returns None for others."""
+
 _CONDITION = re.compile(r"\s*(`[^`]+`|[^\s`'\"<>=!]+)\s*(<=|>=|==|!=|<|>)\s*(.+?)\s*")
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
-_QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
-_FORM = (
-    "expected a column, one of <= >= == != < >, and a number, a quoted text, true or false, "
-    'such as "confidence >= 0.6" or "lang == \'en\'"'
-)
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Condition:
         """Write the condition as in a settings file."""
         return f"{self.column} {self.symbol} {self.value!r}"
 
+    @property
+    def kind(self) -> str:
+        """What cells the condition can be met by, for messages."""
+        return _READ_AS[type(self.value)][0]
+
     def met_by(self, fields: Mapping[str, Any]) -> bool | None:
         """Return whether a record meets the condition; None if its cell cannot be compared with the value.
 
@@ -54,22 +63,9 @@ class Condition:
             True
         """
         cell = fields.get(self.column)
-        comparable = None if is_missing(cell) else self._comparable(cell)
+        _, read = _READ_AS[type(self.value)]
+        comparable = None if is_missing(cell) else read(cell)
         return None if comparable is None else _OPERATORS[self.symbol](comparable, self.value)
-
-    def _comparable(self, cell: object) -> float | str | bool | None:
-        if isinstance(self.value, str):
-            return str(cell)
-        if isinstance(self.value, bool):
-            return {"true": True, "false": False}.get(str(cell).lower())
-        return number_of(cell)
-
-    @property
-    def kind(self) -> str:
-        """What cells the condition can be met by, for messages."""
-        if isinstance(self.value, str):
-            return "a text"
-        return "true or false" if isinstance(self.value, bool) else "a number"
 
 
 def parse_condition(text: str) -> Condition:
@@ -87,36 +83,28 @@ def parse_condition(text: str) -> Condition:
     """
     match = _CONDITION.fullmatch(text)
     if match is None:
-        raise ConfigError(f"The condition {text!r} in where cannot be read: {_FORM}.")
+        raise _unreadable(f"The condition {text!r} in where")
     column, symbol, literal = match[1].strip("`"), match[2], match[3]
-    if _NUMBER.fullmatch(literal):
-        return Condition(column, symbol, float(literal))
-    quoted = _QUOTED.fullmatch(literal)
-    if quoted is None and literal.lower() not in ("true", "false"):
+    value = _value_of(literal)
+    if value is None:
         hint = f" Put a text in quotes: {column} {symbol} '{literal}'." if literal.isidentifier() else ""
-        raise ConfigError(f"The value {literal!r} in the condition {text!r} cannot be read: {_FORM}.{hint}")
-    if symbol not in ("==", "!="):
+        raise _unreadable(f"The value {literal!r} in the condition {text!r}", hint)
+    if not isinstance(value, float) and symbol not in ("==", "!="):
         raise ConfigError(f"The condition {text!r} compares by {symbol}, which takes a number without quotes.")
-    return Condition(column, symbol, (quoted[1] or quoted[2] or "") if quoted else literal.lower() == "true")
+    return Condition(column, symbol, value)
 
 
-def is_missing(cell: object) -> bool:
-    """Return whether a cell holds nothing: null, NaN, or only white space.
-
-    Example:
-        >>> [is_missing(cell) for cell in ("a", " ", None, 0, float("nan"))]
-        [False, True, True, False, True]
-    """
-    if isinstance(cell, str):
-        return not cell.strip()
-    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+def _value_of(literal: str) -> float | str | bool | None:
+    if _QUOTED.fullmatch(literal):
+        return literal[1:-1]
+    number = number_of(literal)
+    if number is not None and math.isfinite(number):
+        return number
+    return _TRUTH.get(literal.lower())
 
 
-def number_of(cell: object) -> float | None:
-    """Return a cell as a number; None if it is none."""
-    if not isinstance(cell, str | int | float):
-        return None
-    try:
-        return float(cell)
-    except ValueError:
-        return None
+def _unreadable(what: str, hint: str = "") -> ConfigError:
+    return ConfigError(
+        f"{what} cannot be read: expected a column, one of {' '.join(_OPERATORS)}, and a number, a quoted text, true "
+        f'or false, such as "confidence >= 0.6" or "lang == \'en\'".{hint}'
+    )

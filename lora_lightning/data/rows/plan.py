@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora_lightning.data.rows.conditions import Condition
+from lora_lightning.data.rows.pool import kind_of
 from lora_lightning.data.rows.splits import Size, check_size
-from lora_lightning.data.sources import ReadSettings, Source, describe
+from lora_lightning.data.sources import ReadSettings, Source, describe, is_mixture, parts_of
 from lora_lightning.errors import ConfigError
 
 
@@ -16,7 +17,8 @@ class Plan:
     """Where rows come from and how they are divided.
 
     Args:
-        sources: The source of `train`, and of each other split that has one of its own.
+        sources: The source of `train`, and of each other split that has one of its own. Several validation sets are
+            the splits `val/<name>`.
         sizes: Sizes of `train`, `val` and `test`; None takes all that the others leave.
         settings: How files are read.
         seed: Seed of the split.
@@ -48,14 +50,28 @@ class Plan:
         for name, known in (("duplicates", ("drop", "keep")), ("bad_rows", ("refuse", "skip"))):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: expected {' or '.join(known)}.")
+        for split, source in self.sources.items():
+            parts_of(source)
+            if split != "train" and is_mixture(source):
+                raise ConfigError(f"{split} gives weights to its sources, and only train draws rows; give it a list.")
         for split, size in self.sizes.items():
             check_size(f"{split}_size", size, zero=split != "train")
             if split != "train" and size and self.has_own_source(split):
                 raise ConfigError(f"{split}_size is {size}, but {split} names rows of its own; give one of the two.")
 
     def has_own_source(self, split: str) -> bool:
-        """Return whether a split has a source of its own."""
-        return self.sources.get(split) is not None
+        """Return whether a split, or a set of it, has a source of its own."""
+        given = [name for name, source in self.sources.items() if source is not None]
+        return split in given or split in map(kind_of, given)
+
+    def parts(self, split: str) -> list[Source]:
+        """Return the sources that a split's own rows are read from: one, or those of a mixture."""
+        return [part.source for part in parts_of(self.sources[split])]
+
+    def weights(self) -> list[float] | None:
+        """Return the weights of the training sources; None without a mixture."""
+        train = self.sources["train"]
+        return [part.weight for part in parts_of(train)] if is_mixture(train) else None
 
     def source_name(self, split: str) -> str:
         """Return the name of the source that a split's rows come from, for messages."""

@@ -33,6 +33,7 @@ class About:
         labels: For each source, by the split that names it, and each label: how many rows have it, and where the first
             of them stands.
         train_labels: How many rows of `train` have each label.
+        parts: How many rows of `train` come from each of its sources; these rows stand in the order of the sources.
         ignored: How many records hold each field that nothing reads.
         places: The files that rows come from, and what their numbers count.
         bad: What was left out as broken: where it stands and why, and its text.
@@ -43,6 +44,7 @@ class About:
     num_rows: dict[str, int] = field(default_factory=dict)
     labels: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
     train_labels: dict[str, int] = field(default_factory=dict)
+    parts: list[int] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     places: list[tuple[str, str]] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -63,7 +65,8 @@ class Pool:
 
         kinds = {"content": pa.string(), "place": pa.int32(), "number": pa.int64()}
         self._writer = TableWriter(path, pa.schema(list(kinds.items())))
-        self._about, self._labels = about, about.labels.setdefault(split, {})
+        self.about, self._labels = about, about.labels.setdefault(split, {})
+        self._ends: list[int] = []  # of each source that was read
         self._places = {place: index for index, place in enumerate(about.places)}
         self._waiting: list[tuple[str, int, int]] = []
         self._class_of: dict[str, int] = {}
@@ -92,7 +95,16 @@ class Pool:
         """Write what waits, and finish the file."""
         self._write()
         self._writer.close()
-        self._about.places = list(self._places)
+        self.about.places = list(self._places)
+
+    def end_source(self) -> None:
+        """Note that all rows of a source are taken."""
+        self._ends.append(len(self.copies))
+
+    def count_sources(self, rows: Indices) -> list[int]:
+        """Return how many of some rows come from each source, in the order in which these were read."""
+        source_of = np.searchsorted(self._ends, rows, side="right")
+        return np.bincount(source_of, minlength=len(self._ends)).tolist()
 
     def class_names(self) -> list[str]:
         """Return the names of the classes by their index."""

@@ -18,7 +18,7 @@ from lora_lightning.data.rows.plan import Plan
 from lora_lightning.data.rows.pool import About, Pool, fingerprint, kind_of, split_file
 from lora_lightning.data.rows.row import Row
 from lora_lightning.data.rows.splits import Indices, count_rows, group_split, stratified_split
-from lora_lightning.data.sources import Record, read_records
+from lora_lightning.data.sources import Record, Source, describe, read_records
 from lora_lightning.errors import DataError
 
 _COUNTED = (
@@ -68,11 +68,15 @@ def lay(plan: Plan, folder: Path, rules: Rules) -> About:
     if "train" in pools:
         trained = _divide_train(plan, folder, rules, pools.pop("train"), about, counts)
     about.num_rows |= {split: len(pool.copies) for split, pool in pools.items()}
-    counts["leaked"] = 0 if trained is None else _count_leaked(plan, trained, pools)
+    leaked = {} if trained is None else _count_leaked(plan, trained, pools)
+    counts["leaked"] = sum(leaked.values())
     counts["rows_bad"] = len(about.bad)
     for split, num_rows in about.num_rows.items():
         counts[kind_of(split)] += num_rows if kind_of(split) != "predict" else 0
     about.counts = {name: counts[name] for name in _COUNTED}
+    for split in about.num_rows:
+        if split != kind_of(split):
+            about.counts |= {split: about.num_rows[split], f"{split}/leaked": leaked.get(split, 0)}
     about.fingerprint = fingerprint(folder, about.num_rows)
     return about
 
@@ -82,16 +86,27 @@ def lay(plan: Plan, folder: Path, rules: Rules) -> About:
 
 def _read(plan: Plan, split: str, folder: Path, rules: Rules, about: About, counts: Counter[str]) -> Pool:
     """Read the rows of a split's own source into a file."""
-    is_predicted = kind_of(split) == "predict"
     pool = Pool(folder / "all.arrow" if split == "train" else split_file(folder, split), about, split)
-    conditions = () if is_predicted else plan.conditions
-    watch = ColumnWatch(plan.source_name(split), rules.columns_read(split), conditions)
-    here: Counter[str] = Counter()
-    num_bad = len(about.bad)
-    for record in _records(plan, split, about):
-        here["rows_read"] += 1
+    for source in plan.parts(split):
+        read = _read_source(plan, source, split, rules, pool)
+        pool.end_source()
+        if kind_of(split) != "predict":
+            counts.update(read)
+    pool.close()
+    return pool
+
+
+def _read_source(plan: Plan, source: Source, split: str, rules: Rules, pool: Pool) -> Counter[str]:
+    """Read the rows of one source into a pool; return what became of its records."""
+    name, about = describe(source), pool.about
+    conditions = () if kind_of(split) == "predict" else plan.conditions
+    watch = ColumnWatch(name, rules.columns_read(split), conditions)
+    read: Counter[str] = Counter()
+    num_rows, num_bad = len(pool.copies), len(about.bad)
+    for record in _records(plan, source, split, about):
+        read["rows_read"] += 1
         if not watch.admits(record):
-            here["rows_filtered"] += 1
+            read["rows_filtered"] += 1
             continue
         try:
             row = rules.read_row(record, split, about.ignored)
@@ -101,34 +116,34 @@ def _read(plan: Plan, split: str, folder: Path, rules: Rules, about: About, coun
             about.bad.append((str(error), json.dumps(record.fields, default=str)))
             continue
         if row is None:
-            here["rows_incomplete"] += 1
+            read["rows_incomplete"] += 1
         else:
             pool.add(row, record)
-    pool.close()
     bad = about.bad[num_bad:]
-    if here["rows_read"] or not bad:
+    if read["rows_read"] or not bad:
         watch.check()
-    if not is_predicted:
-        counts.update(here)
-    if not pool.copies:
-        is_filtered = conditions and here["rows_filtered"] == here["rows_read"]
-        why = f"no row meets {' and '.join(map(str, conditions))}" if is_filtered else f"none has {plan.needed}"
-        if bad:
-            raise DataError(
-                f"{plan.source_name(split)}: no row can be used: {len(bad)} are broken; the first: {bad[0][0]}"
-            )
-        raise DataError(f"{plan.source_name(split)}: none of the {here['rows_read']} rows can be used: {why}.")
-    return pool
+    if len(pool.copies) == num_rows:
+        is_filtered = bool(conditions) and read["rows_filtered"] == read["rows_read"]
+        raise _no_rows(plan, name, read["rows_read"], bad, is_filtered=is_filtered)
+    return read
 
 
-def _records(plan: Plan, split: str, about: About) -> Iterator[Record]:
-    """Return the records of a split's own source; note those that are broken, where they are to be skipped."""
+def _no_rows(plan: Plan, name: str, num_read: int, bad: list[tuple[str, str]], *, is_filtered: bool) -> DataError:
+    """Return the error for a source of which no row can be used."""
+    if bad:
+        return DataError(f"{name}: no row can be used: {len(bad)} are broken; the first: {bad[0][0]}")
+    why = f"no row meets {' and '.join(map(str, plan.conditions))}" if is_filtered else f"none has {plan.needed}"
+    return DataError(f"{name}: none of the {num_read} rows can be used: {why}.")
+
+
+def _records(plan: Plan, source: Source, split: str, about: About) -> Iterator[Record]:
+    """Return the records of a source; note those that are broken, where they are to be skipped."""
 
     def note(error: DataError, text: str) -> None:
         about.bad.append((str(error), text))
 
     on_bad = note if plan.bad_rows == "skip" else None
-    return read_records(plan.sources[split], plan.settings, kind_of(split), on_bad=on_bad)
+    return read_records(source, plan.settings, kind_of(split), on_bad=on_bad)
 
 
 # Dividing.
@@ -145,9 +160,21 @@ def _divide_train(plan: Plan, folder: Path, rules: Rules, pool: Pool, about: Abo
     counts["unused"] = len(kept) - sum(len(rows) for rows in drawn.values())
     about.num_rows.update({split: len(rows) for split, rows in drawn.items()})
     about.train_labels = pool.count_labels(drawn["train"])
+    about.parts = pool.count_sources(drawn["train"])
+    _check_parts(plan, about.parts)
     trained = pool.arrays()[1][drawn["train"]].copy()
     _write_splits(pool, drawn, folder)
     return trained
+
+
+def _check_parts(plan: Plan, num_rows: list[int]) -> None:
+    """Refuse a mixture of which a source has no row to train on."""
+    for source, count in zip(plan.parts("train"), num_rows, strict=True):
+        if not count:
+            raise DataError(
+                f"{describe(source)} has no rows left to train on: all are copies of rows of earlier sources, or went "
+                "to other splits. Leave it out of train, or set duplicates to keep."
+            )
 
 
 def _kept(plan: Plan, pool: Pool, counts: Counter[str]) -> Indices:
@@ -192,21 +219,21 @@ def _with_copies(plan: Plan, pool: Pool, groups: Indices, classes: Indices) -> d
     return {split: np.flatnonzero(np.isin(inverse, texts)) for split, texts in drawn.items()}
 
 
-def _count_leaked(plan: Plan, trained: Indices, pools: Mapping[str, Pool]) -> int:
-    """Count the rows of sources for validation and test whose group is trained on, and warn of them."""
-    total = 0
+def _count_leaked(plan: Plan, trained: Indices, pools: Mapping[str, Pool]) -> dict[str, int]:
+    """Count for each source for validation and test the rows whose group is trained on, and warn of them."""
+    leaked: dict[str, int] = {}
     for split, pool in pools.items():
         if kind_of(split) == "predict":
             continue
         groups = pool.arrays()[1]
         count = int(np.isin(groups, trained).sum())
-        total += count
+        leaked[split] = count
         if count:
             rank_zero_warn(
                 f"{count} of {len(groups)} rows of {plan.source_name(split)} have a {plan.shared} that is trained on "
                 f"too: the figures for {split} will be too good. Remove these rows from one of the two."
             )
-    return total
+    return leaked
 
 
 def _write_splits(pool: Pool, drawn: Mapping[str, Indices], folder: Path) -> None:

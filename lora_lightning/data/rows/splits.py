@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.paths import some_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -90,20 +91,19 @@ def stratified_split(
     """
     # The draw goes through the classes by name, so that it does not depend on which stands first in a file.
     by_name = sorted((names[index], index) for index in np.unique(classes).tolist())
-    pools = [np.flatnonzero(classes == index) for _, index in by_name]
-    class_counts = {name: len(pool) for (name, _), pool in zip(by_name, pools, strict=True)}
-    _check_possible(class_counts, counts)
+    rows_of = {name: np.flatnonzero(classes == index) for name, index in by_name}
+    _check_possible({name: len(rows) for name, rows in rows_of.items()}, counts)
     generator = np.random.default_rng(seed)
-    pools = [generator.permutation(pool) for pool in pools]
+    pools = [generator.permutation(rows) for rows in rows_of.values()]
     drawn: dict[str, Indices] = {}
     # The largest comes last, so that the small ones get their exact proportions.
     order = sorted(counts, key=lambda name: counts[name])
     for position, name in enumerate(order):
         available = np.array([len(pool) for pool in pools])
         quotas = _quotas(available, counts[name], reserve=len(order) - position - 1)
-        taken = [pool[:quota] for pool, quota in zip(pools, quotas, strict=True)]
-        pools = [pool[quota:] for pool, quota in zip(pools, quotas, strict=True)]
-        drawn[name] = np.sort(np.concatenate(taken))
+        parts = [np.split(pool, [quota]) for pool, quota in zip(pools, quotas, strict=True)]
+        drawn[name] = np.sort(np.concatenate([taken for taken, _ in parts]))
+        pools = [left for _, left in parts]
     return {name: drawn[name] for name in counts}
 
 
@@ -132,21 +132,12 @@ def group_split(
     """
     numbers, sizes = _in_order_of_appearance(groups)
     pool = np.random.default_rng(seed).permutation(len(sizes)).tolist()
-    split_of = np.full(len(sizes), -1)
-    order = sorted(counts, key=lambda name: counts[name])
-    for code, name in enumerate(order):
-        room, left = counts[name], []
-        for group in pool:
-            if sizes[group] <= room:
-                split_of[group] = code
-                room -= sizes[group]
-            else:
-                left.append(group)
-        pool = left
+    groups_of: dict[str, list[int]] = {}
+    for name in sorted(counts, key=lambda name: counts[name]):
+        groups_of[name], pool = _fill(pool, sizes, counts[name])
     if rest not in counts:
-        split_of[pool] = len(order)
-        order.append(rest)
-    drawn = {name: np.flatnonzero(split_of[numbers] == code) for code, name in enumerate(order)}
+        groups_of[rest] = pool
+    drawn = {name: np.flatnonzero(np.isin(numbers, taken)) for name, taken in groups_of.items()}
     empty = [name for name, taken in drawn.items() if not len(taken)]
     if empty:
         raise DataError(
@@ -154,6 +145,18 @@ def group_split(
             f"{len(sizes)} different ones in {len(groups)} rows. Ask for other sizes, or give a file for {empty[0]}."
         )
     return drawn
+
+
+def _fill(pool: Sequence[int], sizes: Sequence[int], room: int) -> tuple[list[int], list[int]]:
+    """Return the groups of a pool that fit into a number of rows, taken in turn, and those that are left."""
+    taken, left = [], []
+    for group in pool:
+        if sizes[group] <= room:
+            taken.append(group)
+            room -= sizes[group]
+        else:
+            left.append(group)
+    return taken, left
 
 
 def _in_order_of_appearance(groups: npt.NDArray[Any]) -> tuple[Indices, list[int]]:
@@ -166,13 +169,11 @@ def _in_order_of_appearance(groups: npt.NDArray[Any]) -> tuple[Indices, list[int
 
 
 def _check_possible(class_counts: Mapping[str, int], counts: Mapping[str, int]) -> None:
-    rare = {name: count for name, count in class_counts.items() if count < len(counts)}
+    rare = [f"{name!r} ({count})" for name, count in class_counts.items() if count < len(counts)]
     if rare:
-        shown = ", ".join(f"{name!r} ({count})" for name, count in list(rare.items())[:10])
         raise DataError(
-            f"Too rare to be split into {', '.join(counts)}, which each need a row of every class: {shown}"
-            f"{f' and {len(rare) - 10} more' if len(rare) > 10 else ''}. Leave these labels out by a condition "
-            "in where, add rows of them, or give files for val and test."
+            f"Too rare to be split into {', '.join(counts)}, which each need a row of every class: {some_of(rare)}. "
+            "Leave these labels out by a condition in where, add rows of them, or give files for val and test."
         )
     for name, count in counts.items():
         if count < len(class_counts):

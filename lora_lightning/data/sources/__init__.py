@@ -1,6 +1,7 @@
 """The one reader: every kind of source, as records in plain types with their places."""
 
 from lora_lightning.data.sources.hub import is_hub_name
+from lora_lightning.data.sources.mixture import Part, is_mixture, parts_of
 from lora_lightning.data.sources.read import (
     describe,
     download,
@@ -13,6 +14,7 @@ from lora_lightning.data.sources.record import OnBad, ReadSettings, Record, Sour
 
 __all__ = [
     "OnBad",
+    "Part",
     "ReadSettings",
     "Record",
     "Source",
@@ -20,6 +22,8 @@ __all__ = [
     "download",
     "is_hub_name",
     "is_in_memory",
+    "is_mixture",
+    "parts_of",
     "read_records",
     "source_files",
     "source_fingerprint",

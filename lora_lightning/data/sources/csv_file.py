@@ -11,53 +11,44 @@ from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.data.sources.record import OnBad, ReadSettings, Record, Takes
+from lora_lightning.data.sources.record import Broken, ReadSettings, Record
 from lora_lightning.data.sources.tables import named_apart
 from lora_lightning.data.sources.text import kind_of_file, text_lines
 from lora_lightning.errors import ConfigError, DataError
 
+_Row = tuple[int, list[str]]
+"""The line in which a row begins, and its cells."""
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 # A quotation mark that is never closed would otherwise be searched for to the end of the file, from every such mark.
 _LONGEST_ROW = 1 << 24
 
 
-def read_csv(path: Path, name: str, settings: ReadSettings, on_bad: OnBad, takes: Takes) -> Iterator[Record]:
+def read_csv(path: Path, name: str, settings: ReadSettings) -> Iterator[Record | Broken]:
     """Read the rows of a file one by one; `number` is the line in which a row begins.
 
     Raises:
         ConfigError: The separator is no single character.
-        DataError: The file is empty, or not in the encoding.
+        DataError: The file is empty, is not in the encoding, or has a broken line of column names.
     """
     csv.field_size_limit(sys.maxsize)
     separator = settings.separator or _SEPARATORS[kind_of_file(path)]
     if len(separator) != 1 or separator in '"\r\n':
         raise ConfigError(f"separator is {separator!r}: expected one character, such as a comma or a semicolon.")
-    lines = _Lines(text_lines(path, name, settings.encoding))
-    columns: list[str] = []
-
-    def note(error: DataError, text: str) -> None:
-        if not columns:  # without the names of the columns no row can be read
-            raise error
-        # Each process that shares the rows with others tells of its own broken ones.
-        if takes():
-            on_bad(error, text)
-
-    rows = _rows(lines, separator, name, note)
-    first = next(rows, None)
-    if first is None:
-        raise DataError(f"{name} is empty: it has not even a line with column names.")
-    columns += named_apart([column.strip() for column in first[1]])
+    rows = _rows(text_lines(path, name, settings.encoding), separator, name)
+    columns = _column_names(next(rows, None), name)
     has_warned = False
-    for number, cells in rows:
-        if not takes():
+    for row in rows:
+        if isinstance(row, Broken):
+            yield row
             continue
+        number, cells = row
         place = f"{name}, line {number}"
         if len(cells) > len(columns):
             error = DataError(
                 f"{place}: expected {len(columns)} fields, as the first line has, and found {len(cells)}. Check for a "
                 "separator that is not in quotation marks."
             )
-            on_bad(error, separator.join(cells))
+            yield Broken(error, separator.join(cells))
             continue
         if not has_warned and _hides_rows(cells, separator, len(columns)):
             has_warned = True
@@ -68,58 +59,50 @@ def read_csv(path: Path, name: str, settings: ReadSettings, on_bad: OnBad, takes
         yield Record(name, number, "line", dict(zip(columns, cells, strict=False)))
 
 
-class _Lines:
-    """Lines that can be given back, and their numbers."""
-
-    def __init__(self, lines: Iterator[str]) -> None:
-        self._lines, self._back = lines, deque[str]()
-        self.number = 0
-        self.of_row: list[str] = []
-        self._length = 0
-
-    def __iter__(self) -> _Lines:
-        return self
-
-    def __next__(self) -> str:
-        line = self._back.popleft() if self._back else next(self._lines)
-        self.number += 1
-        self.of_row.append(line)
-        self._length += len(line)
-        if self._length > _LONGEST_ROW:
-            raise csv.Error("unexpected end of data")
-        return line
-
-    def start_row(self) -> None:
-        """Forget the lines of the row before."""
-        self.of_row, self._length = [], 0
-
-    def give_back(self) -> str:
-        """Go back behind the first line of this row; return that line."""
-        first, *others = self.of_row
-        self._back.extendleft(reversed(others))
-        self.number -= len(others)
-        return first
+def _column_names(first: _Row | Broken | None, name: str) -> list[str]:
+    if first is None:
+        raise DataError(f"{name} is empty: it has not even a line with column names.")
+    if isinstance(first, Broken):
+        raise first.error
+    _, cells = first
+    return named_apart([cell.strip() for cell in cells])
 
 
-def _rows(lines: _Lines, separator: str, name: str, on_bad: OnBad) -> Iterator[tuple[int, list[str]]]:
-    """Return the rows and the lines in which they begin; a broken one ends with its first line."""
-    reader = csv.reader(lines, delimiter=separator, strict=True)
+def _rows(lines: Iterator[str], separator: str, name: str) -> Iterator[_Row | Broken]:
+    """Return the rows; a broken one ends with its first line."""
+    ahead = deque[str]()
+    of_row: list[str] = []
+    number = 1
+    reader = csv.reader(_noted(lines, ahead, of_row), delimiter=separator, strict=True)
     while True:
-        lines.start_row()
+        of_row.clear()
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            text = lines.give_back()
-            on_bad(_malformed(name, lines.number, str(error)), text)
+            yield Broken(_malformed(name, number, str(error)), of_row[0])
+            number += 1
+            ahead.extendleft(reversed(of_row[1:]))
             # A reader that has failed may keep what it has read of the row.
-            reader = csv.reader(lines, delimiter=separator, strict=True)
+            reader = csv.reader(_noted(lines, ahead, of_row), delimiter=separator, strict=True)
             continue
         if cells is None:
             return
         # A line with a separator, or with an empty field in quotation marks, is a row.
-        is_blank = len(cells) < 2 and not "".join(lines.of_row).strip()
+        is_blank = len(cells) < 2 and not "".join(of_row).strip()
         if not is_blank:
-            yield lines.number - len(lines.of_row) + 1, cells
+            yield number, cells
+        number += len(of_row)
+
+
+def _noted(lines: Iterator[str], ahead: deque[str], of_row: list[str]) -> Iterator[str]:
+    """Return the lines read ahead and then the others; note in `of_row` those of the row that is being read."""
+    length = 0
+    while (line := ahead.popleft() if ahead else next(lines, None)) is not None:
+        length = length + len(line) if of_row else len(line)
+        of_row.append(line)
+        if length > _LONGEST_ROW:
+            raise csv.Error("unexpected end of data")
+        yield line
 
 
 def _malformed(name: str, line: int, reason: str) -> DataError:

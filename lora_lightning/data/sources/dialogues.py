@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.data.sources.record import OnBad, ReadSettings, Record
+from lora_lightning.data.sources.record import Broken, ReadSettings, Record
 from lora_lightning.data.sources.text import kind_of_file, text_lines
 from lora_lightning.errors import ConfigError, DataError
 
@@ -39,7 +40,7 @@ def read_dialogues(path: Path, name: str, settings: ReadSettings) -> Iterator[Re
         yield Record(name, node.start_mark.line + 1, "line", {"dialogue": texts})
 
 
-def read_conll(path: Path, name: str, settings: ReadSettings, on_bad: OnBad) -> Iterator[Record]:
+def read_conll(path: Path, name: str, settings: ReadSettings) -> Iterator[Record | Broken]:
     """Read sentences, each from a line to the next empty one, as `tokens` and `tags`.
 
     Fields are separated by a tab, or where a line has none by spaces. Lines that begin with `-DOCSTART-`, and in a
@@ -52,38 +53,38 @@ def read_conll(path: Path, name: str, settings: ReadSettings, on_bad: OnBad) -> 
     is_universal = kind_of_file(path) == ".conllu"
     token_column = _number("token_column", settings.token_column, 1 if is_universal else 0, name)
     tag_column = _number("tag_column", settings.tag_column, 3 if is_universal else -1, name)
-    sentence: list[tuple[int, list[str]]] = []
-    lines = text_lines(path, name, settings.encoding)
-    for number, line in enumerate([*lines, ""], start=1):
-        bare = line.strip()
-        if not bare:
-            yield from _sentence(sentence, token_column, tag_column, name, on_bad)
-            sentence = []
+    lines = enumerate(text_lines(path, name, settings.encoding), start=1)
+    for is_empty, block in itertools.groupby(lines, lambda line: not line[1].strip()):
+        if is_empty:
             continue
-        fields = bare.split("\t") if "\t" in bare else bare.split()
-        is_left_out = fields[0].startswith("-DOCSTART-") or (is_universal and not fields[0].isdigit())
-        if not is_left_out:
-            sentence.append((number, fields))
+        split = [(number, _fields(line)) for number, line in block]
+        words = [(number, fields) for number, fields in split if _is_word(fields, is_universal)]
+        if words:
+            yield _sentence(words, token_column, tag_column, name)
 
 
-def _sentence(
-    lines: list[tuple[int, list[str]]], token_column: int, tag_column: int, name: str, on_bad: OnBad
-) -> Iterator[Record]:
-    if not lines:
-        return
-    has_tags = any(len(fields) > 1 for _, fields in lines)
+def _fields(line: str) -> list[str]:
+    bare = line.strip()
+    return bare.split("\t") if "\t" in bare else bare.split()
+
+
+def _is_word(fields: list[str], is_universal: bool) -> bool:
+    return fields[0].isdigit() if is_universal else not fields[0].startswith("-DOCSTART-")
+
+
+def _sentence(words: list[tuple[int, list[str]]], token_column: int, tag_column: int, name: str) -> Record | Broken:
+    has_tags = any(len(fields) > 1 for _, fields in words)
     columns = {"token_column": token_column}
     if has_tags:
         columns["tag_column"] = tag_column
-    for number, fields in lines:
+    for number, fields in words:
         error = _lacking(fields, columns, f"{name}, line {number}")
         if error is not None:
-            on_bad(error, "\n".join(" ".join(fields) for _, fields in lines))
-            return
-    found = {"tokens": [fields[token_column].strip() for _, fields in lines]}
+            return Broken(error, "\n".join(" ".join(fields) for _, fields in words))
+    found = {"tokens": [fields[token_column].strip() for _, fields in words]}
     if has_tags:
-        found["tags"] = [fields[tag_column].strip() for _, fields in lines]
-    yield Record(name, lines[0][0], "line", found)
+        found["tags"] = [fields[tag_column].strip() for _, fields in words]
+    return Record(name, words[0][0], "line", found)
 
 
 def _lacking(fields: list[str], columns: dict[str, int], place: str) -> DataError | None:

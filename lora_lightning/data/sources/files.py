@@ -3,63 +3,87 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path, PurePath
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.data.sources.csv_file import read_csv
 from lora_lightning.data.sources.dialogues import read_conll, read_dialogues
 from lora_lightning.data.sources.json_file import read_json
-from lora_lightning.data.sources.record import OnBad, ReadSettings, Record, Takes
+from lora_lightning.data.sources.record import Found, ReadSettings, Record
 from lora_lightning.data.sources.tables import read_parquet
 from lora_lightning.data.sources.text import COMPRESSED, kind_of_file, text_lines
-from lora_lightning.errors import DataError
+from lora_lightning.errors import DataError, UserError
 from lora_lightning.paths import nearest_in_folder, resolve
 
-_TABLES = (".csv", ".tsv")
-_LINES = (".jsonl", ".ndjson", ".json")
-_YAML = (".yml", ".yaml")
+_READERS: dict[str, Callable[[Path, str, ReadSettings], Iterator[Found]]] = {
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".jsonl": read_json,
+    ".ndjson": read_json,
+    ".json": read_json,
+    ".parquet": read_parquet,
+    ".yml": read_dialogues,
+    ".yaml": read_dialogues,
+}
+SUFFIXES = tuple(_READERS)
+"""Ends of the names of files that every data module reads."""
 CONLL = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".txt")
 """Ends of the names of files with one word and its tag a line."""
-SUFFIXES = (*_TABLES, *_LINES, ".parquet", *_YAML)
-"""Ends of the names of files that every data module reads."""
-_GLOB = ("*", "?", "[")
-_SAVED = ("state.json", "dataset_dict.json")
+_TEXT = ".txt"
+_PATTERN_SIGNS = ("*", "?", "[")
 
 
-def is_saved_dataset(source: str) -> bool:
-    """Return whether a source is a folder that `datasets` saved."""
-    folder = resolve(source)
-    return any((folder / name).is_file() for name in _SAVED)
-
-
-def is_glob(source: str) -> bool:
+def is_pattern(source: str) -> bool:
     """Return whether a source is a pattern for the names of files.
 
     Example:
-        >>> is_glob("data/*.csv"), is_glob("data/a.csv")
-        (True, False)
+        >>> is_pattern("data/*.csv"), is_pattern("data/a.csv"), is_pattern("pkg://lora_lightning/*.py")
+        (True, False, True)
     """
-    return any(sign in source for sign in _GLOB) and not resolve(source).exists()
+    if not any(sign in source for sign in _PATTERN_SIGNS):
+        return False
+    try:
+        return not resolve(source).exists()
+    except UserError:  # inside a package, where only what exists has a path
+        return True
+
+
+def matching(pattern: str) -> list[str]:
+    """Return the files and folders that a pattern stands for, named as the pattern is.
+
+    A folder is left out if what it holds matches as well, as under `data/**`.
+
+    Raises:
+        DataError: There are none.
+    """
+    parts = pattern.split("/")
+    num_fixed = next(n for n in range(len(parts)) if is_pattern("/".join(parts[: n + 1])))
+    fixed = "".join(f"{part}/" for part in parts[:num_fixed])
+    folder = resolve(fixed)
+    pattern_inside = "/".join(parts[num_fixed:])
+    found = glob.glob(pattern_inside, root_dir=folder, recursive=True)  # noqa: PTH207 - Path.glob finds hidden files
+    read_through = {str(parent) for one in found for parent in PurePath(one).parents}
+    names = sorted(fixed + one for one in found if one.rstrip("/") not in read_through)
+    if not names:
+        raise DataError(f"No file matches {pattern}; {nearest_in_folder(folder / parts[-1])}.")
+    return names
 
 
 def files_of(source: str, settings: ReadSettings) -> list[tuple[Path, str]]:
     """Return the files that a local source consists of, each with the name that messages give it.
 
     Args:
-        source: A file, a pattern, a folder with files, or one of these inside a package (`pkg://package/folder`).
+        source: A file, or a folder with files; either may be inside a package (`pkg://package/folder`).
         settings: How files are read.
 
     Raises:
         DataError: It is not there, is of an unknown kind, or is empty.
     """
-    if is_glob(source):
-        found = sorted(glob.glob(str(resolve(source)), recursive=True))  # noqa: PTH207 - Path.glob takes no absolute pattern
-        if not found:
-            raise DataError(f"No file matches {source}; {nearest_in_folder(Path(source))}.")
-        return [file for name in found for file in files_of(name, settings)]
     path = resolve(source)
     if path.is_dir():
-        return _in_folder(path, source)
+        return _in_folder(path, source, settings)
     if not path.is_file():
         raise DataError(f"{source} does not exist; {nearest_in_folder(path)}.")
     kinds = (*SUFFIXES, *CONLL) if settings.conll else SUFFIXES
@@ -74,50 +98,47 @@ def files_of(source: str, settings: ReadSettings) -> list[tuple[Path, str]]:
     return [(path, source)]
 
 
-def read_file(path: Path, name: str, settings: ReadSettings, on_bad: OnBad, takes: Takes) -> Iterator[Record]:
-    """Read the records of a file that are wanted, by its kind.
+def read_file(path: Path, name: str, settings: ReadSettings) -> Iterator[Found]:
+    """Read the records of a file by its kind.
 
     Raises:
         DataError: It is malformed.
     """
-    kind = kind_of_file(path)
-    if kind in _TABLES:
-        return read_csv(path, name, settings, on_bad, takes)
-    if kind in _LINES:
-        return read_json(path, name, settings, on_bad, takes)
-    return (record for record in _read_whole(kind, path, name, settings, on_bad) if takes())
+    of_text = read_conll if settings.conll else _read_text
+    read = _READERS.get(kind_of_file(path), of_text)
+    return read(path, name, settings)
 
 
-def _read_whole(kind: str, path: Path, name: str, settings: ReadSettings, on_bad: OnBad) -> Iterator[Record]:
-    if kind in _YAML:
-        return read_dialogues(path, name, settings)
-    if kind == ".parquet":
-        return read_parquet(path, name)
-    if settings.conll:
-        return read_conll(path, name, settings, on_bad)
-    return _from_text(path, name, settings)
-
-
-def _from_text(path: Path, name: str, settings: ReadSettings) -> Iterator[Record]:
+def _read_text(path: Path, name: str, settings: ReadSettings) -> Iterator[Record]:
     """Read a text whose folder names its class."""
     text = "".join(text_lines(path, name, settings.encoding))
     yield Record(name, 1, "line", {settings.text_column: text, settings.label_column: path.parent.name})
 
 
-def _in_folder(folder: Path, source: str) -> list[tuple[Path, str]]:
-    base = source.rstrip("/")
-    files = [file for file in _shown(folder) if kind_of_file(file) in SUFFIXES and file.is_file()]
-    if files:
-        return [(file, f"{base}/{file.name}") for file in files]
-    classes = [kind for kind in _shown(folder) if kind.is_dir()]
-    files = [file for kind in classes for file in _shown(kind) if file.suffix == ".txt"]
-    texts = [(file, f"{base}/{file.parent.name}/{file.name}") for file in files]
-    if not texts:
+def _in_folder(folder: Path, source: str, settings: ReadSettings) -> list[tuple[Path, str]]:
+    tagged = CONLL if settings.conll else ()
+    files = _files_in(folder, {*SUFFIXES, *tagged} - {_TEXT})
+    texts = _files_in(folder, {_TEXT}.intersection(tagged))
+    if files and texts:
+        # More likely notes, of which each line would pass for a word and its tag.
+        rank_zero_warn(
+            f"{source} holds {texts[0].name} beside files of other kinds; its .txt files are not read. Where they are "
+            "data, give a list of files or a pattern."
+        )
+    files = files or texts
+    if not files:
+        sub_folders = [path for path in _shown(folder) if path.is_dir()]
+        files = [file for sub_folder in sub_folders for file in _files_in(sub_folder, (_TEXT, *tagged))]
+    if not files:
         raise DataError(
             f"The folder {source} holds no texts: expected one sub-folder for each class with .txt files inside, or "
             f"files that end in {', '.join(SUFFIXES)}; {nearest_in_folder(folder / 'train.csv')}."
         )
-    return texts
+    return [(file, f"{source.rstrip('/')}/{file.relative_to(folder)}") for file in files]
+
+
+def _files_in(folder: Path, kinds: Collection[str]) -> list[Path]:
+    return [path for path in _shown(folder) if kind_of_file(path) in kinds and path.is_file()]
 
 
 def _shown(folder: Path) -> list[Path]:

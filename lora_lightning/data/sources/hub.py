@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lora_lightning.data.sources.files import SUFFIXES, is_glob
+from lora_lightning.data.sources.files import CONLL, SUFFIXES
 from lora_lightning.data.sources.text import COMPRESSED
 from lora_lightning.errors import DataError
 from lora_lightning.paths import nearest_in_folder, resolve
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+# One of these stands in each folder that `datasets` saves.
+_SAVED = ("state.json", "dataset_dict.json")
 # The names under which data sets keep the rows for each use, the usual one first.
 _SPLITS = {
     "train": ("train",),
@@ -29,8 +31,8 @@ def is_hub_name(source: object) -> bool:
     """
     if not isinstance(source, str) or not _HUB_NAME.fullmatch(source):
         return False
-    is_file = source.lower().endswith((*SUFFIXES, *COMPRESSED))
-    return not is_file and not is_glob(source) and not resolve(source).exists()
+    is_file = source.lower().endswith((*SUFFIXES, *CONLL, *COMPRESSED))
+    return not is_file and not resolve(source).exists()
 
 
 def hub_rows(name: str, subset: str | None, role: str) -> Any:  # noqa: ANN401 - a datasets.Dataset
@@ -55,6 +57,12 @@ def hub_rows(name: str, subset: str | None, role: str) -> Any:  # noqa: ANN401 -
             f"If a local path was meant: {nearest_in_folder(resolve(name))}."
         ) from error
     return _for_role(splits, role, f"Hub data set {name!r}")
+
+
+def is_saved_dataset(source: str) -> bool:
+    """Return whether a source is a folder that `datasets` saved."""
+    folder = resolve(source)
+    return any((folder / name).is_file() for name in _SAVED)
 
 
 def saved_rows(folder: str, role: str) -> Any:  # noqa: ANN401 - a datasets.Dataset

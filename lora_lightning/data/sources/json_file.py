@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.data.sources.record import OnBad, ReadSettings, Record, Takes
+from lora_lightning.data.sources.record import Broken, Found, ReadSettings, Record
 from lora_lightning.data.sources.text import text_lines
 from lora_lightning.errors import DataError
 
 
-def read_json(path: Path, name: str, settings: ReadSettings, on_bad: OnBad, takes: Takes) -> Iterator[Record]:
+def read_json(path: Path, name: str, settings: ReadSettings) -> Iterator[Found]:
     """Read the objects of a file; only an array is read as a whole. Lines that are not wanted are not parsed.
 
     Raises:
@@ -24,36 +25,30 @@ def read_json(path: Path, name: str, settings: ReadSettings, on_bad: OnBad, take
     first = next(filled, None)
     if first is None:
         return
-    if first[1].lstrip().startswith("["):
-        text = "\n" * (first[0] - 1) + first[1] + "".join(text_lines_after(filled, first[0]))
-        for number, entry in enumerate(_parse(text, name, 1), start=1):
-            if takes():
-                yield from _record(entry, name, number, "entry", on_bad)
+    number, line = first
+    if line.lstrip().startswith("["):
+        # Empty lines are kept, so that an error has its line.
+        text = "\n" * (number - 1) + line + "".join(rest for _, rest in numbered)
+        for entry, value in enumerate(_parse(text, name, 1), start=1):
+            yield _record(value, name, entry, "entry")
         return
     for number, line in itertools.chain([first], filled):
-        if not takes():
-            continue
-        try:
-            value = _parse(line.strip(), name, number)
-        except DataError as error:
-            on_bad(error, line)
-            continue
-        yield from _record(value, name, number, "line", on_bad)
+        yield functools.partial(_from_line, line, name, number)
 
 
-def text_lines_after(filled: Iterator[tuple[int, str]], last: int) -> Iterator[str]:
-    """Return lines with the empty ones that were left out between them, so that their numbers are right."""
-    for number, line in filled:
-        yield "\n" * (number - last - 1) + line
-        last = number
+def _from_line(line: str, name: str, number: int) -> Record | Broken:
+    try:
+        value = _parse(line.strip(), name, number)
+    except DataError as error:
+        return Broken(error, line)
+    return _record(value, name, number, "line")
 
 
-def _record(value: object, name: str, number: int, unit: str, on_bad: OnBad) -> Iterator[Record]:
+def _record(value: object, name: str, number: int, unit: str) -> Record | Broken:
     if isinstance(value, dict):
-        yield Record(name, number, unit, value)
-        return
+        return Record(name, number, unit, value)
     error = DataError(f'{name}, {unit} {number}: expected an object such as {{"text": ...}}, got {str(value)[:40]!r}.')
-    on_bad(error, json.dumps(value))
+    return Broken(error, json.dumps(value))
 
 
 def _parse(text: str, name: str, line: int) -> Any:  # noqa: ANN401 - whatever stands there

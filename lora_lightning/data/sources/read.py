@@ -8,9 +8,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_lightning.data.sources.files import SUFFIXES, files_of, is_saved_dataset, read_file
-from lora_lightning.data.sources.hub import hub_rows, is_hub_name, saved_rows
-from lora_lightning.data.sources.record import OnBad, ReadSettings, Record, Source, Takes
+from lora_lightning.data.sources.files import SUFFIXES, files_of, is_pattern, matching, read_file
+from lora_lightning.data.sources.hub import hub_rows, is_hub_name, is_saved_dataset, saved_rows
+from lora_lightning.data.sources.mixture import is_mixture, parts_of
+from lora_lightning.data.sources.record import Found, OnBad, ReadSettings, Record, Source
 from lora_lightning.data.sources.tables import read_dataset, read_frame
 from lora_lightning.errors import DataError
 
@@ -39,16 +40,19 @@ def read_records(
         DataError: The source is not there, is malformed, or is empty.
     """
     mine, num_shares = share
-    passed = itertools.count()
-    found = False
-
-    def takes() -> bool:
-        nonlocal found
-        found = True
-        return next(passed) % num_shares == mine
-
-    yield from _records(source, settings, role, on_bad or _refuse, takes)
-    if not found:
+    singles = (_found_in(single, settings, role) for single in _singles(source))
+    position = -1
+    for position, found in enumerate(itertools.chain.from_iterable(singles)):
+        if position % num_shares != mine:
+            continue
+        record = found() if callable(found) else found
+        if isinstance(record, Record):
+            yield record
+        elif on_bad is None:
+            raise record.error
+        else:
+            on_bad(record.error, record.text)
+    if position < 0:
         raise DataError(f"{describe(source)} holds no rows; give a source with at least one.")
 
 
@@ -61,7 +65,9 @@ def describe(source: Source) -> str:
     """
     if isinstance(source, str):
         return source
-    if isinstance(source, list) and source and all(isinstance(one, str) for one in source):
+    if is_mixture(source):
+        return " and ".join(describe(part.source) for part in parts_of(source))
+    if _is_list_of(str, source):
         return source[0] if len(source) == 1 else f"{source[0]} and {len(source) - 1} more"
     if isinstance(source, list):
         return f"a list of {len(source)} rows"
@@ -70,6 +76,8 @@ def describe(source: Source) -> str:
 
 def is_in_memory(source: Source) -> bool:
     """Return whether a source is data itself, not the name of some."""
+    if is_mixture(source):
+        return any(is_in_memory(part.source) for part in parts_of(source))
     is_table = _is_frame(source) or _is_dataset(source)
     return is_table or (isinstance(source, list) and any(isinstance(one, dict) for one in source))
 
@@ -80,10 +88,9 @@ def source_files(source: Source, settings: ReadSettings) -> list[tuple[Path, str
     Raises:
         DataError: One is not there, or is of an unknown kind.
     """
-    if isinstance(source, list):
-        return [file for one in source if isinstance(one, str) for file in source_files(one, settings)]
-    is_of_files = isinstance(source, str) and not is_hub_name(source) and not is_saved_dataset(source)
-    return files_of(source, settings) if is_of_files else []
+    names = [single for single in _singles(source) if isinstance(single, str)]
+    local = [name for name in names if not is_hub_name(name) and not is_saved_dataset(name)]
+    return [file for name in local for file in files_of(name, settings)]
 
 
 def source_fingerprint(source: Source, settings: ReadSettings, role: str = "train") -> str:
@@ -93,16 +100,17 @@ def source_fingerprint(source: Source, settings: ReadSettings, role: str = "trai
         DataError: It is not there.
     """
     digest = hashlib.sha256()
-    files = source_files(source, settings)
-    for path, _ in files:
-        # The folder of a text names its class.
-        digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while block := file.read(_READ_TOGETHER):
-                digest.update(block)
-    if not files:
-        for record in _records(source, settings, role, _refuse, lambda: True):
-            digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
+    for single in _singles(source):
+        files = source_files(single, settings)
+        for path, _ in files:
+            # The folder of a text names its class.
+            digest.update(f"{path.parent.name}/{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while block := file.read(_READ_TOGETHER):
+                    digest.update(block)
+        if not files:
+            for record in read_records(single, settings, role):
+                digest.update(json.dumps(record.fields, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 
@@ -115,45 +123,46 @@ def download(source: Source, settings: ReadSettings, role: str = "train") -> Non
     hub_rows(source, settings.subset, role)
 
 
-def _records(source: Source, settings: ReadSettings, role: str, on_bad: OnBad, takes: Takes) -> Iterator[Record]:
-    if isinstance(source, list) and source and all(isinstance(one, str) for one in source):
-        for one in source:
-            yield from _records(one, settings, role, on_bad, takes)
-        return
-    table = _table_of(source, settings, role)
-    if table is not None:
-        yield from (record for record in table if takes())
-        return
-    for path, name in files_of(source, settings):
-        yield from read_file(path, name, settings, on_bad, takes)
+def _singles(source: Source) -> list[Source]:
+    """Return the single sources that a mixture, a list of names or a pattern stands for."""
+    if is_mixture(source):
+        return [single for part in parts_of(source) for single in _singles(part.source)]
+    if _is_list_of(str, source):
+        return [single for one in source for single in _singles(one)]
+    if isinstance(source, str) and is_pattern(source):
+        return matching(source)
+    return [source]
 
 
-def _table_of(source: Source, settings: ReadSettings, role: str) -> Iterator[Record] | None:
-    """Return the records of a source that is no file; None for one that is."""
-    if _is_frame(source):
-        return read_frame(source, describe(source))
-    if _is_dataset(source):
-        return read_dataset(source, describe(source))
-    if isinstance(source, list) and source and all(isinstance(one, dict) for one in source):
-        rows = enumerate(source, start=1)
-        return (Record(describe(source), number, "row", fields) for number, fields in rows)
-    if not isinstance(source, str):
-        raise _unknown(source)
-    if is_hub_name(source):
-        return read_dataset(hub_rows(source, settings.subset, role), source)
-    return read_dataset(saved_rows(source, role), source) if is_saved_dataset(source) else None
+def _found_in(single: Source, settings: ReadSettings, role: str) -> Iterator[Found]:
+    """Read a source that is neither a mixture, nor a list of names, nor a pattern.
+
+    Raises:
+        DataError: It is of an unknown kind.
+    """
+    name = describe(single)
+    if _is_frame(single):
+        return read_frame(single, name)
+    if _is_dataset(single):
+        return read_dataset(single, name)
+    if _is_list_of(dict, single):
+        return (Record(name, number, "row", fields) for number, fields in enumerate(single, start=1))
+    if not isinstance(single, str):
+        raise DataError(
+            f"The source {str(single)[:60]!r} ({type(single).__name__}) is of an unknown kind: expected a file "
+            f"({', '.join(SUFFIXES)}), a folder, a list of files, a pattern such as data/*.csv, a Hub data set, a "
+            "pandas DataFrame, a datasets.Dataset, or a list of dicts."
+        )
+    if is_hub_name(single):
+        return read_dataset(hub_rows(single, settings.subset, role), name)
+    if is_saved_dataset(single):
+        return read_dataset(saved_rows(single, role), name)
+    files = files_of(single, settings)
+    return itertools.chain.from_iterable(read_file(path, name, settings) for path, name in files)
 
 
-def _unknown(source: object) -> DataError:
-    return DataError(
-        f"The source {str(source)[:60]!r} ({type(source).__name__}) is of an unknown kind: expected a file "
-        f"({', '.join(SUFFIXES)}), a folder, a list of files, a pattern such as data/*.csv, a Hub data set, a pandas "
-        "DataFrame, a datasets.Dataset, or a list of dicts."
-    )
-
-
-def _refuse(error: DataError, text: str) -> None:  # noqa: ARG001 - as OnBad has it
-    raise error
+def _is_list_of(kind: type, source: Source) -> bool:
+    return isinstance(source, list) and len(source) > 0 and all(isinstance(one, kind) for one in source)
 
 
 def _is_frame(source: object) -> bool:

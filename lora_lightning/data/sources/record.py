@@ -12,8 +12,6 @@ Source = Any
 """A path, a list of paths, a glob, a Hub name; a `pandas.DataFrame`, a `datasets.Dataset` or a list of dicts."""
 OnBad = Callable[[DataError, str], None]
 """Takes the error of a broken record, and its text."""
-Takes = Callable[[], bool]
-"""Is asked once for each record in turn, whether it is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +34,23 @@ class Record:
     def place(self) -> str:
         """Where the record stands, as messages begin."""
         return f"{self.source}, {self.unit} {self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A record that cannot be read.
+
+    Args:
+        error: What is wrong with it, and where it stands.
+        text: What stands there.
+    """
+
+    error: DataError
+    text: str
+
+
+Found = Record | Broken | Callable[[], Record | Broken]
+"""What a reader gives for each record in turn; what is parsed only if it is called costs little if it is not wanted."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,18 +6,18 @@ import datetime
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.data.sources.record import Record
+from lora_lightning.data.sources.record import ReadSettings, Record
 from lora_lightning.data.sources.text import COMPRESSED, open_bytes
 from lora_lightning.errors import DataError
 
 _READ_TOGETHER = 1000
 
 
-def read_parquet(path: Path, name: str) -> Iterator[Record]:
+def read_parquet(path: Path, name: str, settings: ReadSettings) -> Iterator[Record]:  # noqa: ARG001 - as all readers
     """Read the rows of a Parquet file.
 
     Raises:
@@ -39,21 +39,17 @@ def read_parquet(path: Path, name: str) -> Iterator[Record]:
 
 def read_dataset(rows: Any, name: str) -> Iterator[Record]:  # noqa: ANN401 - a datasets.Dataset
     """Read the rows of a data set, its classes by their names."""
-    named = {column: names for column, feature in rows.features.items() if (names := _class_names(feature))}
-    batches = rows.with_format(None).iter(_READ_TOGETHER)
-    yield from numbered(name, (_with_names(row, named) for batch in batches for row in _rows_of(batch)))
+    classed = {column: feature for column, feature in rows.features.items() if "ClassLabel" in str(feature)}
+    yield from numbered(name, _rows_of(rows, classed))
 
 
 def read_frame(frame: Any, name: str) -> Iterator[Record]:  # noqa: ANN401 - a pandas.DataFrame
     """Read the rows of a data frame; NaN is an absent cell, and whole numbers are not fractions."""
     columns = named_apart([str(column) for column in frame.columns])
-    are_whole = [_is_whole(frame.iloc[:, index]) for index in range(len(columns))]
-    for number, cells in enumerate(frame.itertuples(index=False, name=None), start=1):
-        values = [plain(cell) for cell in cells]
-        for index, is_whole in enumerate(are_whole):
-            if is_whole and values[index] is not None:
-                values[index] = int(values[index])
-        yield Record(name, number, "row", dict(zip(columns, values, strict=True)))
+    named = frame.set_axis(columns, axis=1)
+    whole = [column for column in columns if _is_whole(named[column])]
+    rows = named.astype(dict.fromkeys(whole, "Int64")).itertuples(index=False, name=None)
+    yield from numbered(name, (dict(zip(columns, cells, strict=True)) for cells in rows))
 
 
 def numbered(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
@@ -103,29 +99,24 @@ def _seekable(path: Path, name: str) -> Path | io.BytesIO:
         return io.BytesIO(file.read())
 
 
-def _rows_of(batch: Mapping[str, list[Any]]) -> Iterator[dict[str, Any]]:
-    for cells in zip(*batch.values(), strict=True):
-        yield dict(zip(batch, cells, strict=True))
+def _rows_of(rows: Any, classed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - a datasets.Dataset
+    for batch in rows.with_format(None).iter(_READ_TOGETHER):
+        for column, feature in classed.items():
+            batch[column] = [_with_names(cell, feature) for cell in batch[column]]
+        for cells in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, cells, strict=True))
 
 
-def _class_names(feature: Any) -> Callable[[Any], Any] | None:  # noqa: ANN401 - a feature of datasets
-    """Return what turns a cell of class numbers into names; None for another column."""
-    inner = getattr(feature, "feature", None)
+def _with_names(cell: Any, feature: Any) -> Any:  # noqa: ANN401 - whatever a feature of datasets describes
+    """Return a cell with the names of classes instead of their numbers; -1 stands for none."""
+    if cell is None:
+        return None
     if type(feature).__name__ == "ClassLabel":
-        return lambda cell: _name_of(feature.names, cell)
-    if type(inner).__name__ == "ClassLabel":
-        names = getattr(inner, "names", [])
-        return lambda cell: None if cell is None else [_name_of(names, one) for one in cell]
-    return None
-
-
-def _with_names(row: dict[str, Any], named: Mapping[str, Callable[[Any], Any]]) -> dict[str, Any]:
-    return {column: named[column](cell) if column in named else cell for column, cell in row.items()}
-
-
-def _name_of(names: list[str], index: float | None) -> str | None:
-    """Return the name of a class; None and -1 stand for rows without one."""
-    return names[int(index)] if index is not None and index >= 0 else None
+        return feature.names[cell] if cell >= 0 else None
+    if isinstance(feature, Mapping):
+        return {key: _with_names(cell[key], feature[key]) for key in cell}
+    inner = getattr(feature, "feature", None)
+    return cell if inner is None else [_with_names(one, inner) for one in cell]
 
 
 def _is_whole(column: Any) -> bool:  # noqa: ANN401 - a pandas.Series
@@ -133,4 +124,5 @@ def _is_whole(column: Any) -> bool:  # noqa: ANN401 - a pandas.Series
     if column.dtype.kind != "f" or not column.isna().any():
         return False
     present = column.dropna()
-    return len(present) > 0 and bool((present == present.round()).all()) and bool(abs(present).max() < 2**53)
+    are_whole = (present == present.round()) & (present.abs() < 2**53)
+    return bool(are_whole.all())

@@ -125,6 +125,8 @@ def test_what_nothing_uses_is_counted_once_a_row():
     asked[0]["weight"] = 0
     assert ignored({"messages": asked}) == {}
     assert ignored({"prompt": "p", "completion": None, "text": "t"}) == {"prompt": 1}
+    named = [{**turn, "name": {"first": "Al"}} for turn in turns("q", "a")]
+    assert ignored({"messages": named}) == {"messages[].name": 1}
     assert ignored({"dialogue": ["q", "a", "r"]}) == {"a last statement without an answer": 1}
 
 

@@ -5,11 +5,11 @@ import warnings
 import pytest
 from transformers import AutoTokenizer
 
-from lora_lightning.data.language.chat_templates import TEMPLATE_NAMES, chat_template
 from lora_lightning.data.language.conversations import sample_from
 from lora_lightning.data.language.encoding import Encoder
 from lora_lightning.data.sources import Record
 from lora_lightning.errors import DataError
+from lora_lightning.texts.chat_templates import TEMPLATE_NAMES, chat_template
 from tests.data.language import families
 from tests.data.talk import learnt, save_tokenizer, turns
 
@@ -283,6 +283,40 @@ def test_content_that_a_template_leaves_out_is_refused(encoder):
         said(encoder(families.GPT_OSS), both)
     named = [{**turn, "name": "ann"} for turn in SHAPES["one"]]
     assert encoder(TEMPLATES["chatml"]).encode(sample(named)).ignored == {"messages[].name"}
+
+
+def test_small_things_that_a_template_leaves_out(encoder):
+    names_only = "{% for t in tools or [] %}{{ t.function.name }} {% endfor %}" + TEMPLATES["chatml"]
+    tools = [{"type": "function", "function": {"name": "look", "description": "Look it up."}}]
+    with pytest.raises(DataError, match=r"leaves out or changes the description 'Look it up\.' of a tool"):
+        said(encoder(names_only), SHAPES["one"], tools=tools)
+    del tools[0]["function"]["description"]
+    assert said(encoder(names_only), SHAPES["one"], tools=tools) == [["4<|im_end|>"]]  # control
+    no_arguments = families.QWEN3.replace("'arguments': c.function.arguments", "'arguments': 0")
+    call = {"name": "look", "arguments": {"n": 3}}
+    for template, expected in ((no_arguments, "the argument '3' of a tool call"), (families.QWEN3, "")):
+        asked = [*turns("q3"), {"role": "assistant", "tool_calls": [{**call, "id": "call12345"}]}]
+        if expected:
+            with pytest.raises(DataError, match=expected):
+                said(encoder(template), asked)
+        else:
+            assert encoder(template).encode(sample(asked)).ignored == {"messages[].tool_calls[].id"}
+
+
+def test_two_answers_in_a_row(encoder):
+    """The generation prompt is not the beginning of the second one, as the first is framed anew."""
+    both = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "4"}]
+    both.append({"role": "assistant", "content": "5"})
+    opened = "\n</think>\n\n"
+    for template, lead, end in ((families.GPT_OSS, FINAL, "<|return|>"), (families.QWEN35, opened, "<|im_end|>")):
+        with pytest.warns(UserWarning, match="begins answers in another way"):
+            answers = said(encoder(template), both)
+        assert answers == [[f"{lead}4{end}"], [f"{lead}5{end}"]]
+
+
+def test_half_a_character_is_learnt_as_a_question_mark(encoder):
+    odd = [*turns("q\ud800"), {"role": "assistant", "tool_calls": [{"name": "look", "arguments": {"a": "\ud83d"}}]}]
+    assert said(encoder(families.QWEN3), odd) == [[EMPTY + JSON_CALL.replace("city", "a").replace("Rome", "?")]]
 
 
 def test_switches_and_json_are_no_loss(encoder):

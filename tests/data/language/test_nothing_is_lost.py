@@ -112,7 +112,7 @@ def encoder(tmp_path_factory):
         train_on="assistant",
         max_length=100_000,
         padding_side="right",
-        first_samples=list,
+        holds_instructions=bool,
     )
 
 

@@ -1,7 +1,8 @@
 import pytest
 
-from lora_lightning.data.rows.columns import ColumnWatch, missing_column
-from lora_lightning.data.rows.conditions import Condition, is_missing, parse_condition
+from lora_lightning.data.rows.cells import is_missing, missing_column
+from lora_lightning.data.rows.columns import ColumnWatch
+from lora_lightning.data.rows.conditions import Condition, parse_condition
 from lora_lightning.data.sources import Record
 from lora_lightning.errors import ConfigError, DataError
 

@@ -6,7 +6,9 @@ from collections import Counter
 
 import pytest
 
-from lora_lightning.data.rows.conditions import is_missing, parse_condition
+from lora_lightning.data.rows.cells import is_missing
+from lora_lightning.data.rows.conditions import parse_condition
+from lora_lightning.data.rows.named_sets import split_sources
 from lora_lightning.data.rows.plan import Plan
 from lora_lightning.data.rows.pool import SplitRows, fingerprint, load_about, save_about, split_file
 from lora_lightning.data.rows.road import lay
@@ -47,7 +49,7 @@ class Laid:
         folder.mkdir()
         self.rules = Labelled()
         plan = Plan(
-            sources={"train": train, "val": val, "test": test, "predict": predict},
+            sources=split_sources({"train": train, "val": val, "test": test, "predict": predict}),
             sizes=dict(zip(("train", "val", "test"), sizes, strict=True)),
             settings=ReadSettings(),
             conditions=tuple(map(parse_condition, where)),
@@ -165,6 +167,21 @@ def test_rows_that_were_not_drawn_do_not_leak(laid):
     with pytest.warns(UserWarning, match="10 of 20 rows"):
         found = laid(many(20), many(20), sizes=(10, None, 0))
     assert found.counted("leaked", "unused") == (10, 10)
+
+
+def test_several_validation_sets_are_counted_apart(laid):
+    val = {"near": many(4, start=18), "far": many(3, start=40)}
+    with pytest.warns(UserWarning, match=r"2 of 4 rows .* the figures for val/near will be too good") as caught:
+        found = laid(many(20), val)
+    assert len(caught) == 1
+    assert (found.rows("val/near"), len(found.rows("val/far"))) == (
+        [(f"text {i}", "ab"[i % 2]) for i in range(18, 22)],
+        3,
+    )
+    assert found.counted("train", "val", "val/near", "val/far") == (20, 7, 4, 3)
+    assert found.counted("leaked", "val/near/leaked", "val/far/leaked") == (2, 2, 0)
+    with pytest.raises(ConfigError, match="val_size is 3, but val names rows of its own"):
+        laid(many(4), val, sizes=(None, 3, 0))
 
 
 # Broken rows.

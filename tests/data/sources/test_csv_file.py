@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from lora_lightning.data.sources import read_records
+from lora_lightning.data.sources import csv_file, read_records
 from lora_lightning.errors import ConfigError, DataError
 from tests.data.sources.conftest import fields_of, read, tolerant
 
@@ -132,6 +132,20 @@ def test_several_broken_rows_one_after_another(write):
     records, messages, _ = tolerant(path)
     assert places(records) == [(2, "a"), (6, "g"), (8, "i")]
     assert [message.split(":")[0].rsplit(" ", 1)[1] for message in messages] == ["3", "4", "5", "7"]
+
+
+def test_a_row_that_does_not_end_is_given_up_early(write, monkeypatch):
+    """The search for its closing quotation mark ends after so many characters; all lines but its first are rows."""
+    path = write("a.csv", 'text,label\n"open,1\n' + "".join(f"x{n},1\n" for n in range(30)) + '"y",1\n')
+    expected = [(n + 3, f"x{n}") for n in range(30)] + [(33, "y")]
+    for longest in (12, 60, 10_000):
+        monkeypatch.setattr(csv_file, "_LONGEST_ROW", longest)
+        records, messages, texts = tolerant(path)
+        assert places(records) == expected
+        assert (len(messages), texts) == (1, ['"open,1\n'])
+    monkeypatch.setattr(csv_file, "_LONGEST_ROW", 3)  # control: no row is so short
+    with pytest.raises(DataError, match="line 1"):
+        tolerant(path)
 
 
 def test_a_broken_line_of_names_is_never_skipped(write):

@@ -15,7 +15,7 @@ def test_what_is_taken_for_a_hub_name(tmp_path, monkeypatch):
     for name in ("imdb", "stanfordnlp/imdb", "eriktks/conll2003"):
         assert is_hub_name(name)
     local = ["tweets", "a/b/c", "x.csv", "owner/x.JSONL", "~/x", "/x", "../x", "pkg://a/b", "a b", "x.csv.gz"]
-    for source in [*local, "data/*", "data/?", "x.zst", "x.yml", ["imdb"], None, 3]:
+    for source in [*local, "data/*", "data/?", "x.zst", "x.yml", "train.conll", "x.txt", ["imdb"], None, 3]:
         assert not is_hub_name(source), source
 
 

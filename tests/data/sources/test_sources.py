@@ -7,67 +7,14 @@ import pandas as pd
 import pytest
 
 from lora_lightning.data.sources import ReadSettings, describe, read_records, source_files
-from lora_lightning.errors import ConfigError, DataError, UserError
-from tests.data.sources.conftest import compress, fields_of, read
+from lora_lightning.errors import ConfigError, DataError
+from tests.data.sources.conftest import fields_of, read
 
 TAGGED = "Anna NN B-PER\nruns VB O\n\n\nHi UH O\n"
 
 
 def names_of(source, **settings):
     return [name for _, name in source_files(source, ReadSettings(**settings))]
-
-
-# Folders, lists and patterns.
-
-
-def test_folder_of_texts_takes_classes_from_its_sub_folders(tmp_path, write):
-    for kind, texts in {"pos": ["good", "fine"], "neg": ["bad\n"], ".cache": ["no"]}.items():
-        for index, text in enumerate(texts):
-            write(f"{kind}/{index}.txt", text)
-    write("pos/.hidden.txt", "no")
-    (tmp_path / "notes").mkdir()
-    records = read(str(tmp_path), text_column="words", label_column="kind")
-    assert [record.fields for record in records] == [
-        {"words": "bad\n", "kind": "neg"},
-        {"words": "good", "kind": "pos"},
-        {"words": "fine", "kind": "pos"},
-    ]
-    assert records[1].place == f"{tmp_path}/pos/0.txt, line 1"
-    write("pos/0.txt", "café".encode("latin-1"))
-    with pytest.raises(DataError, match=r"pos/0\.txt is not utf-8"):
-        fields_of(tmp_path)
-    assert fields_of(tmp_path, encoding="latin-1")[1]["text"] == "café"
-
-
-def test_folders_of_files_of_several_kinds(tmp_path, write):
-    write("data/b.csv", "text\nb\n")
-    write("data/a.jsonl.gz", compress(b'{"text": "a"}\n', ".gz"))
-    write("data/notes.md", "no")
-    write("data/.hidden.csv", "no")
-    assert fields_of(tmp_path / "data") == [{"text": "a"}, {"text": "b"}]
-    assert [record.place for record in read(f"{tmp_path}/data/")] == [
-        f"{tmp_path}/data/a.jsonl.gz, line 1",
-        f"{tmp_path}/data/b.csv, line 2",
-    ]
-    write("words/readme.md", "no")
-    with pytest.raises(DataError, match=r"holds no texts: expected one sub-folder .* files that end in \.csv"):
-        fields_of(tmp_path / "words")
-
-
-def test_lists_and_patterns(tmp_path, write, monkeypatch):
-    for name in ("a.csv", "b.csv", "c.tsv", "deep/d.csv"):
-        write(name, f"text\n{name}\n")
-    monkeypatch.chdir(tmp_path)
-    assert [row["text"] for row in fields_of(["c.tsv", "a.csv"])] == ["c.tsv", "a.csv"]
-    assert names_of("*.csv") == ["a.csv", "b.csv"]
-    assert names_of("**/*.csv") == ["a.csv", "b.csv", "deep/d.csv"]
-    assert names_of(f"{tmp_path}/[bc].?sv") == [f"{tmp_path}/b.csv", f"{tmp_path}/c.tsv"]
-    assert names_of(["deep/*", "a.csv"]) == ["deep/d.csv", "a.csv"]
-    assert [record.place for record in read("deep/*.csv")] == ["deep/d.csv, line 2"]
-    with pytest.raises(DataError, match=r"No file matches \*\.cvs; the nearest names there: [ab]\.csv"):
-        names_of("*.cvs")
-    write("[odd].csv", "text\nodd\n")
-    assert fields_of("[odd].csv") == [{"text": "odd"}]
 
 
 def test_shares_are_of_all_files_together(write):
@@ -80,17 +27,6 @@ def test_shares_are_of_all_files_together(write):
         assert found == every[mine::3]
     frame = pd.DataFrame({"n": range(5)})
     assert [row["n"] for row in fields_of(frame, share=(1, 2))] == [1, 3]
-
-
-def test_files_in_packages(tmp_path, write, monkeypatch):
-    write("some_package_of_rows/__init__.py", "raise ImportError")
-    write("some_package_of_rows/rows/a.csv", "text\nx\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    for source in ("rows/a.csv", "rows"):
-        (record,) = read(f"pkg://some_package_of_rows/{source}")
-        assert record.place == "pkg://some_package_of_rows/rows/a.csv, line 2"
-    with pytest.raises(UserError, match="not installed"):
-        read("pkg://no_such_package_here/a.csv")
 
 
 def test_missing_and_unknown_files(tmp_path, write):
@@ -200,6 +136,21 @@ def test_universal_files_have_columns_of_their_own(write):
 def test_broken_sentences(write, content, settings, message):
     with pytest.raises(DataError, match=message):
         fields_of(write("a.iob2", content), conll=True, **settings)
+
+
+def test_one_share_tells_of_a_broken_sentence(write):
+    path = write("a.conll", "a O\n\nb O\nc\n\nd O\n")
+    told = {0: [], 1: []}
+    words = []
+    for mine, bad in told.items():
+        note = lambda error, text, bad=bad: bad.append((str(error), text))  # noqa: E731 - bound to its share
+        records = read_records(path, ReadSettings(conll=True), on_bad=note, share=(mine, 2))
+        words += [record.fields["tokens"] for record in records]
+    assert sorted(words) == [["a"], ["d"]]
+    assert told[0] == []
+    ((message, text),) = told[1]
+    assert "line 4: the token 'c' has no tag" in message
+    assert text == "b O\nc"
 
 
 def test_columns_of_conll_files_have_no_names(write):

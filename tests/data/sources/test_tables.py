@@ -86,6 +86,16 @@ def test_class_numbers_become_names(tmp_path):
     assert [row["label"] for row in fields_of(numbers)] == [1, -1, None]
 
 
+def test_class_numbers_within_lists_and_objects_become_names():
+    kind = datasets.ClassLabel(names=["O", "B"])
+    features = datasets.Features({"deep": datasets.List(datasets.List(kind)), "turns": datasets.List({"kind": kind})})
+    cells = {"deep": [[[0, 1], []], None], "turns": [[{"kind": 1}], [{"kind": -1}, {"kind": None}]]}
+    assert fields_of(datasets.Dataset.from_dict(cells, features=features)) == [
+        {"deep": [["O", "B"], []], "turns": [{"kind": "B"}]},
+        {"deep": None, "turns": [{}, {}]},
+    ]
+
+
 def test_saved_data_sets_in_several_files(tmp_path):
     rows = datasets.Dataset.from_dict({"text": [f"row {index}" for index in range(3000)]})
     rows.save_to_disk(str(tmp_path / "folder"), num_shards=12)
@@ -138,6 +148,18 @@ def test_frames_keep_whole_numbers_and_lose_missing_ones():
     assert found == [{**first, "nullable": 1, "kind": "a"}, {"whole": 2, "exact": 2.0, **nothing}, last]
     assert [type(found[0][name]) for name in ("whole", "gaps", "exact", "nullable")] == [int, int, float, int]
     assert [record.place for record in read(frame)] == [f"a DataFrame of 3 rows, row {index}" for index in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "Float64", "double[pyarrow]"])
+def test_whole_numbers_with_gaps_of_every_type(dtype):
+    frame = pd.DataFrame({"gaps": [1, None, 3], "real": [1.5, None, 3], "none": [None, None, None]}, dtype=dtype)
+    found = fields_of(frame)
+    assert found == [{"gaps": 1, "real": 1.5, "none": None}, dict.fromkeys(frame), {"gaps": 3, "real": 3, "none": None}]
+    assert [type(row["gaps"]) for row in found] == [int, type(None), int]
+    assert type(found[2]["real"]) is float
+    large = pd.DataFrame({"a": [2.0**60, None], "b": [float("inf"), None]}, dtype=dtype)
+    assert type(fields_of(large)[0]["a"]) is float
+    assert fields_of(large)[0]["b"] == float("inf")
 
 
 def test_columns_of_one_name_are_numbered():

@@ -1,0 +1,257 @@
+"""Which adapters act: what the running thread or asyncio task has chosen, never a state of a module.
+
+A `Selector` stands for one attachment, and all hosts of that attachment hold it. A block (`choosing`) adds an entry to
+the state of the thread or task that enters it, and removes its own entry on leaving, in whatever order blocks are left.
+The state lives in a context variable, which threads and tasks have of their own. `torch.compile` cannot trace a context
+variable, so the state is mirrored in a thread-local, which it guards by value: one compilation for each selection.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
+
+import torch
+from torch import nn
+
+from lora_lightning.adapters.selection.compiling import make_room_for
+from lora_lightning.errors import ConfigError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Names = tuple[str, ...] | None
+"""Names of the adapters that act, sorted; None for all of them. A tuple, since `torch.compile` compares it by value."""
+
+ALL: Names = None
+NONE: Names = ()
+
+_TOKENS = itertools.count()
+
+
+class Selector:
+    """The identity of one attachment, by which its hosts find out which of their adapters act.
+
+    Copies and unpickled ones have a token of their own: a block of the original does not reach them.
+
+    Attributes:
+        default: What acts outside of all blocks, in every thread.
+        token: Attribute of the thread-local under which compiled code looks this attachment up.
+        num_hosts: How many hosts hold this selector.
+    """
+
+    def __init__(self, default: Names = ALL, num_hosts: int = 0) -> None:
+        self.default = default
+        self.num_hosts = num_hosts
+        self.token = f"selection_{next(_TOKENS)}"
+
+    def __reduce__(self) -> tuple[type[Selector], tuple[Names, int]]:
+        """Copy and pickle without the token."""
+        return Selector, (self.default, self.num_hosts)
+
+    def names_at(self, path: str) -> Names:
+        """Return the names of the adapters that act on one host, in the running thread or task.
+
+        Args:
+            path: The host, as it was called when its adapters were attached.
+        """
+        choices: tuple[Choice, ...] | None
+        if torch.compiler.is_dynamo_compiling():
+            choices = getattr(_MIRROR, self.token, None)
+        else:
+            choices = _STATE.get().choices.get(self.token)
+        if choices is not None:
+            for names, hosts in choices:
+                if hosts is None or path in hosts:
+                    return names
+        return self.default
+
+
+class Choice(NamedTuple):
+    """What a block chooses for one attachment.
+
+    Args:
+        names: The adapters that act.
+        hosts: Paths of the hosts that the block is about; None for all.
+    """
+
+    names: Names
+    hosts: tuple[str, ...] | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """One entered block; two blocks are never equal."""
+
+    choices: Mapping[str, Choice]
+
+
+class _State(NamedTuple):
+    """The blocks that are open, in the order of entering, and what follows for each token, the latest choice first."""
+
+    entries: tuple[_Entry, ...]
+    choices: Mapping[str, tuple[Choice, ...]]
+
+
+_EMPTY = _State((), {})
+_STATE: ContextVar[_State] = ContextVar("lora_lightning_selection", default=_EMPTY)
+
+
+class _Mirror(threading.local):
+    """What compiled code reads: the choices of each token as attributes of that name."""
+
+    state = _EMPTY
+
+
+_MIRROR = _Mirror()
+
+
+@contextmanager
+def choosing(choices: Mapping[Selector, Choice]) -> Iterator[None]:
+    """Let other adapters act inside the block, in the thread or asyncio task that enters it.
+
+    Blocks may overlap: of those that are open, the one entered last decides for each host.
+
+    Args:
+        choices: What to choose, for each attachment.
+
+    Raises:
+        ConfigError: The block is left in another thread or task than the one that entered it.
+    """
+    entry = _Entry({selector.token: choice for selector, choice in choices.items()})
+    _activate(_state_of((*_STATE.get().entries, entry)))
+    try:
+        yield
+    except BaseException:  # which must reach the caller as it is
+        _leave(entry)
+        raise
+    if not _leave(entry):
+        raise ConfigError(
+            "A block that selects adapters, such as disabled(model), was left in another thread or asyncio task than "
+            "the one that entered it, and has no effect there. Enter and leave it in the same one; bind(function) "
+            "takes a selection to another thread."
+        )
+
+
+def bind(function: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that runs under the selection of this moment, in whatever thread, and after any block.
+
+    A thread that is started inside a block does not know of the block. The function given to it, bound, does. So does
+    a function that checkpointing runs again in backward: `checkpoint(bind(block), x)`.
+
+    Args:
+        function: A function or a coroutine function.
+
+    Raises:
+        ConfigError: It is a generator function, whose body would run after the call.
+
+    Example:
+        >>> from threading import Thread
+        >>> from torch import nn, ones
+        >>> from lora_lightning.adapters import attach, disabled
+        >>> from lora_lightning.methods import LoRA
+        >>> model = nn.Sequential(nn.Linear(2, 2))
+        >>> report = attach(model, LoRA(r=1))
+        >>> with disabled(model):
+        ...     thread = Thread(target=bind(model), args=(ones(1, 2),))  # computes the base's output
+        >>> thread.start()
+        >>> thread.join()
+    """
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise ConfigError("bind takes no generator function; bind the function that iterates over the generator.")
+    state = _STATE.get()
+    if inspect.iscoroutinefunction(function):
+
+        async def bound_coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:  # noqa: ANN401 - the function's own
+            with _running_in(state):
+                return await function(*args, **kwargs)
+
+        return cast("Callable[P, T]", functools.wraps(function)(bound_coroutine))
+
+    def bound(*args: P.args, **kwargs: P.kwargs) -> T:
+        with _running_in(state):
+            return function(*args, **kwargs)
+
+    # A module has attributes that are not the function's to take over.
+    return functools.wraps(function, updated=())(bound)
+
+
+def synchronize(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Bring what compiled code reads up to date: another task may have run in this thread, or in another context.
+
+    Args:
+        module: A compiled model, whose forward pre-hook this is.
+        args: What it is called with.
+    """
+    del module, args
+    if torch.compiler.is_dynamo_compiling():  # a compiled model inside another one
+        return
+    state = _STATE.get()
+    if _MIRROR.state is not state:
+        _mirror(state)
+    make_room_for(())
+
+
+def current_selection() -> object:
+    """Return what is selected in the running thread or task, to be handed to `run_under`."""
+    return _STATE.get()
+
+
+def run_under(selection: Any, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:  # noqa: ANN401 - the function's own
+    """Call a function under a selection that `current_selection` returned."""
+    with _running_in(selection):
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def _running_in(state: _State) -> Iterator[None]:
+    before = _STATE.get()
+    _activate(state)
+    try:
+        yield
+    finally:
+        _activate(before)
+
+
+def _leave(entry: _Entry) -> bool:
+    """Remove a block's own entry, and tell whether it was there."""
+    entries = _STATE.get().entries
+    left = tuple(one for one in entries if one is not entry)
+    _activate(_state_of(left))
+    return len(left) < len(entries)
+
+
+def _state_of(entries: tuple[_Entry, ...]) -> _State:
+    """Return the choices that open blocks add up to."""
+    if not entries:
+        return _EMPTY
+    found: dict[str, tuple[Choice, ...]] = {}
+    for entry in reversed(entries):
+        for token, choice in entry.choices.items():
+            later = found.get(token, ())
+            is_hidden = any(one.hosts is None or one.hosts == choice.hosts for one in later)
+            if not is_hidden:
+                found[token] = (*later, choice)
+    return _State(entries, found)
+
+
+def _activate(state: _State) -> None:
+    _STATE.set(state)
+    _mirror(state)
+    make_room_for(state.choices.values())
+
+
+def _mirror(state: _State) -> None:
+    for token in _MIRROR.state.choices:
+        if token not in state.choices:
+            delattr(_MIRROR, token)
+    for token, choices in state.choices.items():
+        setattr(_MIRROR, token, choices)
+    _MIRROR.state = state

@@ -1,0 +1,182 @@
+"""Adapter folders in PEFT's format: written for other tools to read, and read whoever wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lora_lightning.adapters import AttachReport, detach, is_attached, load_adapter_state_dict
+from lora_lightning.backbones.attach import attach
+from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.folder import (
+    OWN_WEIGHTS_NAME,
+    RunFacts,
+    check_finite,
+    is_adapter_folder,
+    load_config,
+    load_tensors,
+    write_adapter_folder,
+)
+from lora_lightning.checkpoint.manifest import Manifest, check_files, read_manifest
+from lora_lightning.errors import CheckpointError, TargetError
+from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME, PeftConfig, parse_peft_config
+from lora_lightning.peft_format.encode import to_peft, why_not_peft
+from lora_lightning.peft_format.fit import FittedAdapter, fit_to_model
+
+_PICKLED_NAME = "adapter_model.bin"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeftFiles:
+    """What an adapter folder in PEFT's format holds.
+
+    Args:
+        folder: The folder.
+        config: What its `adapter_config.json` says.
+        tensors: Its tensors by PEFT's key names.
+        base_fingerprint: The base's digest where this library wrote the folder, else None.
+    """
+
+    folder: Path
+    config: PeftConfig
+    tensors: dict[str, Tensor]
+    base_fingerprint: str | None
+
+    def fit(self, model: nn.Module) -> FittedAdapter:
+        """Understand the adapter for one bare model, which stays as it is.
+
+        Raises:
+            CheckpointError: It does not fit the model.
+        """
+        return fit_to_model(model, self.config, self.tensors, str(self.folder))
+
+
+def export_peft(
+    model: nn.Module,
+    folder: str | Path,
+    facts: RunFacts | None = None,
+    *,
+    base_fingerprint: str | None = None,
+    extra: Mapping[str, bytes] | None = None,
+) -> Manifest:
+    """Write the adapters of a model in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, a manifest.
+
+    `peft.PeftModel.from_pretrained(base, folder)` and transformers' `model.load_adapter(folder)` read it, and so does
+    `load_peft`. Trained copies (heads) go in as `modules_to_save`. A relative of LoRA goes in as the LoRA that computes
+    the same, from its `factors()`: often of another rank, and no longer to be trained by its own method.
+
+    Args:
+        model: A model with adapters of LoRA, DoRA or a relative of theirs.
+        folder: Where to; an adapter folder already there is replaced.
+        facts: What the manifest shall tell about the run.
+        base_fingerprint: The base's fingerprint, where the caller has it already.
+        extra: Further files by their names, such as those of `text_files` and `own_file`.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: PEFT has no words for these adapters (the message says for what), a weight is NaN or
+            infinite, or the folder holds something else.
+    """
+    if not is_attached(model):
+        raise CheckpointError("The model has no adapters, so there is nothing to export; attach and train them first.")
+    if to_peft(model, as_lora=True) is None:
+        raise CheckpointError(
+            f"This adapter cannot be written in PEFT's format: {why_not_peft(model)}. Merge it into the base instead "
+            "(lora-lightning export --to merged)."
+        )
+    return write_adapter_folder(
+        Path(folder), model, facts, base_fingerprint=base_fingerprint, as_lora=True, extra=extra
+    )
+
+
+def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
+    """Attach an adapter in PEFT's format to a bare model, and load its tensors.
+
+    Reads what PEFT wrote (any version whose adapters are safetensors), what transformers' `save_pretrained` wrote for
+    a model with an adapter, and what this library wrote in PEFT's format. LoRA, rsLoRA and DoRA on linear layers,
+    Conv1D, embeddings and convolutions, `rank_pattern`, `alpha_pattern` and `modules_to_save`.
+
+    Args:
+        model: A model without adapters, on the base that the adapter was trained on; frozen, as `attach` does.
+        folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Returns:
+        What was attached.
+
+    Raises:
+        CheckpointError: The folder is damaged, uses an option that this library does not compute, or its keys or
+            shapes are not those of this model; the model is unchanged.
+        TargetError: The model has adapters already, or a host is of a kind that cannot be adapted.
+    """
+    folder = Path(folder)
+    if is_attached(model):
+        raise TargetError(f"This model has adapters already; load {folder} into a bare model, or detach them first.")
+    found = read_peft_files(folder)
+    fitted = found.fit(model)
+    report = attach(model, fitted.method)
+    try:
+        load_adapter_state_dict(model, fitted.state)
+        if found.base_fingerprint is not None:
+            check_fingerprint(fingerprint(model), found.base_fingerprint, str(folder))
+    except CheckpointError as error:
+        detach(model)
+        raise CheckpointError(f"{folder}: {error}") from error
+    return report
+
+
+def read_peft_files(folder: Path) -> PeftFiles:
+    """Read and check an adapter folder in PEFT's format; see `load_peft`.
+
+    Raises:
+        CheckpointError: It is missing or damaged, or uses an option that this library does not compute.
+    """
+    _check_there(folder)
+    base_fingerprint = _own_fingerprint(folder)
+    config = read_peft_config(folder / CONFIG_NAME)
+    tensors = load_tensors(folder / PEFT_WEIGHTS_NAME)
+    check_finite(tensors, str(folder))
+    return PeftFiles(folder=folder, config=config, tensors=tensors, base_fingerprint=base_fingerprint)
+
+
+def read_peft_config(path: Path) -> PeftConfig:
+    """Read and check an `adapter_config.json`.
+
+    Raises:
+        CheckpointError: It is damaged, no LoRA or DoRA, or uses an option that this library does not compute.
+    """
+    return parse_peft_config(load_config(path), str(path))
+
+
+def _check_there(folder: Path) -> None:
+    """Refuse folders without a config or without safetensors, saying what is there instead."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; name the one that holds {CONFIG_NAME}.")
+    if (folder / OWN_WEIGHTS_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} holds an adapter in this library's own format, which PEFT has no words for; attach its method "
+            "and use load_adapter."
+        )
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}, so it is no adapter of PEFT.")
+    if (folder / PEFT_WEIGHTS_NAME).is_file():
+        return
+    if (folder / _PICKLED_NAME).is_file():
+        raise CheckpointError(
+            f"{folder} holds its weights as {_PICKLED_NAME}, a pickle, which could run code when it is read, so it is "
+            "refused. If you trust it, load it with PEFT and save it again: that writes safetensors."
+        )
+    raise CheckpointError(f"{folder} holds no {PEFT_WEIGHTS_NAME}; get the adapter again.")
+
+
+def _own_fingerprint(folder: Path) -> str | None:
+    """Return the base's fingerprint where this library wrote the folder, whose files are then checked too."""
+    if not is_adapter_folder(folder):
+        return None
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    return manifest.base_fingerprint

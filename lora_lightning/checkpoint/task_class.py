@@ -1,0 +1,156 @@
+"""The task that wrote a checkpoint: its class, found without running untrusted code, and how to build it again."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_lightning.errors import CheckpointError
+from lora_lightning.trust import LIBRARY, check_import
+
+if TYPE_CHECKING:
+    import lightning as L
+
+_OLD_CLASS_PATH = "_class_path"
+"""Where version 0.1 kept the class, among the settings."""
+
+
+def class_path_in(content: Mapping[str, Any]) -> str | None:
+    """Return the import path of the task that wrote a checkpoint, or None if it does not say."""
+    entry = content.get("lora_lightning")
+    found = entry.get("task") if isinstance(entry, Mapping) else None
+    found = found or content["hyper_parameters"].get(_OLD_CLASS_PATH)
+    return found if isinstance(found, str) else None
+
+
+def settings_in(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of the task that wrote a checkpoint, without what is no setting."""
+    return {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}
+
+
+def given_in(content: Mapping[str, Any]) -> list[str] | None:
+    """Return the names of the arguments that the task of a checkpoint was built with, or None if it does not say."""
+    entry = content.get("lora_lightning")
+    given = entry.get("arguments") if isinstance(entry, Mapping) else None
+    return [name for name in given if isinstance(name, str)] if isinstance(given, list) else None
+
+
+def find_task_class(stored: str | None, name: str | None, path: Path) -> type[L.LightningModule]:
+    """Return the class of the task that wrote a checkpoint.
+
+    Args:
+        stored: The import path that the checkpoint names.
+        name: The import path that the user names, which goes first and is trusted.
+        path: The checkpoint, for messages.
+
+    Raises:
+        CheckpointError: There is no such class, or it would have to be imported on the checkpoint's word alone.
+    """
+    import lightning as L
+
+    wanted = name or stored
+    if not isinstance(wanted, str) or "." not in wanted:
+        raise CheckpointError(f"{path} does not say which task wrote it; name its class, as in my_module.MyTask.")
+    check_import(wanted, "--task_class" if name else str(path))
+    module_name, _, class_name = wanted.rpartition(".")
+    is_trusted = name is not None or module_name in sys.modules or module_name.split(".")[0] == LIBRARY
+    if not is_trusted:
+        raise CheckpointError(
+            f"{path} was written by the task {wanted}, which is not part of lora_lightning, and importing it runs its "
+            f"code. If you trust it, say so: --task_class {wanted}"
+        )
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(f"The task {wanted} of {path} cannot be imported ({error}).") from error
+    check_import(f"{getattr(cls, '__module__', '')}.{class_name}", str(path))  # a module may import another's class
+    if not (isinstance(cls, type) and issubclass(cls, L.LightningModule)):
+        raise CheckpointError(f"{wanted} is no LightningModule, so it cannot be the task that wrote {path}.")
+    return cls
+
+
+def argument_names(cls: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
+    """Return the names of the arguments that a constructor was called with, those inside `*args` and `**kwargs` too.
+
+    What goes through `*args` is taken to go on to the next class's constructor.
+
+    Example:
+        >>> class Task:
+        ...     def __init__(self, width, **kwargs): ...
+        >>> argument_names(Task, (3,), {"dtype": "auto"})
+        ['dtype', 'width']
+    """
+    try:
+        bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)
+    except (TypeError, ValueError):  # the constructor itself says what is wrong
+        return []
+    names = set(list(bound.arguments)[1:])  # the first is the object itself
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            names |= set(bound.arguments.get(parameter.name, {}))
+            names.discard(parameter.name)
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            names.discard(parameter.name)
+            rest = bound.arguments.get(parameter.name, ())
+            above = next((base for base in cls.__mro__[1:] if "__init__" in vars(base)), object)
+            names |= set(argument_names(above, rest, {})) if rest else set()
+    return sorted(names)
+
+
+def constructor_arguments(
+    cls: type[Any], settings: Mapping[str, Any], given: Iterable[str] | None = None
+) -> dict[str, Any]:
+    """Return the settings to call a task's constructor with.
+
+    Args:
+        cls: The task's class.
+        settings: All settings that the checkpoint holds.
+        given: Names of the arguments that the checkpoint's task was built with; None if it does not say.
+
+    Returns:
+        The settings that the constructor names, and if it takes `**kwargs`, those that went through them.
+    """
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    named = {one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
+    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+        named |= settings.keys() if given is None else set(given)
+    return {name: value for name, value in settings.items() if name in named}
+
+
+def build_task(
+    cls: type[L.LightningModule],
+    content: dict[str, Any],
+    path: Path,
+    changes: Mapping[str, Any],
+    *,
+    strict: bool | None = None,
+) -> L.LightningModule:
+    """Build the task of a checkpoint with its model, and load its weights.
+
+    Args:
+        cls: The task's class.
+        content: What the checkpoint holds.
+        path: The checkpoint, for messages.
+        changes: Settings to take instead of the checkpoint's.
+        strict: As Lightning's `load_state_dict` takes it; None means the task's own.
+
+    Raises:
+        CheckpointError: The settings do not fit the class, or the weights or the base do not fit the model.
+    """
+    arguments = {**constructor_arguments(cls, settings_in(content), given_in(content)), **changes}
+    try:
+        task = cls(**arguments)
+    except TypeError as error:
+        raise CheckpointError(
+            f"The settings in {path} do not fit {cls.__qualname__} ({error}): it was written by another version, or "
+            "an argument of __init__ is not kept; call self.keep_settings(argument=argument) there."
+        ) from error
+    task.strict_loading = task.strict_loading if strict is None else strict
+    task.configure_model()
+    task.on_load_checkpoint(content)
+    task.load_state_dict(content["state_dict"], strict=task.strict_loading)
+    return task

@@ -1,0 +1,67 @@
+"""Validation sets with names, each with a source of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from lora_lightning.data.sources import Source
+from lora_lightning.errors import ConfigError
+
+# Values are logged as val/<metric> beside val/<name>/<metric>; loggers that write files cannot keep both apart if a
+# name is a metric's.
+_METRICS = (
+    *("accuracy", "average_precision", "exact_match", "f1", "f1_micro", "loss", "mse", "pearson", "perplexity"),
+    *("precision", "recall", "rouge1", "rouge2", "rougeL", "samples", "spearman", "threshold"),
+)
+_NAME = re.compile(r"[\w.+-]+")
+
+
+def split_sources(sources: Mapping[str, Any]) -> dict[str, Source]:
+    """Return the source of each split; a mapping for `val` becomes a split `val/<name>` for each of its names.
+
+    Args:
+        sources: For each kind of split its source, a mapping of names to sources, or None.
+
+    Raises:
+        ConfigError: A name cannot be used, a named set has no source, or another split than `val` is a mapping.
+
+    Example:
+        >>> split_sources({"train": "a.csv", "val": {"reviews": "b.csv", "tweets": "c.csv"}})
+        {'train': 'a.csv', 'val/reviews': 'b.csv', 'val/tweets': 'c.csv'}
+    """
+    found: dict[str, Source] = {}
+    for kind, source in sources.items():
+        if not isinstance(source, Mapping):
+            found[kind] = source
+            continue
+        if kind != "val":
+            raise ConfigError(f"{kind} is a mapping ({_shown(source)}), which only val may be; give {kind} one source.")
+        _check_names(source)
+        found |= {f"{kind}/{name}": one for name, one in source.items()}
+    return found
+
+
+def _check_names(sources: Mapping[Any, Source]) -> None:
+    if not sources:
+        raise ConfigError("val is a mapping without an entry; name at least one source, such as {reviews: a.csv}.")
+    for name, source in sources.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"val has a set named {name!r}; expected a text of letters, digits, '_', '-', '+' and '.', since its "
+                "values are logged as val/<name>/loss."
+            )
+        if name.casefold() in map(str.casefold, _METRICS):
+            raise ConfigError(
+                f"val has a set named {name!r}, which is the name of a metric: its values would mix with those of all "
+                "sets together. Choose another name."
+            )
+        if source is None:
+            raise ConfigError(f"val has a set {name!r} without a source; give it one, or leave it out.")
+    if len({name.casefold() for name in sources}) < len(sources):
+        raise ConfigError(f"Two sets of val differ in the case of their letters only ({_shown(sources)}); rename one.")
+
+
+def _shown(sources: Mapping[Any, Source]) -> str:
+    return ", ".join(map(str, sources))

@@ -1,0 +1,65 @@
+"""Say what became of the records that were read, and keep those that were left out as broken."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+
+def read_message(counts: Mapping[str, int], needed: str) -> str:
+    """Return the line that says how many rows were read, left out and divided.
+
+    Args:
+        counts: What became of the rows.
+        needed: What a row must have.
+    """
+    return (
+        f"Data: {counts['rows_read']} rows read, {counts['rows_filtered']} filtered out by where, "
+        f"{counts['rows_incomplete']} without {needed}, {counts['rows_bad']} broken and skipped, "
+        f"{counts['duplicates_dropped']} duplicates and {counts['contradictions_dropped']} rows with "
+        f"contradictory labels dropped; {counts['train']} train, {counts['val']} val, {counts['test']} test, "
+        f"{counts['unused']} not used."
+    )
+
+
+def bad_rows_file(trainer: Any) -> Path | None:  # noqa: ANN401 - a Trainer, or None
+    """Return the file in the run's folder for rows that are left out as broken; None where this process writes none.
+
+    All ranks must ask for it together: the main process tells the others where the run's folder is.
+    """
+    folder = getattr(trainer, "log_dir", None) or getattr(trainer, "default_root_dir", None)
+    return Path(folder) / "bad_rows.jsonl" if folder is not None and trainer.is_global_zero else None
+
+
+def write_bad_rows(bad: Sequence[tuple[str, str]], path: Path | None) -> None:
+    """Write the rows that were left out as broken to a file, and warn of them.
+
+    Args:
+        bad: For each its error and its text.
+        path: The file; None only warns.
+    """
+    where = ""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"reason": reason, "text": text}) + "\n" for reason, text in bad]
+        path.write_text("".join(lines), "utf-8")
+        where = f" They are written to {path}."
+    rank_zero_warn(f"{len(bad)} broken rows are left out; the first: {bad[0][0]}{where}")
+
+
+def note(folder: Path | None, **entry: Any) -> None:  # noqa: ANN401 - whatever JSON takes
+    """Note something in a folder that several processes share; each appends to a file of its own."""
+    if folder is not None:
+        with (folder / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def noted(folder: Path) -> list[dict[str, Any]]:
+    """Return what all processes noted; what several of them noted alike, or one noted again, comes once."""
+    lines = [line for path in sorted(folder.iterdir()) for line in path.read_text("utf-8").splitlines()]
+    return [json.loads(line) for line in dict.fromkeys(lines)]

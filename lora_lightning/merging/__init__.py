@@ -1,0 +1,6 @@
+"""Merging a checkpoint into its base, and what the merge costs."""
+
+from lora_lightning.merging.merge import merge_checkpoint
+from lora_lightning.merging.report import LogitMove, MergeLoss, MergeReport, UpdateLost
+
+__all__ = ["LogitMove", "MergeLoss", "MergeReport", "UpdateLost", "merge_checkpoint"]

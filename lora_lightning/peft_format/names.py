@@ -1,0 +1,37 @@
+"""How PEFT finds modules by names, and how to name modules so that it finds these alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from torch import nn
+
+from lora_lightning.adapters.weights import RESERVED
+
+
+def module_paths(model: nn.Module) -> list[str]:
+    """Return the paths of a model's own modules, without those of its adapters."""
+    return [path for path, _ in model.named_modules() if path and RESERVED not in path.split(".")]
+
+
+def saved_paths(paths: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return the modules that PEFT copies for `modules_to_save`: those whose path ends with a name, dot or no dot.
+
+    Example:
+        >>> saved_paths(["bert", "pre_classifier", "classifier", "classifier.dense"], ["classifier"])
+        ['pre_classifier', 'classifier']
+    """
+    found = [path for path in paths if any(path.endswith(name) for name in names)]
+    return [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+
+
+def exactly(path: str) -> str:
+    """Return a pattern for one path: `^` keeps PEFT from matching paths that end in it."""
+    return f"^{re.escape(path)}"
+
+
+def target_modules(paths: Sequence[str], hosts: list[str]) -> list[str] | str:
+    """Return the hosts as a list where PEFT's suffix matching takes these alone, else as a regular expression."""
+    taken = [path for path in paths if any(path == host or path.endswith(f".{host}") for host in hosts)]
+    return hosts if set(taken) == set(hosts) else f"({'|'.join(re.escape(host) for host in hosts)})"

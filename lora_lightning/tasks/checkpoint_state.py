@@ -1,0 +1,89 @@
+"""What a task's checkpoint keeps: adapters, trained copies, and what methods carry along; never the frozen base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from lora_lightning.adapters import Method, adapter_state_dict, load_adapter_state_dict
+from lora_lightning.adapters.weights import RESERVED
+from lora_lightning.backbones.tokenizer_identity import check_tokenizer, tokenizer_of
+from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.folder import check_finite
+from lora_lightning.checkpoint.own_state import MODEL, own_entries
+from lora_lightning.checkpoint.saved_run import SavedRun
+from lora_lightning.tasks.averaging import complete_averages, shrink_averages
+from lora_lightning.tasks.loading import CheckedLoading, entry_of, own_entries_for, own_entry, require_training_state
+
+
+class CheckpointState(CheckedLoading):
+    """The part of `AdapterTask` that writes its checkpoints and reads them."""
+
+    methods: tuple[Method, ...]
+    adapter: str | None
+    base_fingerprint: str | None
+    _is_calibrated: bool
+    _takes_state_of_checkpoint: bool
+    _starting_run: SavedRun | None
+
+    @property
+    def adapted(self) -> nn.Module:
+        """The adapted model."""
+        raise NotImplementedError
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps: adapters, trained copies, and state of this module outside the model."""
+        adapters = {MODEL + name: tensor for name, tensor in adapter_state_dict(self.adapted).items()}
+        return {**adapters, **own_entries(self.state_dict())}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Replace the full state dict by the adapter state, and add what the methods carry along."""
+        shrink_averages(self, checkpoint)
+        checkpoint["lora_lightning"] = entry_of(self)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Compare the base, and give the methods back what they carried along.
+
+        Raises:
+            CheckpointError: The checkpoint is not one of this library, was trained on another base, or holds too little
+                to train on from it.
+        """
+        own = own_entry(checkpoint, len(self.methods))
+        require_training_state(checkpoint, self._trainer)
+        self.configure_model()
+        self._is_calibrated = True
+        check_fingerprint(self.base_fingerprint or fingerprint(self.adapted), own["base_fingerprint"], "The checkpoint")
+        check_tokenizer(tokenizer_of(self._trainer), own.get("tokenizer_fingerprint"), "The checkpoint")
+        for method, state in zip(self.methods, own["method_state"], strict=True):
+            method.load_extra_state(self.adapted, state)
+        complete_averages(self, checkpoint)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401 - torch's own signature
+        """Load an adapter state, or a whole one; keys and shapes must be exactly this model's.
+
+        Raises:
+            CheckpointError: They are not; nothing is changed.
+        """
+        del strict  # a partly loaded adapter is never wanted
+        self.configure_model()
+        if any(RESERVED in name.split(".") for name in state_dict):
+            return super().load_state_dict(state_dict, assign=assign)
+        own = own_entries_for(self, state_dict)
+        adapters = {name.removeprefix(MODEL): t for name, t in state_dict.items() if name.startswith(MODEL)}
+        check_finite(adapters, "The checkpoint")
+        load_adapter_state_dict(self.adapted, adapters)
+        self._takes_state_of_checkpoint = False
+        if own:
+            super().load_state_dict(own, strict=False, assign=assign)
+        return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])
+
+    def start_from(self, run: SavedRun) -> None:
+        """Take the adapter to start from out of a folder that was read already, instead of reading `adapter` again."""
+        self._starting_run = run
+
+    def expect_checkpoint(self) -> None:
+        """Leave `adapter` unread, since a checkpoint's weights follow: the folder may be gone or changed by then."""
+        self._takes_state_of_checkpoint = self.adapter is not None

@@ -1,0 +1,129 @@
+"""The sets of rows that a validation or a test goes through, and what is measured of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lora_lightning.tasks.step_output import StepOutput
+
+if TYPE_CHECKING:
+    from torchmetrics import MetricCollection
+
+Stage = Literal["val", "test"]
+
+
+@dataclass(frozen=True)
+class EvaluationSets:
+    """The sets of a stage. Each has figures of its own, logged under a prefix, and so have all of them together.
+
+    Args:
+        stage: The stage, which is also the prefix of all sets together.
+        names: Name of each set, by the index of its loader; empty for a single set without a name.
+
+    Example:
+        >>> sets = EvaluationSets("val", ("reviews", "tweets"))
+        >>> sets.prefixes
+        ('val/reviews', 'val/tweets', 'val')
+        >>> sets.prefixes_of(1), EvaluationSets("val").prefixes_of(0)
+        (('val/tweets', 'val'), ('val',))
+    """
+
+    stage: Stage
+    names: tuple[str, ...] = ()
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """The prefixes of all figures; that of all sets together is the last."""
+        return (*(f"{self.stage}/{name}" for name in self.names), self.stage)
+
+    def prefixes_of(self, index: int) -> tuple[str, ...]:
+        """Return the prefixes of the figures that the batches of a loader count for."""
+        if not self.names:
+            return (self.stage,)
+        return self.prefixes[index], self.stage
+
+    def is_all(self, prefix: str) -> bool:
+        """Return whether a prefix is that of all sets together."""
+        return prefix == self.stage
+
+
+def sets_of(trainer: L.Trainer | None, stage: Stage) -> EvaluationSets:
+    """Return the sets that the evaluation in progress goes through.
+
+    Loaders in a mapping have its names; several in a list are named by their index from 0.
+    """
+    loop: Any = None if trainer is None else trainer._evaluation_loop
+    loaders = getattr(loop, "_combined_loader", None)
+    if loaders is None or loaders._mode != "sequential":  # other modes join the batches of all loaders
+        return EvaluationSets(stage)
+    num_sets = len(loaders.flattened)
+    given = loaders.iterables
+    if isinstance(given, Mapping) and len(given) == num_sets:
+        return EvaluationSets(stage, tuple(map(str, given)))
+    if num_sets > 1:
+        return EvaluationSets(stage, tuple(map(str, range(num_sets))))
+    return EvaluationSets(stage)
+
+
+class MeanLoss(Metric):
+    """Mean over rows of the batches' mean losses."""
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+
+    total: Tensor
+    num_rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("num_rows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, num_rows: int) -> None:
+        """Count a batch.
+
+        Args:
+            loss: Mean loss of the batch, scalar.
+            num_rows: Number of its rows.
+        """
+        wide = loss.detach().to(torch.promote_types(loss.dtype, self.total.dtype))
+        self.total = self.total + wide * num_rows
+        self.num_rows = self.num_rows + num_rows
+
+    def compute(self) -> Tensor:
+        """Return the mean, scalar."""
+        return self.total / self.num_rows
+
+
+class Measures(nn.Module):
+    """What is measured of a set: its mean loss, and the task's metrics.
+
+    Args:
+        metrics: The metrics, or None.
+    """
+
+    def __init__(self, metrics: MetricCollection | None) -> None:
+        super().__init__()
+        self.loss = MeanLoss()
+        self.metrics = metrics
+
+    def update(self, output: StepOutput, num_rows: int) -> None:
+        """Count a batch."""
+        self.loss.update(output.loss, num_rows)
+        if self.metrics is not None:
+            self.metrics.update(output.predictions, output.targets)
+
+    def named(self) -> Iterator[tuple[str, Metric]]:
+        """Return the metrics by the names that they are logged under."""
+        yield "loss", self.loss
+        if self.metrics is not None:
+            # As Lightning logs a collection: metrics with the same state share it.
+            yield from self.metrics.items(copy_state=False)

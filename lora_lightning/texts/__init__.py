@@ -1,0 +1,1 @@
+"""How texts become tokens and back: chat templates, and the tokenizer of a training as its checkpoints keep it."""
