@@ -18,7 +18,7 @@ _READ_TOGETHER = 1000
 
 
 def read_parquet(path: Path, name: str, settings: ReadSettings) -> Iterator[Record]:  # noqa: ARG001 - as all readers
-    """Read the rows of a Parquet file.
+    """Read the rows of a Parquet file; one that `datasets` wrote tells the names of its classes.
 
     Raises:
         DataError: It is none.
@@ -28,8 +28,10 @@ def read_parquet(path: Path, name: str, settings: ReadSettings) -> Iterator[Reco
 
     try:
         with pyarrow.parquet.ParquetFile(_seekable(path, name)) as file:
+            classed = _classed_in(file.schema_arrow)
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=_READ_TOGETHER))
-            yield from numbered(name, (fields for batch in batches for fields in batch))
+            rows = (fields for batch in batches for fields in batch)
+            yield from numbered(name, (_named(fields, classed) for fields in rows))
     except (OSError, ValueError, pa.ArrowException) as error:
         if isinstance(error, DataError):
             raise
@@ -39,7 +41,7 @@ def read_parquet(path: Path, name: str, settings: ReadSettings) -> Iterator[Reco
 
 def read_dataset(rows: Any, name: str) -> Iterator[Record]:  # noqa: ANN401 - a datasets.Dataset
     """Read the rows of a data set, its classes by their names."""
-    classed = {column: feature for column, feature in rows.features.items() if "ClassLabel" in str(feature)}
+    classed = _classed(rows.features)
     yield from numbered(name, _rows_of(rows, classed))
 
 
@@ -97,6 +99,25 @@ def _seekable(path: Path, name: str) -> Path | io.BytesIO:
         return path
     with open_bytes(path, name) as file:
         return io.BytesIO(file.read())
+
+
+def _classed(features: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the features of a data set that hold classes."""
+    return {column: feature for column, feature in features.items() if "ClassLabel" in str(feature)}
+
+
+def _classed_in(schema: Any) -> dict[str, Any]:  # noqa: ANN401 - a pyarrow.Schema
+    """Return the features that hold classes, where `datasets` noted them in a schema."""
+    if b"ClassLabel" not in (schema.metadata or {}).get(b"huggingface", b""):
+        return {}
+    import datasets
+
+    return _classed(datasets.Features.from_arrow_schema(schema))
+
+
+def _named(fields: Mapping[str, Any], classed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the cells of a row with the names of classes instead of their numbers."""
+    return {**fields, **{column: _with_names(fields[column], feature) for column, feature in classed.items()}}
 
 
 def _rows_of(rows: Any, classed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - a datasets.Dataset
