@@ -91,6 +91,16 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def is_empty(value: object) -> bool:
+    """Return whether nothing would be lost with a value: it is missing, or an empty list or object.
+
+    Example:
+        >>> [is_empty(value) for value in ("", [], {}, None, 0, False)]
+        [True, True, True, True, False, False]
+    """
+    return is_missing(value) or (isinstance(value, list | dict) and not value)
+
+
 def text_of(cell: Cell) -> str:
     """Return a cell as a text.
 

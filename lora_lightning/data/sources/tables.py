@@ -54,36 +54,45 @@ def read_frame(frame: Any, name: str) -> Iterator[Record]:  # noqa: ANN401 - a p
     yield from numbered(name, (dict(zip(columns, cells, strict=True)) for cells in rows))
 
 
-def numbered(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
-    """Return rows as records in plain types, counted from 1."""
+def numbered(name: str, rows: Iterable[Mapping[str, Any]], *, drops_nulls: bool = True) -> Iterator[Record]:
+    """Return rows as records in plain types (see `plain`), counted from 1."""
     for number, fields in enumerate(rows, start=1):
-        yield Record(name, number, "row", {str(column): plain(cell) for column, cell in fields.items()})
+        cells = {str(column): plain(cell, drops_nulls=drops_nulls) for column, cell in fields.items()}
+        yield Record(name, number, "row", cells)
 
 
 def named_apart(columns: list[str]) -> list[str]:
     """Return names of columns, those that stand there twice with their numbers, so that neither is taken unasked.
 
+    One without a name has its number only.
+
     Example:
-        >>> named_apart(["label", "text", "label"])
-        ['label (column 1)', 'text', 'label (column 3)']
+        >>> named_apart(["label", "text", "label", ""])
+        ['label (column 1)', 'text', 'label (column 3)', '(column 4)']
     """
     times = Counter(columns)
-    return [f"{name} (column {n})" if times[name] > 1 else name for n, name in enumerate(columns, start=1)]
+    numbers = [f"(column {n})" for n in range(1, len(columns) + 1)]
+    pairs = zip(columns, numbers, strict=True)
+    return [f"{name} {number}".strip() if times[name] > 1 or not name else name for name, number in pairs]
 
 
-def plain(value: Any) -> Any:  # noqa: ANN401 - whatever a table holds
+def plain(value: Any, *, drops_nulls: bool = True) -> Any:  # noqa: ANN401 - whatever a table holds
     """Return a cell in plain types.
 
-    Keys that are null in a nested object are left out: typed tables give each object the keys of all others.
+    Args:
+        value: What stands in the cell.
+        drops_nulls: Leave out keys that are null in a nested object: typed tables give each object the keys of all
+            others.
 
     Example:
         >>> plain([{"city": "Rome", "zone": None}])
         [{'city': 'Rome'}]
     """
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items() if one is not None}
+        kept = {str(key): one for key, one in value.items() if not (drops_nulls and one is None)}
+        return {key: plain(one, drops_nulls=drops_nulls) for key, one in kept.items()}
     if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
+        return [plain(one, drops_nulls=drops_nulls) for one in value]
     if hasattr(value, "tolist"):  # numpy's arrays and numbers
         return plain(value.tolist())
     is_absent = value is None or type(value).__name__ in ("NAType", "NaTType")
