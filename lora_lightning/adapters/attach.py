@@ -18,7 +18,14 @@ from lora_lightning.adapters.base import (
     Method,
     Role,
 )
-from lora_lightning.adapters.calls import called_adapters, end_watch, read_past_message, refuse_idle, watch_first_calls
+from lora_lightning.adapters.calls import (
+    called_adapters,
+    end_watch,
+    left_out,
+    read_past_message,
+    refuse_idle,
+    watch_first_calls,
+)
 from lora_lightning.adapters.frozen import NormStatistics, base_norms, freeze_norms, release_modes
 from lora_lightning.adapters.head import HeadAdapter
 from lora_lightning.adapters.host import hang, no_op_hook, unhang
@@ -240,8 +247,12 @@ def iter_roles(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, Role]]:
 
 
 @contextmanager
-def require_calls(model: nn.Module) -> Iterator[None]:
+def require_calls(model: nn.Module, *, of_all: bool = True) -> Iterator[None]:
     """Check that every adapter is called at least once inside the `with` block.
+
+    Args:
+        model: A model with adapters.
+        of_all: False excepts layers that a model in training drops at random (LayerDrop).
 
     Raises:
         AdapterNotCalled: Some were not; the message names their hosts.
@@ -249,7 +260,11 @@ def require_calls(model: nn.Module) -> Iterator[None]:
     adapters = [(path, adapter) for path, _, adapter in iter_adapters(model)]
     with called_adapters([adapter for _, adapter in adapters]) as called:
         yield
-    refuse_idle([path for path, adapter in adapters if id(adapter) not in called], len(adapters))
+    idle = [path for path, adapter in adapters if id(adapter) not in called]
+    if not of_all:
+        excepted = left_out(unwrap(model), idle, {path for path, adapter in adapters if id(adapter) in called})
+        idle = [path for path in idle if path not in excepted]
+    refuse_idle(idle, len(adapters))
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -107,7 +107,7 @@ def takes_all_linear(view: ModelView, method: TargetedMethod) -> bool:
 
 def _outside_copies(chosen: list[str], targets: Sequence[str] | str, saved: Sequence[str]) -> list[str]:
     """Leave out what a target takes inside modules that are trained as full copies, if it takes others too."""
-    inside = [path for path in chosen if is_within(path, saved)]
+    inside = [path for path in chosen if is_within(path, saved) and path not in saved]
     outside = [path for path in chosen if path not in inside]
     names = [] if isinstance(targets, str) else targets
     is_wanted_inside = any(not any(has_suffix(path, name) for path in outside) for name in names)

@@ -16,9 +16,14 @@ class PromptPlace:
     """Where a model takes its tokens, for methods that add virtual ones.
 
     Args:
-        body: Path of the module that takes token ids, mask and positions: the model without its head.
+        body: Path of the module that takes token ids, mask and positions: the innermost one that returns hidden states.
         embedding: Path of the token embedding, from the body.
         arguments: Names of the arguments of the body's forward, in order.
+        placeholder: Token id that stands for a virtual token where the body is called with ids, so that it counts
+            positions by itself; None where virtual tokens can only go in as embeddings.
+        takes_embeddings: Whether embeddings `[batch, length, width]` in place of ids give the same hidden states.
+        padding: Token id of padding, for a body that takes no mask; None for any other body.
+        pooling: How the body pools its hidden states, a key of `POOLINGS`; None where it does not.
         position_offset: The first position's number.
         max_positions: How many positions the model has; None where nothing limits them.
         decoder: Path of a decoder that attends to the body's output, or None.
@@ -27,6 +32,10 @@ class PromptPlace:
     body: str
     embedding: str
     arguments: tuple[str, ...]
+    placeholder: int | None = None
+    takes_embeddings: bool = True
+    padding: int | None = None
+    pooling: str | None = None
     position_offset: int = 0
     max_positions: int | None = None
     decoder: str | None = None
@@ -44,12 +53,14 @@ class AttentionPlace:
     Args:
         path: Where it is.
         num_heads: Heads of its keys and values.
-        head_size: Width of a head.
+        head_size: Width of a head of the keys.
+        value_size: Width of a head of the values, which multi-head latent attention makes narrower.
     """
 
     path: str
     num_heads: int
     head_size: int
+    value_size: int
 
 
 @dataclass(frozen=True, kw_only=True)

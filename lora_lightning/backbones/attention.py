@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from lora_lightning.adapters.base import AttentionAdapter
 from lora_lightning.adapters.view import AttentionPlace
 from lora_lightning.adapters.weights import RESERVED
-from lora_lightning.backbones.prompt_place import path_of
-from lora_lightning.backbones.trial import evaluating, trial_inputs
+from lora_lightning.backbones.trial import Call, Trial, first_tensor, has_values, is_same, path_of, quiet
 from lora_lightning.errors import TargetError
 
 ROUTED = "lora_lightning"
@@ -91,32 +90,56 @@ def restore(model: Any, implementation: str) -> None:  # noqa: ANN401 - a transf
 
 
 def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a transformers model
-    """Return the attention modules that a trial run with two tokens calls, in the model's order.
+    """Return the attention modules that a trial call with a few tokens reaches, in the model's order.
 
     Raises:
-        TargetError: The architecture does not go through transformers' attention interface.
+        TargetError: The architecture does not go through transformers' attention interface, or computes its attention
+            in another way than `attend`.
     """
     before = _implementation(model)
-    found: dict[nn.Module, tuple[int, int]] = {}
+    trial = Trial.of(model)
+    found: dict[nn.Module, tuple[int, int, int]] = {}
 
-    def probe(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:  # noqa: ANN401 - the interface's own
-        found[module] = (key.shape[1], key.shape[3])
-        return attend(module, query, key, *args, **kwargs)
+    def probe(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,  # noqa: ANN401 - the interface's own
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Any]:
+        found[module] = (key.shape[1], key.shape[3], value.shape[3])
+        return attend(module, query, key, value, *args, **kwargs)
 
     _register(_PROBED, probe)
-    model.set_attn_implementation(_PROBED)
-    try:
-        with torch.no_grad(), evaluating(model):
-            model(**trial_inputs(model))
-    finally:
-        model.set_attn_implementation(before)
+    with quiet(model):
+        plain = trial.call(model, trial.rows(with_front=True, with_mask=False))
+        model.set_attn_implementation(_PROBED)
+        try:
+            probed = trial.call(model, trial.rows(with_front=True, with_mask=False))
+        finally:
+            model.set_attn_implementation(before)
     if not found:
-        raise _unsupported(model)
+        raise _unsupported(model, probed.problem)
+    _check_same(model, plain, probed)
     order = {id(module): index for index, module in enumerate(model.modules())}
     return [
-        AttentionPlace(path=path_of(model, module), num_heads=heads, head_size=size)
-        for module, (heads, size) in sorted(found.items(), key=lambda item: order[id(item[0])])
+        AttentionPlace(path=path_of(model, module), num_heads=heads, head_size=keys, value_size=values)
+        for module, (heads, keys, values) in sorted(found.items(), key=lambda item: order[id(item[0])])
     ]
+
+
+def _check_same(model: Any, plain: Call, probed: Call) -> None:  # noqa: ANN401 - a transformers model
+    """Raise TargetError where attention through `attend`, without a prefix, is not the model's own."""
+    if probed.problem and not plain.problem:
+        raise _unsupported(model, probed.problem)
+    expected, actual = first_tensor(plain.output), first_tensor(probed.output)
+    if expected is None or actual is None or not has_values(model) or is_same(actual, expected):
+        return
+    raise TargetError(
+        f"Prefix methods do not work on {model.config.model_type}: its attention is another than "
+        "scaled-dot-product attention (it has sinks, a cap or a mask of its own). Use PromptTuning, or LoRA."
+    )
 
 
 def _implementation(model: Any) -> str:  # noqa: ANN401 - a transformers model
@@ -136,10 +159,11 @@ def _implementation(model: Any) -> str:  # noqa: ANN401 - a transformers model
     return str(name)
 
 
-def _unsupported(model: Any) -> TargetError:  # noqa: ANN401 - a transformers model
+def _unsupported(model: Any, problem: str = "") -> TargetError:  # noqa: ANN401 - a transformers model
+    because = f" ({problem})" if problem else ""
     return TargetError(
         f"Prefix methods do not work on {model.config.model_type}: its attention does not go through transformers' "
-        "attention interface. Use LoRA, or PromptTuning where that works."
+        f"attention interface{because}. Use LoRA, or PromptTuning where that works."
     )
 
 

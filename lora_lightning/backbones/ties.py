@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.backbones.trial import trial_inputs
+from lora_lightning.backbones.read_past import trial_inputs
 from lora_lightning.errors import NotMergeable
 
 _FLAG = "tie_word_embeddings"

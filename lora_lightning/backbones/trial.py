@@ -1,167 +1,244 @@
-"""Trial runs of a transformers model on two tokens: what can be known of it before the first batch."""
+"""Trial calls of a transformers model with a few tokens, from which is read what its modules really receive."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
-from lora_lightning.adapters.calls import Calls, watch
-from lora_lightning.adapters.weights import RESERVED
+from lora_lightning.backbones.reasons import reason_of
 
-log = logging.getLogger(__name__)
-
-_CACHES = ("past_key_values", "cache_params")
-_TOO_LARGE = 2 * 10**9
-"""Parameters from which on a CPU takes seconds for two tokens."""
-_FOUND: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[str, int], ...], dict[str, frozenset[str]]]]
-_FOUND = WeakKeyDictionary()  # what a trial has shown, as long as the modules are the same
-_SMALL = 5 * 10**8
-"""Parameters up to which more threads cost more than they gain."""
+NUM_FRONT = 2
+_NUM_REAL = 6
+_NUM_PADDING = 2
+_UNKNOWN_VOCABULARY = 16
 
 
-def trial_inputs(model: Any) -> dict[str, Tensor]:  # noqa: ANN401 - a transformers model
-    """Return two tokens, for the decoder too where there is one, with boxes for models of documents."""
-    device = next(model.parameters()).device
-    ids = torch.ones(1, 2, dtype=torch.long, device=device)
-    inputs = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    if "bbox" in inspect.signature(model.forward).parameters:
-        inputs["bbox"] = torch.zeros(1, 2, 4, device=device)
-    return inputs
+@dataclass
+class Call:
+    """One call of a module.
+
+    Args:
+        module: The module.
+        args: Its positional arguments.
+        kwargs: Its arguments by name.
+        inside: The calls that it was made in, the outermost first.
+        output: What it returned; None where it raised an error.
+        problem: The error, where a trial called it; empty where there was none.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inside: tuple[Call, ...]
+    output: Any = None
+    problem: str = ""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """All arguments by the names in the module's forward."""
+        return {**dict(zip(arguments_of(self.module), self.args, strict=False)), **self.kwargs}
+
+
+@dataclass
+class Rows:
+    """Tokens of a trial.
+
+    Args:
+        ids: `[rows, length]`.
+        mask: The same, 1 for real tokens; None where it is left out.
+        is_real: The same, True for the tokens whose states are compared.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    is_real: Tensor
+
+
+@dataclass
+class Trial:
+    """Token ids that mean nothing special to a model, in rows as they are padded.
+
+    Args:
+        model: A transformers model.
+        vocabulary: Number of its token ids.
+    """
+
+    model: Any
+    vocabulary: int
+    ids: list[int] = field(init=False)
+    placeholder: int = field(init=False)
+    padding: int = field(init=False)
+
+    @classmethod
+    def of(cls, model: Any) -> Trial:  # noqa: ANN401 - a transformers model
+        """Return the trial of a model, whose config or embedding says how many token ids it has."""
+        embedding = known_embedding(model)
+        weight = None if embedding is None else next(embedding.parameters(), None)
+        rows = len(weight) if weight is not None and weight.dim() == 2 else None
+        sizes = [one for one in (getattr(text_config(model), "vocab_size", None), rows) if one]
+        return cls(model, min(sizes, default=_UNKNOWN_VOCABULARY))
+
+    def __post_init__(self) -> None:
+        """Choose the ids."""
+        special = special_ids(self.model)
+        plain = [one for one in range(self.vocabulary) if one not in special] or list(range(self.vocabulary))
+        count = NUM_FRONT + _NUM_REAL
+        *self.ids, self.placeholder = (plain[index * (len(plain) - 1) // count] for index in range(count + 1))
+        pad = getattr(text_config(self.model), "pad_token_id", None)
+        self.padding = pad if isinstance(pad, int) and 0 <= pad < self.vocabulary else 0
+
+    @property
+    def front(self) -> Tensor:
+        """The ids that stand in front, `[NUM_FRONT]`."""
+        return self._tensor(self.ids[:NUM_FRONT])
+
+    def rows(self, *, with_front: bool, with_mask: bool) -> Rows:
+        """Return three rows with a mask (not padded, padded right, padded left), or one without."""
+        front, real = self.ids[:NUM_FRONT] if with_front else [], self.ids[NUM_FRONT:]
+        whole = [*front, *real]
+        compared = [False] * len(front) + [True] * len(real)
+        if not with_mask:
+            return Rows(self._tensor([whole]), None, self._tensor([compared]))
+        pad, short = [self.padding] * _NUM_PADDING, len(whole) - _NUM_PADDING
+        blank = [False] * _NUM_PADDING
+        ids = [whole, [*whole[:short], *pad], [*pad, *whole[:short]]]
+        mask = [[1] * len(whole), [1] * short + [0] * _NUM_PADDING, [0] * _NUM_PADDING + [1] * short]
+        is_real = [compared, [*compared[:short], *blank], [*blank, *compared[:short]]]
+        return Rows(self._tensor(ids), self._tensor(mask), self._tensor(is_real))
+
+    def call(self, module: nn.Module, rows: Rows) -> Call:
+        """Call the model, or the part of it that takes token ids."""
+        names = arguments_of(module)
+        given: dict[str, Any] = {"input_ids": rows.ids}
+        if rows.mask is not None and (module is self.model or "attention_mask" in names):
+            given["attention_mask"] = rows.mask
+        if "decoder_input_ids" in names:
+            given["decoder_input_ids"] = rows.ids[:, -NUM_FRONT:]
+        if "use_cache" in names:  # without a cache, masks are made by looking at values, which the meta device lacks
+            given["use_cache"] = not has_values(self.model)
+        call = Call(module, (), given, ())
+        try:
+            call.output = module(**given)
+        except Exception as error:
+            call.problem = f"{type(error).__name__}: {reason_of(error)}"
+        return call
+
+    def _tensor(self, values: Any) -> Tensor:  # noqa: ANN401 - nested lists
+        return torch.tensor(values, device=next(self.model.parameters()).device)
+
+
+def known_embedding(model: Any) -> nn.Module | None:  # noqa: ANN401 - a transformers model
+    """Return the input embedding that a model names, None where it names none."""
+    try:
+        embedding: nn.Module | None = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embedding
+
+
+def path_of(model: nn.Module, wanted: nn.Module) -> str:
+    """Return the path of a module inside a model; empty for the model itself."""
+    return next(path for path, module in model.named_modules() if module is wanted)
+
+
+def text_config(model: Any) -> Any:  # noqa: ANN401 - a transformers model and its config
+    """Return the config of the part of a model that reads text; a config of another library's own is that already."""
+    find = getattr(model.config, "get_text_config", None)
+    return model.config if find is None else find()
+
+
+def special_ids(model: Any) -> set[int]:  # noqa: ANN401 - a transformers model
+    """Return the token ids to which a model's config gives a meaning, such as padding, ends and images."""
+    found: set[int] = set()
+    for config in (model.config, text_config(model)):
+        for name, value in vars(config).items():
+            if name.endswith(("_token_id", "_token_ids", "_token_index")):
+                values = value if isinstance(value, list | tuple) else [value]
+                found.update(one for one in values if isinstance(one, int))
+    return found
+
+
+def arguments_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the arguments of a module's forward, in order."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    variable = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return tuple(one.name for one in parameters if one.kind not in variable)
+
+
+def has_values(model: nn.Module) -> bool:
+    """Return whether a model computes with values, and not on the meta device or with fake tensors."""
+    return not any(parameter.is_meta or isinstance(parameter, FakeTensor) for parameter in model.parameters())
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back into its own afterwards."""
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients or warnings; leave modes and random numbers as they were."""
     training = [module for module in model.modules() if module.training]
+    devices = {parameter.device.index or 0 for parameter in model.parameters() if parameter.device.type == "cuda"}
+    logger = logging.getLogger("transformers")
+    level = logger.level
     model.eval()
+    logger.setLevel(logging.ERROR)
     try:
-        yield
+        with torch.no_grad(), torch.random.fork_rng(sorted(devices)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a call that no user made
+            yield
     finally:
+        logger.setLevel(level)
         for module in training:
             module.training = True
 
 
-def read_past(model: Any) -> dict[str, frozenset[str]]:  # noqa: ANN401 - a transformers model
-    """Find parameters that a model reads without calling the module that owns them, as Mamba does with `dt_proj`.
-
-    The model runs on two tokens, and on a third one with its cache, as in generation. What a trial does not show
-    (other inputs than tokens, an architecture that fails) is left to the first batch.
-
-    Args:
-        model: A bare model; it is as before afterwards.
-
-    Returns:
-        Names of parameters by the path of the module that owns them.
-    """
-    modules = tuple((path, id(module)) for path, module in model.named_modules() if RESERVED not in path.split("."))
-    before, found = _FOUND.get(model, ((), {}))
-    if before != modules:
-        found = _read_past(model)
-        _FOUND[model] = modules, found
-    return found
-
-
-def _read_past(model: Any) -> dict[str, frozenset[str]]:  # noqa: ANN401 - a transformers model
-    if getattr(model, "main_input_name", None) != "input_ids" or not any(True for _ in model.parameters()):
-        return {}
-    runnable = _twin(model) if _is_costly(model) else model
-    if runnable is None:
-        return {}
-    paths = {id(module): path for path, module in runnable.named_modules() if RESERVED not in path.split(".")}
-    with _undisturbed(runnable), _few_threads(runnable), watch(runnable, runnable.modules()) as calls:
-        _run(runnable)
-    return _by_path(paths, calls)
-
-
-def _by_path(paths: dict[int, str], calls: Calls) -> dict[str, frozenset[str]]:
-    return {paths[owner]: frozenset(names) for owner, names in calls.read_past.items() if owner in paths}
-
-
-def _run(model: Any) -> None:  # noqa: ANN401 - a transformers model
-    """Run a model on two tokens and then on one more; an error ends the trial, and what it has shown stays."""
-    inputs = trial_inputs(model)
-    try:
-        output = model(**inputs)
-        caches = {name: cache for name in _CACHES if (cache := getattr(output, name, None)) is not None}
-        if model.can_generate():  # some keep what they have seen in their modules, and return no cache
-            last = {name: one[:, :1] for name, one in inputs.items()}
-            model(**last, **caches, use_cache=True)
-    except Exception as error:
-        log.debug("No trial of %s: %s", type(model).__name__, error)
-
-
-def _is_costly(model: nn.Module) -> bool:
-    """Tell whether a trial would take long, or change how weights are stored, as a first run of packed ones does."""
-    parameters = list(model.parameters())
-    is_packed = any(not one.is_floating_point() or hasattr(one, "quant_state") for one in parameters)
-    is_large = parameters[0].device.type == "cpu" and sum(one.numel() for one in parameters) > _TOO_LARGE
-    return is_packed or is_large
-
-
-def _twin(model: Any) -> Any:  # noqa: ANN401 - a transformers model
-    """Build the same model without weights, or return None where it cannot be built."""
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    try:
-        with torch.device("meta"):
-            return type(model)._from_config(config).eval()
-    except Exception as error:
-        log.debug("No trial of %s: %s", type(model).__name__, error)
-        return None
-
-
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Give a model what its modules keep of a run, such as recurrent states, as it was; leave random numbers alone."""
-    kept = {module: (dict(module.__dict__), dict(module._buffers)) for module in model.modules()}
-    device = next(model.parameters()).device
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(value=False)  # it reads weights in evaluation mode, and adapters end it
+def recording(model: nn.Module) -> Iterator[list[Call]]:
+    """Record the calls of all modules inside the block."""
+    calls: list[Call] = []
+    stack: list[Call] = []
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = Call(module, args, dict(kwargs), tuple(stack))
+        calls.append(call)
+        stack.append(call)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:  # noqa: ANN401 - what the module returns
+        del args
+        while stack[-1].module is not module:  # a module raised an error, and its caller caught it
+            stack.pop()
+        stack.pop().output = output
+
+    handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in model.modules()]
+    handles += [module.register_forward_hook(leave) for module in model.modules()]
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with torch.no_grad(), evaluating(model), _quiet():
-                yield
+        yield calls
     finally:
-        torch.backends.mha.set_fastpath_enabled(value=fast_path)
-        for module, (attributes, buffers) in kept.items():
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for handle in handles:
+            handle.remove()
 
 
-@contextmanager
-def _few_threads(model: nn.Module) -> Iterator[None]:
-    """Run a small model in one thread: a product of two tokens is over before others have begun."""
-    before = torch.get_num_threads()
-    if sum(one.numel() for one in model.parameters()) < _SMALL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def first_tensor(output: Any) -> Tensor | None:  # noqa: ANN401 - what a module returns
+    """Return the first floating-point tensor of an output of two or more dimensions: states or logits."""
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else [output]
+    tensors = (one for one in values if isinstance(one, Tensor) and one.is_floating_point() and one.dim() > 1)
+    return next(tensors, None)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from telling of a run that nobody asked for."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
+def gap(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference relative to the largest element; infinity where shapes differ."""
+    if one.shape != other.shape or not torch.equal(one.isfinite(), other.isfinite()):
+        return float("inf")
+    one, other = one.double().nan_to_num(0, 0, 0), other.double().nan_to_num(0, 0, 0)
+    return float((one - other).abs().max() / other.abs().max().clamp_min(1e-30))
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal up to the rounding of their dtype."""
+    return gap(one, other) <= (1e-5 if one.dtype in (torch.float32, torch.float64) else 1e-2)

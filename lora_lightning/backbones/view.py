@@ -9,10 +9,11 @@ from torch import nn
 
 from lora_lightning.adapters.targets import ends_with_any
 from lora_lightning.adapters.view import AttentionPlace, BlockPlaces, ModelView, PlainView, PromptPlace
-from lora_lightning.backbones import attention, ties, trial
+from lora_lightning.backbones import attention, ties
 from lora_lightning.backbones.blocks import BLOCKS
 from lora_lightning.backbones.defaults import USUAL_TARGETS
 from lora_lightning.backbones.prompt_place import find_prompt_place
+from lora_lightning.backbones.read_past import read_past
 from lora_lightning.errors import TargetError
 
 
@@ -66,7 +67,7 @@ class TransformersView(PlainView):
     def read_past(self) -> Mapping[str, frozenset[str]]:
         """Return what a trial run shows; it runs once for each view."""
         if self._read_past is None:
-            self._read_past = trial.read_past(self.model)
+            self._read_past = read_past(self.model)
         return self._read_past
 
     def block_places(self) -> BlockPlaces:

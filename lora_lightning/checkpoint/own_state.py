@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from safetensors.torch import save
 from torch import Tensor
 
+from lora_lightning.trust import LIBRARY
+
 OWN_STATE_NAME = "task.safetensors"
 MODEL = "model."
 """What the names of a task's adapted model begin with."""
@@ -29,9 +31,9 @@ def own_file(own: Mapping[str, Tensor]) -> dict[str, bytes]:
     return {OWN_STATE_NAME: save({name: one.detach().cpu().contiguous().clone() for name, one in own.items()})}
 
 
-def warn_of_own_file(own: Mapping[str, Tensor], folder: object) -> None:
-    """Say that the tools which read a folder do not know what the task holds beside its model."""
-    if own:
+def warn_of_own_file(task: object, own: Mapping[str, Tensor], folder: object) -> None:
+    """Say that the tools which read a folder do not know what a task of the user's own holds beside its model."""
+    if own and type(task).__module__.split(".")[0] != LIBRARY:
         warnings.warn(
             f"The task holds {', '.join(own)} beside its model. {folder} has them in {OWN_STATE_NAME}; tools that load "
             "the model do not read them.",

@@ -28,7 +28,7 @@ def export(
     to: Literal["peft", "merged"] = "peft",
     task_class: str | None = None,
     dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = "1GB",
     dequantize: bool = False,
     force: bool = False,
     sample: str | None = None,
@@ -77,7 +77,7 @@ def write_peft(ckpt_path: Path, output_dir: Path, task_class: str | None, backbo
         base_fingerprint=getattr(task, "base_fingerprint", None),
         extra={**_texts(run, task, model, backbone), **own_file(run.own_state)},
     )
-    warn_of_own_file(run.own_state, output_dir)
+    warn_of_own_file(task, run.own_state, output_dir)
     print(f"Wrote the adapter of {ckpt_path} to {output_dir}, for the base {manifest.base or 'of your own'}.")
     if not _is_decoder(model):
         kind = type(unwrap(model)).__name__

@@ -10,7 +10,7 @@ def merge(
     output_dir: str,
     task_class: str | None = None,
     dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = "1GB",
     dequantize: bool = False,
     force: bool = False,
     sample: str | None = None,

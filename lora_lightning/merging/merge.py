@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.adapters import attached_methods, is_attached, iter_adapters
 from lora_lightning.adapters.attach import join
@@ -22,11 +22,13 @@ from lora_lightning.checkpoint.manifest import Manifest, class_config
 from lora_lightning.checkpoint.own_state import warn_of_own_file
 from lora_lightning.checkpoint.saved_run import SavedRun, generation_settings_of
 from lora_lightning.errors import BackboneError, CheckpointError, NotMergeable
+from lora_lightning.merging.check import check_written
 from lora_lightning.merging.dense import dequantize as dequantize_base
 from lora_lightning.merging.precision import dtype_of, final_dtypes, name_of, narrow, round_to, widen
 from lora_lightning.merging.probe import Probe, sample_batch
 from lora_lightning.merging.report import THRESHOLD, LayerMerge, MergeLoss, MergeReport, UpdateLost, measure
-from lora_lightning.merging.write import merged_before, write_merged_folder
+from lora_lightning.merging.spool import Spool, spooling
+from lora_lightning.merging.write import WEIGHTS_NAME, merged_before, write_merged_folder
 from lora_lightning.peft_format.copies import is_copy
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def merge_checkpoint(
     task_class: type[L.LightningModule] | str | None = None,
     *,
     dtype: str | None = None,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = "1GB",
     dequantize: bool = False,
     force: bool = False,
     threshold: float = THRESHOLD,
@@ -50,9 +52,11 @@ def merge_checkpoint(
 ) -> MergeReport:
     """Merge a checkpoint into its base and write a model folder that needs nothing of this library.
 
-    The arithmetic is done in float32 with one cast at the end, so a base in half precision takes twice its memory. A
+    The arithmetic is done in float32 with one cast at the end. Wide and merged weights lie in temporary files beside
+    the output, mapped into memory: up to three times the bytes of a base in half precision on disk, little in memory. A
     transformers model is written with `save_pretrained`, its tokenizer and its label names; any other model as the
-    safetensors of its state dict, with a manifest. The folder appears only when it is complete.
+    safetensors of its state dict, with a manifest. What was written is loaded again and compared, and the folder
+    appears only when it is complete.
 
     A run on a quantized base is merged into the dense base, loaded anew from the same files, or with `dequantize`
     into what the quantized weights stand for, which is what the adapter was trained beside.
@@ -63,7 +67,7 @@ def merge_checkpoint(
             checkpoint wrote and nothing else.
         task_class: The task's class or its import path; see `SavedRun.build`.
         dtype: `float32`, `bfloat16` or `float16`; None keeps the base's own.
-        max_shard_size: Largest size of one weight file, such as `5GB` (transformers models).
+        max_shard_size: Largest size of one weight file, such as `1GB` (transformers models).
         dequantize: Merge into the dequantized base of a quantized run.
         force: Write even where too much of the update is lost.
         threshold: Least share of the update, by its squared norm, that must be kept; see `MergeLoss.kept`.
@@ -75,7 +79,7 @@ def merge_checkpoint(
 
     Raises:
         CheckpointError: The folder is taken or cannot be written, `max_shard_size` is no size, or the
-            checkpoint cannot be used.
+            checkpoint cannot be used; or what was written does not load as the merged model.
         NotMergeable: The adapter cannot be folded into weights.
         UpdateLost: Less than `threshold` of the update would be kept; nothing is written.
     """
@@ -93,26 +97,29 @@ def merge_checkpoint(
     if dequantize and not dequantize_base(model):
         raise CheckpointError(f"{ckpt_path} stands on a base that is not quantized; leave dequantize out.")
     tokenizer = _tokenizer_of(run, backbone)
-    loss = _merge(model, chosen, sample, tokenizer)
-    if loss.kept < threshold and not force:
-        raise UpdateLost(loss, threshold)
+    batch = sample_batch(model, sample, tokenizer)
     try:
         with atomic_folder(output_dir) as folder:
-            write_merged_folder(
-                folder,
-                model,
-                manifest,
-                tokenizer=tokenizer,
-                answers=tokenizer is not None and run.answers_with(tokenizer),
-                generation_settings=generation_settings_of(task),
-                max_shard_size=max_shard_size,
-                own_state=run.own_state,
-            )
+            with spooling(folder) as spool:
+                loss = _merge(model, chosen, batch, spool)
+                if loss.kept < threshold and not force:
+                    raise UpdateLost(loss, threshold)
+                write_merged_folder(
+                    folder,
+                    model,
+                    manifest,
+                    tokenizer=tokenizer,
+                    answers=tokenizer is not None and run.answers_with(tokenizer),
+                    generation_settings=generation_settings_of(task),
+                    max_shard_size=max_shard_size,
+                    own_state=run.own_state,
+                )
+                check_written(folder, model, batch, WEIGHTS_NAME)
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
         raise CheckpointError(f"{output_dir} could not be written ({error}); nothing was left there.") from error
     if hasattr(model, "save_pretrained"):
-        warn_of_own_file(run.own_state, output_dir)
+        warn_of_own_file(task, run.own_state, output_dir)
     return MergeReport(output_dir=output_dir, loss=loss, num_bytes=num_bytes, has_tokenizer=tokenizer is not None)
 
 
@@ -149,16 +156,15 @@ def _load(
 
 
 @torch.no_grad()
-def _merge(model: nn.Module, chosen: torch.dtype | None, text: str | None, tokenizer: Any) -> MergeLoss:  # noqa: ANN401 - tokenizers share no public base class
+def _merge(model: nn.Module, chosen: torch.dtype | None, batch: dict[str, Tensor] | None, spool: Spool) -> MergeLoss:
     """Merge all adapters of a model in place, in float32 with one cast, and tell what was lost."""
     dtypes = final_dtypes(model, chosen)
-    widen(model)
-    batch = sample_batch(model, text, tokenizer)
+    widen(model, dtypes, spool)
     probe = None if batch is None else Probe(model, batch)
     layers = merge_and_measure(model, dtypes)
     round_to(model, dtypes)
     move = None if probe is None else probe.compare(model)
-    narrow(model, dtypes)
+    narrow(model, dtypes, spool)
     names = {name: dtype for name, dtype in dtypes.items() if name in dict(model.named_parameters())}
     return MergeLoss(layers=layers, dtype=name_of(names), logits=move)
 

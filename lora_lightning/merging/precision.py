@@ -7,7 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters import iter_hosts
+from lora_lightning.adapters.targets import is_within
 from lora_lightning.errors import CheckpointError
+from lora_lightning.merging.spool import Spool
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -44,11 +47,25 @@ def final_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch
 
 
 @torch.no_grad()
-def widen(model: nn.Module) -> None:
-    """Turn all half-precision tensors of a model into float32, in place."""
-    for _, tensor in [*_parameters(model), *_buffers(model)]:
-        if tensor.dtype in (torch.float16, torch.bfloat16):
-            tensor.data = tensor.data.float()
+def widen(model: nn.Module, dtypes: Mapping[str, torch.dtype], spool: Spool) -> None:
+    """Turn all half-precision tensors of a model into float32, in place.
+
+    They go into files, and so does whatever else is going to change: writing to weights that are mapped from the files
+    of the base would take as much memory as they have bytes.
+
+    Args:
+        model: A model with adapters.
+        dtypes: What `final_dtypes` returned.
+        spool: Where the tensors lie from then on.
+    """
+    hosts = [path for path, _ in iter_hosts(model)]
+    done: set[int] = set()
+    for name, tensor in [*_parameters(model), *_buffers(model)]:
+        is_half = tensor.dtype in (torch.float16, torch.bfloat16)
+        changes = is_within(name, hosts) or tensor.dtype != dtypes[name]
+        if (is_half or changes) and id(tensor) not in done:
+            tensor.data = spool.put(tensor.data, torch.float32 if is_half else tensor.dtype)
+            done.add(id(tensor))
 
 
 @torch.no_grad()
@@ -60,7 +77,9 @@ def round_to(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
     """
     for name, parameter in _parameters(model):
         dtype = dtypes[name]
-        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+        if dtype == parameter.dtype:
+            continue
+        parameter.data.copy_(parameter.data.to(dtype))
         if dtype is torch.float16 and not bool(torch.isfinite(parameter).all()):
             raise CheckpointError(
                 f"{name!r} has values that float16 cannot hold (above 65,504); write bfloat16 or float32."
@@ -68,10 +87,11 @@ def round_to(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
 
 
 @torch.no_grad()
-def narrow(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Cast every tensor of a rounded model to its final dtype, in place."""
+def narrow(model: nn.Module, dtypes: Mapping[str, torch.dtype], spool: Spool) -> None:
+    """Cast every tensor of a rounded model to its final dtype, in place; those that are cast lie in files."""
     for name, tensor in [*_parameters(model), *_buffers(model)]:
-        tensor.data = tensor.data.to(dtypes[name])
+        if tensor.dtype != dtypes[name]:
+            tensor.data = spool.put(tensor.data, dtypes[name])
 
 
 def name_of(dtypes: Mapping[str, torch.dtype]) -> str:

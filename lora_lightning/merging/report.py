@@ -12,6 +12,7 @@ from lora_lightning.errors import NotMergeable
 
 THRESHOLD = 0.5
 MAX_LAYERS_SHOWN = 5
+_TOGETHER = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,15 +176,24 @@ def measure(path: str, weight: Tensor, merged: Tensor, dtype: torch.dtype) -> La
         merged: Its merged weight, likewise; see `Adapter.merged_weights`.
         dtype: What the merged weight is going to be cast to.
     """
-    left = merged.to(dtype).to(weight.dtype) - weight.to(dtype).to(weight.dtype)
-    update = merged - weight
-    changed = update != 0
+    num_changed = num_survived = 0
+    update_squared = error_squared = 0.0
+    flat, flat_merged = weight.reshape(-1), merged.reshape(-1)
+    # In parts, since an embedding would else be in memory several times.
+    for part, part_merged in zip(torch.split(flat, _TOGETHER), torch.split(flat_merged, _TOGETHER), strict=True):
+        left = part_merged.to(dtype).to(part.dtype) - part.to(dtype).to(part.dtype)
+        update = part_merged - part
+        changed = update != 0
+        num_changed += int(changed.sum())
+        num_survived += int((changed & (left != 0)).sum())
+        update_squared += float(update.square().sum(dtype=torch.float64))
+        error_squared += float((left - update).square().sum(dtype=torch.float64))
     return LayerMerge(
         path=path,
-        num_changed=int(changed.sum()),
-        num_survived=int((changed & (left != 0)).sum()),
-        update_squared=float(update.square().sum(dtype=torch.float64)),
-        error_squared=float((left - update).square().sum(dtype=torch.float64)),
+        num_changed=num_changed,
+        num_survived=num_survived,
+        update_squared=update_squared,
+        error_squared=error_squared,
     )
 
 

@@ -41,7 +41,7 @@ def write_merged_folder(
         tokenizer: The tokenizer of the training, with its chat template, or None.
         answers: Whether the training taught to answer messages.
         generation_settings: Generation settings of the task, such as `num_beams`.
-        max_shard_size: Largest size of one weight file, such as `5GB` (transformers models).
+        max_shard_size: Largest size of one weight file, such as `1GB` (transformers models).
         own_state: What the task holds beside its model: a file of its own beside a transformers model, which other
             tools load alone, and part of the weights of any other one.
 

@@ -22,7 +22,8 @@ from lora_lightning.adapters.base import (
 from lora_lightning.adapters.view import AttentionPlace, ModelView, PromptPlace
 from lora_lightning.adapters.weights import Host
 from lora_lightning.errors import NotMergeable
-from lora_lightning.methods.soft_prompt import check_inputs, evaluating, positions_of
+from lora_lightning.methods.soft_prompt import evaluating
+from lora_lightning.methods.virtual_tokens import cached_length, check_inputs, positions_of, tokens_of
 
 PREFIX_STD = 0.02
 
@@ -35,13 +36,14 @@ class PrefixAdapter(AttentionAdapter):
     Args:
         num_virtual_tokens: N.
         place: The attention module.
-        encoder: Makes keys and values `[N, 2, heads, head size]` during training; None where they are trained directly.
+        encoder: Makes keys and values, `[N, heads, head size]` each, during training; None where they are trained
+            directly.
         device: Where to.
         dtype: Of directly trained ones.
 
     Attributes:
         prefix_keys: `[heads, N, head size]`, or None while there is an encoder.
-        prefix_values: The same.
+        prefix_values: The same, of the values' head size.
     """
 
     prefix_keys: nn.Parameter | None
@@ -57,10 +59,10 @@ class PrefixAdapter(AttentionAdapter):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        shape = place.num_heads, num_virtual_tokens, place.head_size
-        for name in ("prefix_keys", "prefix_values"):
+        for name, size in (("prefix_keys", place.head_size), ("prefix_values", place.value_size)):
             fresh = None
             if encoder is None:
+                shape = place.num_heads, num_virtual_tokens, size
                 fresh = nn.Parameter(torch.empty(shape, device=device, dtype=dtype).normal_(std=PREFIX_STD))
             self.register_parameter(name, fresh)
         self.encoder = encoder
@@ -77,8 +79,8 @@ class PrefixAdapter(AttentionAdapter):
             assert self.prefix_keys is not None
             assert self.prefix_values is not None
             return self.prefix_keys, self.prefix_values
-        keys, values = self.encoder().permute(1, 2, 0, 3)
-        return keys, values
+        keys, values = self.encoder()
+        return keys.transpose(0, 1), values.transpose(0, 1)
 
     def folded_state(self) -> dict[str, Tensor]:
         """Return keys and values alone, as the encoder gives them in evaluation."""
@@ -121,14 +123,13 @@ class PositionShift(InputAdapter):
         """Give the body positions that count the prefix; see `check_inputs` for what is refused."""
         del host
         given = {**dict(zip(self.place.arguments, args, strict=False)), **kwargs}
-        num_past = check_inputs(self.place, given, self.num_virtual_tokens)
-        positions, mask = given.get("position_ids"), given.get("attention_mask")
-        tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        check_inputs(self.place, given, self.num_virtual_tokens)
+        positions, mask, tokens = given.get("position_ids"), given.get("attention_mask"), tokens_of(given)
         length = tokens.shape[1]
         if positions is None and mask is not None:
             positions = positions_of(mask, self.place.position_offset)[:, -length:]
         elif positions is None:
-            start = num_past + self.place.position_offset
+            start = cached_length(given) + self.place.position_offset
             positions = torch.arange(start, start + length, device=tokens.device).expand(len(tokens), -1)
         return (), {**given, "position_ids": positions + self.num_virtual_tokens}
 
@@ -159,7 +160,7 @@ class Prefix(Method):
 
     def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
         """Build the adapter of each attention, and the one that moves positions on."""
-        attentions, place = view.attention_places(), view.prompt_place()
+        place, attentions = view.prompt_place(), view.attention_places()
         weight = next(view.model.get_submodule(place.body).get_submodule(place.embedding).parameters())
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
         encoders = self.encoders(attentions, weight.shape[1])

@@ -52,13 +52,14 @@ class LayerPrefix(nn.Module):
     def __init__(self, shared: SharedPrefix, hidden: int, place: AttentionPlace) -> None:
         super().__init__()
         self.shared = shared
-        self.shape = 2, place.num_heads, place.head_size
-        self.project = nn.Linear(hidden, 2 * place.num_heads * place.head_size)
+        self.num_heads = place.num_heads
+        self.widths = place.num_heads * place.head_size, place.num_heads * place.value_size
+        self.project = nn.Linear(hidden, sum(self.widths))
 
-    def forward(self) -> Tensor:
-        """Return keys and values, `[num, 2, heads, head size]`."""
-        states: Tensor = self.project(self.shared())
-        return states.view(len(states), *self.shape)
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values, `[num, heads, head size]` each."""
+        keys, values = self.project(self.shared()).split(self.widths, 1)
+        return keys.unflatten(1, (self.num_heads, -1)), values.unflatten(1, (self.num_heads, -1))
 
 
 @dataclass(frozen=True, kw_only=True)

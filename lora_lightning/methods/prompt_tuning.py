@@ -10,11 +10,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters import iter_adapters
+from lora_lightning.adapters.attach import iter_adapters, join
 from lora_lightning.adapters.base import Adapter, Method, check_choice, check_positive_int
 from lora_lightning.adapters.view import ModelView, PromptPlace
 from lora_lightning.errors import ConfigError
-from lora_lightning.methods.soft_prompt import CrossMaskAdapter, SoftPromptAdapter
+from lora_lightning.methods.soft_prompt import CrossMaskAdapter, PlaceholderAdapter, SoftPromptAdapter
 
 PromptInit = Literal["random", "vocabulary", "text"]
 _RANDOM_STD = 0.5
@@ -45,6 +45,8 @@ class SoftPrompt(Method):
         """Build the adapter of the model's body, and of its decoder where it has one of its own."""
         place = view.prompt_place()
         yield place.body, self.build(view, place)
+        if place.placeholder is not None:
+            yield join(place.body, place.embedding), PlaceholderAdapter()
         if place.decoder is not None:
             yield place.decoder, CrossMaskAdapter(self.num_virtual_tokens)
 

@@ -5,17 +5,30 @@ Shape suffixes: B rows, L real tokens, N virtual tokens, M = N + L, E width of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from lora_lightning.adapters.base import ForwardAdapter, InputAdapter, Role
+from lora_lightning.adapters.base import ForwardAdapter, InputAdapter, OutputAdapter, Role
 from lora_lightning.adapters.view import PromptPlace
 from lora_lightning.adapters.weights import Host
 from lora_lightning.errors import ConfigError, NotMergeable
+from lora_lightning.methods.virtual_tokens import (
+    check_inputs,
+    drop_virtual,
+    insert,
+    insert_defaults,
+    insert_positions,
+    num_leading,
+    slots,
+    tokens_of,
+)
 
 
 class SoftPromptAdapter(ForwardAdapter):
@@ -97,51 +110,79 @@ class SoftPromptAdapter(ForwardAdapter):
             The body's output; hidden states have L positions.
 
         Raises:
-            ConfigError: The row is too long, the mask has four dimensions, rows are packed, or the cache is static.
+            ConfigError: The row is too long, the mask has four dimensions, rows are packed, the cache is static, the
+                body got embeddings, which it treats in another way than those of ids, or the token embedding is not
+                the one of `attach`.
         """
         given = {**dict(zip(self.place.arguments, args, strict=False)), **kwargs}
-        mask = given.get("attention_mask")
-        num_past = check_inputs(self.place, given, self.num_virtual_tokens)
-        if num_past:  # the cache holds the virtual tokens already
-            if mask is not None:
-                given["attention_mask"] = insert(mask, mask.new_ones(()), self.num_virtual_tokens, mask)
-            shift_positions(
-                self.place, given, self.num_virtual_tokens, given["attention_mask"] if mask is not None else None
-            )
-            return self.base_forward(host, **given)
-        num_real = self._extend(host, given, mask)
-        output = self.base_forward(host, **given)
-        return output if self.place.keeps_virtual else self._trim(host, output, mask, num_real)
+        if check_inputs(self.place, given, self.num_virtual_tokens):
+            return self.base_forward(host, **self._continued(given))
+        num_real, mask = tokens_of(given).shape[1], self._layout(given)
+        virtual = self._extend(host, given, mask)
+        config = getattr(host, "config", None)
+        as_tuple = given.get("return_dict", getattr(config, "return_dict", True)) is False
+        if as_tuple:  # a tuple does not say what it holds
+            given["return_dict"] = True
+        with inserting(virtual) as state:
+            output = self.base_forward(host, **given)
+            if state.now is not None:
+                raise ConfigError(
+                    "The virtual tokens of a soft prompt were not put in: the token embedding was replaced after "
+                    "`attach` (set_input_embeddings does that), or switched off alone. Attach the prompt afterwards."
+                )
+        if not self.place.keeps_virtual:
+            output = self._trim(host, output, mask, num_real)
+        return output.to_tuple() if as_tuple and not isinstance(output, tuple) else output
 
-    def _extend(self, host: Host, given: dict[str, Any], mask: Tensor | None) -> int:
-        """Put the virtual tokens into embeddings, mask, positions and token types; return L."""
-        embeds_ble = given.get("inputs_embeds")
-        if embeds_ble is None:
-            embeds_ble = host.get_submodule(self.place.embedding)(given.pop("input_ids"))
-        given["input_ids"] = None
-        num, num_real = self.num_virtual_tokens, embeds_ble.shape[1]
-        prompt_ne = self.virtual_tokens().to(embeds_ble.dtype)
-        given["inputs_embeds"] = insert(embeds_ble, prompt_ne, num, mask)
-        if given.get("token_type_ids") is not None:
-            types = given["token_type_ids"]
-            given["token_type_ids"] = insert(types, types.new_zeros(()), num, mask)
-        extended = None if mask is None else insert(mask, mask.new_ones(()), num, mask)
-        positions = given.get("position_ids")
+    def _continued(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call whose cache holds the virtual tokens: mask and positions count them."""
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        changed = dict(given)
+        if mask is not None:
+            changed["attention_mask"] = insert(mask, mask.new_ones(()), self.num_virtual_tokens, mask)
         if positions is not None:
-            positions = positions.expand(len(embeds_ble), -1)
-            first = positions.gather(1, num_leading(mask, positions))
-            virtual = first + torch.arange(num, device=positions.device)
-            given["position_ids"] = insert(positions + num, virtual, num, mask)
-        elif extended is not None and "position_ids" in self.place.arguments:
-            given["position_ids"] = positions_of(extended, self.place.position_offset)
-        given["attention_mask"] = extended
-        return num_real
+            changed["position_ids"] = positions + self.num_virtual_tokens
+        return changed
+
+    def _layout(self, given: dict[str, Any]) -> Tensor | None:
+        """Return what says where each row's first real token stands, `[B, L]`: the mask, or padding itself."""
+        mask: Tensor | None = given.get("attention_mask")
+        ids = given.get("input_ids")
+        if mask is None and ids is not None and self.place.padding is not None:
+            return ids != self.place.padding
+        return mask
+
+    def _extend(self, host: Host, given: dict[str, Any], mask: Tensor | None) -> VirtualTokens | None:
+        """Put the virtual tokens into all that has a value for each token.
+
+        Returns:
+            What the embedding puts in, where the body is called with ids; None where the tokens went in as embeddings.
+        """
+        num, rows, ids = self.num_virtual_tokens, len(tokens_of(given)), given.get("input_ids")
+        insert_defaults(given, num, mask)
+        if given.get("position_ids") is not None:
+            given["position_ids"] = insert_positions(given["position_ids"], num, mask, rows)
+        if given.get("attention_mask") is not None:
+            given["attention_mask"] = insert(given["attention_mask"], given["attention_mask"].new_ones(()), num, mask)
+        if ids is not None and self.place.placeholder is not None:
+            given["input_ids"] = insert(ids, ids.new_tensor(self.place.placeholder), num, mask)
+            return VirtualTokens(self.virtual_tokens(), slots(ids, num, mask))
+        if ids is None and not self.place.takes_embeddings:
+            raise ConfigError(
+                f"{self.host_class.__name__} treats embeddings in another way than those of token ids, so a soft "
+                "prompt cannot stand in front of both; call it with input_ids."
+            )
+        embeds_ble = host.get_submodule(self.place.embedding)(ids) if ids is not None else given["inputs_embeds"]
+        given["input_ids"] = None
+        given["inputs_embeds"] = insert(embeds_ble, self.virtual_tokens().to(embeds_ble.dtype), num, mask)
+        return None
 
     def _trim(self, host: Host, output: Any, mask: Tensor | None, num_real: int) -> Any:  # noqa: ANN401 - what the body returns
         """Drop the virtual positions from hidden states, and pool again where the body pools."""
 
         def real(states: Tensor) -> Tensor:
-            return drop_virtual(states, self.num_virtual_tokens, mask, num_real)
+            is_by_token = states.shape[1] == num_real + self.num_virtual_tokens  # not where a body shortens its rows
+            return drop_virtual(states, self.num_virtual_tokens, mask, num_real) if is_by_token else states
 
         if isinstance(output, tuple):
             return (real(output[0]), *output[1:])
@@ -149,10 +190,78 @@ class SoftPromptAdapter(ForwardAdapter):
         if changed.get("hidden_states") is not None:
             changed["hidden_states"] = tuple(real(states) for states in changed["hidden_states"])
         if changed.get("pooler_output") is not None:  # poolers read the first token, which must be a real one
+            assert self.place.pooling is not None
             states = changed["last_hidden_state"]
-            first = _like(num_leading(mask, states), states)
-            changed["pooler_output"] = host.pooler(states.gather(1, first))
+            index_b1e = num_leading(mask, states)[..., None].expand(-1, -1, states.shape[-1])
+            changed["pooler_output"] = POOLINGS[self.place.pooling](host, states.gather(1, index_b1e))
         return type(output)(**changed)
+
+
+POOLINGS: Mapping[str, Callable[[Any, Tensor], Tensor]] = {
+    "states": lambda body, first: body.pooler(first),
+    "token": lambda body, first: body.pooler(first[:, 0]),
+    "activated": lambda body, first: body.activation(body.pooler(first[:, 0])),
+    "pooler_activated": lambda body, first: body.pooler_activation(body.pooler(first[:, 0])),
+}
+"""How transformers' bodies pool: a function of the body and the first token's states, `[B, 1, E]`, by name."""
+
+
+@dataclass(frozen=True)
+class VirtualTokens:
+    """What the token embedding puts in for placeholders.
+
+    Args:
+        tokens: The virtual tokens, `[N, E]`.
+        slots: Which of them stands at each index of the rows, -1 for real tokens, `[B, M]`.
+    """
+
+    tokens: Tensor
+    slots: Tensor
+
+
+class _Inserting(threading.local):
+    """What the embedding has yet to put in, in the running thread; `torch.compile` traces no ContextVar."""
+
+    now: VirtualTokens | None = None
+
+
+_INSERTING = _Inserting()
+
+
+@contextmanager
+def inserting(virtual: VirtualTokens | None) -> Iterator[_Inserting]:
+    """Make the token embedding put in virtual tokens inside the block, at its first call."""
+    before = _INSERTING.now
+    _INSERTING.now = virtual
+    try:
+        yield _INSERTING
+    finally:
+        _INSERTING.now = before
+
+
+class PlaceholderAdapter(OutputAdapter):
+    """Puts virtual tokens where placeholders were looked up; hangs on the token embedding and has no parameters.
+
+    So the body is called with ids, and counts positions, scales embeddings and masks padding by itself.
+    """
+
+    roles: ClassVar[Mapping[str, Role]] = {}
+
+    def forward(self, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        """Return the embeddings `[B, M or more, E]`; a body may have padded its rows on the right."""
+        del host, args, kwargs
+        virtual = _INSERTING.now
+        if virtual is None:
+            return output
+        _INSERTING.now = None
+        slots_bm = virtual.slots
+        if slots_bm.shape != output.shape[:2]:
+            slots_bm = functional.pad(slots_bm, (0, output.shape[1] - slots_bm.shape[1]), value=-1)
+        tokens_bme = virtual.tokens.to(output.dtype)[slots_bm.clamp_min(0)]
+        return torch.where(slots_bm[..., None] >= 0, tokens_bme, output)
+
+    def check_mergeable(self, host: nn.Module) -> None:
+        """Accept: the adapter on the body says why soft prompts cannot be merged."""
 
 
 class CrossMaskAdapter(InputAdapter):
@@ -179,111 +288,6 @@ class CrossMaskAdapter(InputAdapter):
 
     def check_mergeable(self, host: nn.Module) -> None:
         """Accept: the adapter on the encoder says why soft prompts cannot be merged."""
-
-
-def num_leading(mask: Tensor | None, like: Tensor) -> Tensor:
-    """Return how many padding tokens stand before the first real one of each row, `[B, 1]`."""
-    if mask is None:
-        return torch.zeros(len(like), 1, dtype=torch.long, device=like.device)
-    return (mask != 0).int().argmax(1, keepdim=True)
-
-
-def insert(values: Tensor, new: Tensor, num: int, mask: Tensor | None) -> Tensor:
-    """Insert `num` values before the first real token of each row.
-
-    Args:
-        values: `[B, L, ...]`.
-        new: What to insert, of a shape that broadcasts to `[B, num, ...]`.
-        num: N.
-        mask: 1 for real tokens, `[B, L]`; None where all are.
-
-    Returns:
-        `[B, N + L, ...]`.
-
-    Example:
-        >>> rows = torch.tensor([[0, 5, 6], [7, 8, 0]])
-        >>> insert(rows, torch.tensor(9), 2, (rows != 0).long())
-        tensor([[0, 9, 9, 5, 6],
-                [9, 9, 7, 8, 0]])
-    """
-    both = torch.cat([new.expand(len(values), num, *values.shape[2:]), values], 1)
-    if mask is None:
-        return both
-    lead_b1 = num_leading(mask, values)
-    at_m = torch.arange(both.shape[1], device=values.device)
-    index_bm = torch.where(at_m < lead_b1, at_m + num, torch.where(at_m < lead_b1 + num, at_m - lead_b1, at_m))
-    return both.gather(1, _like(index_bm, both))
-
-
-def drop_virtual(states: Tensor, num: int, mask: Tensor | None, num_real: int) -> Tensor:
-    """Undo `insert`: return `[B, L, ...]` of `[B, N + L, ...]`."""
-    if mask is None:
-        return states[:, num:]
-    at_l = torch.arange(num_real, device=states.device)
-    index_bl = torch.where(at_l < num_leading(mask, states), at_l, at_l + num)
-    return states.gather(1, _like(index_bl, states))
-
-
-def positions_of(mask: Tensor, offset: int) -> Tensor:
-    """Return positions that count real tokens, `[B, L]`, from `offset` on.
-
-    Example:
-        >>> positions_of(torch.tensor([[0, 1, 1], [1, 1, 0]]), 0)
-        tensor([[0, 0, 1],
-                [0, 1, 1]])
-    """
-    return ((mask != 0).long().cumsum(1) - 1).clamp_min(0) + offset
-
-
-def shift_positions(place: PromptPlace, given: dict[str, Any], num: int, mask: Tensor | None) -> None:
-    """Move the real tokens' positions on by `num`; `mask` counts the virtual tokens already, where there is one."""
-    if given.get("position_ids") is not None:
-        given["position_ids"] = given["position_ids"] + num
-    elif mask is not None and "position_ids" in place.arguments:
-        given["position_ids"] = positions_of(mask, place.position_offset)[:, -_length(given) :]
-
-
-def check_inputs(place: PromptPlace, given: Mapping[str, Any], num: int) -> int:
-    """Return how many positions the cache holds.
-
-    Raises:
-        ConfigError: The row is too long, the mask has four dimensions, rows are packed, or the cache is static.
-    """
-    past, mask, positions = given.get("past_key_values"), given.get("attention_mask"), given.get("position_ids")
-    if mask is not None and mask.dim() != 2:
-        raise ConfigError(
-            f"Soft prompts extend masks of shape [batch, length], and got one with {mask.dim()} dimensions; pass the "
-            "padding mask itself, and let the model derive the rest."
-        )
-    if past is not None and getattr(past, "is_compileable", False):
-        raise ConfigError("Soft prompts do not fit a static cache, whose length is fixed; use a DynamicCache.")
-    length = _length(given)
-    if place.max_positions is not None and length + num > place.max_positions:
-        raise ConfigError(
-            f"{length} tokens and {num} virtual ones are more than the model's {place.max_positions} positions; "
-            "shorten the rows (max_length) or use fewer num_virtual_tokens."
-        )
-    if positions is not None and length > 1 and not torch.compiler.is_compiling() and positions.device.type != "meta":
-        falls = positions.diff(dim=1) < 0
-        if mask is not None:
-            real = mask[:, -length:] != 0
-            falls = falls & real[:, 1:] & real[:, :-1]
-        if bool(falls.any()):
-            raise ConfigError(
-                "Several documents are packed into one row, and a soft prompt stands before the first alone; turn "
-                "packing off."
-            )
-    return 0 if past is None else int(past.get_seq_length())
-
-
-def _length(given: Mapping[str, Any]) -> int:
-    ids = given.get("input_ids")
-    return int((given["inputs_embeds"] if ids is None else ids).shape[1])
-
-
-def _like(index: Tensor, values: Tensor) -> Tensor:
-    """Return an index `[B, M]` in the shape that `gather` needs for `values` `[B, ..., ...]`."""
-    return index.view(*index.shape, *[1] * (values.dim() - 2)).expand(*index.shape, *values.shape[2:])
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
@@ -114,10 +115,86 @@ def test_idle_adapters_are_an_error_in_training_alone():
     with pytest.warns(UserWarning, match="2 of 4 adapters were not called"):
         model(X, (0,))
     model(X, (1,))  # told once
-    with pytest.raises(AdapterNotCalled, match="2 of 4 adapters were not called"):
+    with pytest.raises(AdapterNotCalled, match=r"1 of 4 adapters were not called.*'experts\.2'"):
         model.train()(X, (0,))
     model(X, (0,))  # checked once
     assert not has_hooks(model)
+
+
+class Dropping(nn.Module):
+    """Drops layers in training by chance, as BART does: here, all but those that `kept` names."""
+
+    def __init__(self, rate=0.5):
+        super().__init__()
+        self.layers, self.out, self.layerdrop = (
+            nn.ModuleList([nn.Linear(4, 4) for _ in range(3)]),
+            nn.Linear(4, 2),
+            rate,
+        )
+        self.side = nn.Linear(4, 4)
+
+    def forward(self, x, kept=(0, 1, 2), by_side=True):
+        for index in kept:
+            x = self.layers[index](x)
+        return self.out(self.side(x) if by_side else x)
+
+
+def test_layers_that_are_dropped_have_some_batches_time():
+    model = adapted(Dropping(), "layers.0", "layers.1", "layers.2", "side", "out").train()
+    model(X, (1, 2))
+    model(X, (0,))
+    assert not has_hooks(model)
+    model = adapted(Dropping(), "layers.0", "layers.1", "layers.2", "side", "out").train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(31):
+            model(X, (1, 2))
+    with pytest.warns(UserWarning, match=r"32 batches later: 1 of 5 adapters were not called.*'layers\.0'"):
+        model(X, (1, 2))
+    model(X, (1, 2))
+    assert not has_hooks(model)
+
+
+@pytest.mark.parametrize(("rate", "by_side"), [(0.0, True), (0.5, False)])
+def test_what_is_not_dropped_is_an_error(rate, by_side):
+    model = adapted(Dropping(rate), "layers.0", "layers.1", "side", "out").train()
+    with pytest.raises(AdapterNotCalled, match="1 of 4"):
+        model(X, (1,) if by_side else (0, 1), by_side)
+
+
+def test_wav2vec2_drops_layers():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 48}
+    convolutions = {"conv_dim": (8,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    config = transformers.Wav2Vec2Config(**sizes, **convolutions, layerdrop=0.5, mask_time_prob=0.0, num_labels=3)
+    torch.manual_seed(0)
+    model = transformers.Wav2Vec2ForSequenceClassification(config)
+    attach(model, LoRA(r=1, target_modules=["q_proj", "v_proj"]))
+    model.train()
+    called = []
+    for layer in model.wav2vec2.encoder.layers:
+        layer.register_forward_hook(lambda *_: called.append(1))
+    model(torch.randn(1, 800)).logits.sum().backward()
+    assert len(called) < 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(20):
+            model(torch.randn(1, 800)).logits.sum().backward()
+    assert not has_hooks(model)
+
+
+def test_each_adapter_of_a_host_counts():
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer.forward(x)  # which hooks do not see
+
+    model = Direct()
+    attach(model, [LoRA(r=1, target_modules=["layer"]), BitFit()])
+    with pytest.raises(AdapterNotCalled, match=r"1 of 2 adapters were not called.*'layer'"):
+        model.train()(X)
 
 
 def test_a_batch_that_calls_all_ends_the_watch():

@@ -128,6 +128,23 @@ def test_a_buffer_that_is_loaded_later_counts_as_the_base():
     assert torch.equal(model.norm.center, torch.full((8, 1, 1), 3.0))
 
 
+def test_writes_through_data_are_put_back_every_time():
+    class Counting(ConvNet):
+        def __init__(self):
+            super().__init__(nn.BatchNorm2d(8))
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x):
+            self.steps.data.add_(self.training)
+            return super().forward(x)
+
+    model = Counting()
+    attach(model, LoRA(r=1, target_modules=["conv"]))
+    assert train(model).steps == 0
+    detach(model)
+    assert train(model).steps == 4
+
+
 def test_what_was_put_back_is_told_once():
     model = build("counter")
     attach(model, LoRA(r=1, target_modules=["conv", "out"]))

@@ -214,7 +214,7 @@ def other_base(change: Callable[[Any], None], arguments: list[str] = TEST) -> Pr
     return provoke
 
 
-def other_tokenizer(arguments: list[str]) -> Provoke:
+def other_tokenizer(arguments: list[str], *, alone: bool = False) -> Provoke:
     """Put a tokenizer with the same words under other ids where the backbone's was."""
 
     def provoke() -> list[str]:
@@ -223,6 +223,8 @@ def other_tokenizer(arguments: list[str]) -> Provoke:
         words = content["model"]["vocab"]
         words["w3"], words["w4"] = words["w4"], words["w3"]
         path.write_text(json.dumps(content))
+        if alone:  # without the adapter folder, which keeps the tokenizer of the training
+            shutil.rmtree("run/last")
         return arguments
 
     return provoke

@@ -122,7 +122,7 @@ FAULTS = [
     Fault("Parquet that is none", r"^a\.parquet cannot be read as Parquet", data("a.parquet", "hello")),
     Fault(
         "one class only",
-        r"^a\.csv has only the label 'no' in the column 'label'",
+        r"^a\.csv has only the label 'no' .*expected two or more\. Check label_column",
         data("a.csv", "text,label\na,no\nb,no\n"),
     ),
     Fault(
@@ -132,12 +132,12 @@ FAULTS = [
     ),
     Fault(
         "text that is infinite",
-        r"^a\.jsonl, line 2: the column 'text' holds the number inf; expected texts",
+        r"^a\.jsonl, line 2: the column 'text' holds inf; expected a text",
         data("a.jsonl", '{"text": "a", "label": 0}\n{"text": Infinity, "label": 1}\n'),
     ),
     Fault(
         "NaN for a choice",
-        r"^a\.jsonl, line 1: the column 'choices' holds nothing \(NaN\); expected texts",
+        r"^a\.jsonl, line 1: the column 'choices\[1\]' holds nan; expected a text",
         questions('["a", NaN]'),
     ),
     Fault(

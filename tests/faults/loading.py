@@ -95,6 +95,21 @@ def hyperparameter(name, value):
     return change
 
 
+def written_by(name):
+    def change(content):
+        content["lora_lightning"]["task"] = name
+
+    return change
+
+
+def written_by_old(name):
+    def change(content):
+        del content["lora_lightning"]["task"]
+        content["hyper_parameters"]["_class_path"] = name
+
+    return change
+
+
 def method_path(content):
     content["hyper_parameters"]["method"]["class_path"] = "evil.Method"
 
@@ -210,7 +225,12 @@ FAULTS = [
     Fault(
         "checkpoint of a task that is not imported",
         r"written by the task evil\.Task, .* If you trust it, say so: --model evil\.Task",
-        checkpoint(hyperparameter("_class_path", "evil.Task"), ["test", "--ckpt_path", CKPT]),
+        checkpoint(written_by("evil.Task"), ["test", "--ckpt_path", CKPT]),
+    ),
+    Fault(
+        "checkpoint of version 0.1, of a task that is not imported",
+        r"written by the task evil\.Task, .* If you trust it, say so: --model evil\.Task",
+        checkpoint(written_by_old("evil.Task"), ["test", "--ckpt_path", CKPT]),
     ),
     Fault(
         "checkpoint of a method that is not imported",
@@ -252,7 +272,7 @@ FAULTS = [
     Fault(
         "checkpoint without the base's fingerprint",
         r"^This checkpoint was changed since it was written: its entry lora_lightning must hold the base_fingerprint",
-        checkpoint(setting("lora_lightning", {"method_state": [None]})),
+        checkpoint(lambda content: content["lora_lightning"].pop("base_fingerprint")),
     ),
     Fault(
         "checkpoint of another number of methods",

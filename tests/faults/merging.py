@@ -66,7 +66,9 @@ FAULTS = [
         "merge into another base", r"^The checkpoint was trained on another base model", other_base(new_weights, MERGE)
     ),
     Fault(
-        "merge with another tokenizer", r"^run/last\.ckpt was trained with another tokenizer", other_tokenizer(MERGE)
+        "merge with another tokenizer",
+        r"^run/last\.ckpt was trained with another tokenizer",
+        other_tokenizer(MERGE, alone=True),
     ),
     Fault(
         "dequantize what is dense",

@@ -25,6 +25,8 @@ NUM = 4
 METHODS = [method(num_virtual_tokens=NUM) for method in (PromptTuning, PTuning, PrefixTuning, PTuningV2)]
 DECODERS = ("gpt2", "llama", "qwen2", "gemma3")
 ENCODERS = ("bert", "roberta", "distilbert", "modernbert")
+COUNTS_PADDING = ("gpt2", "bert", "distilbert", "electra")
+"""Architectures whose positions count padding on the left too, unless they are given."""
 
 
 def by_name(method):
@@ -146,10 +148,15 @@ def test_prefix_equals_a_cache_that_holds_it(architecture):
 def padded(model, side):
     """Return the same rows padded on one side, and where their real tokens are."""
     batch = models.inputs(model)
+    real = batch["attention_mask"].bool()
+    batch["input_ids"][~real] = model.config.pad_token_id
     if side == "left":
         for name in ("input_ids", "attention_mask"):
             batch[name][-1] = batch[name][-1].roll(2)
-    return batch, batch["attention_mask"].bool()
+    real = batch["attention_mask"].bool()
+    if model.config.model_type in COUNTS_PADDING:
+        batch["position_ids"] = (real.cumsum(1) - 1).clamp_min(0)
+    return batch, real
 
 
 @pytest.mark.parametrize("architecture", [*DECODERS, *ENCODERS, "t5"])
@@ -296,7 +303,8 @@ def test_text_and_its_init_belong_together():
 
 
 @pytest.mark.parametrize("name", ["DebertaV2", "MPNet", "Bloom"])
-def test_architectures_without_the_interface_are_refused_by_name(name, method):
+@pytest.mark.parametrize("method", METHODS[2:], ids=by_name)
+def test_architectures_without_the_interface_take_no_prefix(name, method):
     config = getattr(transformers, f"{name}Config")(
         vocab_size=40,
         hidden_size=16,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.errors import AdapterNotCalled
 
+_LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop", "layer_drop")
 # Asks a parameter for its gradient, and reads none of its values, though it returns a tensor.
 _GET_GRADIENT: Any = vars(torch._C.TensorBase)["grad"].__get__
 
@@ -151,6 +152,43 @@ def called_adapters(adapters: Iterable[Adapter]) -> Iterator[set[int]]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def left_out(model: nn.Module, idle: Iterable[str], called: Collection[str]) -> set[str]:
+    """Return those of the idle hosts that lie in layers dropped at random, as in BART and wav2vec 2.0.
+
+    Another batch calls them. No such reason is known for anything else that one batch does not call.
+
+    Args:
+        model: The model.
+        idle: Paths of hosts that were not called.
+        called: Paths of hosts that were.
+    """
+    if not model.training or not any(_drops_layers(module) for module in model.modules()):
+        return set()
+    return {path for path in idle if any(_skips(model, item, called) for item in _with_ancestors(path))}
+
+
+def _drops_layers(module: nn.Module) -> bool:
+    """Tell whether a module, or its config, has a probability of dropping layers."""
+    sources = (module, getattr(module, "config", None))
+    rates = [getattr(source, name, None) for source in sources for name in _LAYER_DROPS]
+    return any(isinstance(rate, float | int) and rate > 0 for rate in rates)
+
+
+def _skips(model: nn.Module, item: str, called: Collection[str]) -> bool:
+    """Tell whether a module is an item of a list that called others of its items, and not this one."""
+    parent, _, _ = item.rpartition(".")
+    if not isinstance(model.get_submodule(parent), nn.ModuleList):
+        return False
+    siblings = [path for path in called if path.startswith(f"{parent}." if parent else "")]
+    return bool(siblings) and not any(f"{path}.".startswith(f"{item}.") for path in siblings)
+
+
+def _with_ancestors(path: str) -> Iterator[str]:
+    parts = path.split(".") if path else []
+    for end in range(len(parts), 0, -1):
+        yield ".".join(parts[:end])
 
 
 def refuse_idle(idle: list[str], total: int) -> None:

@@ -55,8 +55,8 @@ class KeptBuffers:
         self.paths = [path for path in self.paths if _is_there(model, path)]  # modules may be replaced later
         for path in self.paths:
             buffer, last = _get(model, path), self._kept.get(path)
-            if last is None or buffer is not last.buffer or buffer._version != last.version:
-                self._kept[path] = _Kept(buffer, buffer._version, buffer.detach().clone())
+            if last is None or buffer is not last.buffer or _version(buffer) != last.version:
+                self._kept[path] = _Kept(buffer, _version(buffer), buffer.detach().clone())
         try:
             yield
         finally:
@@ -90,10 +90,14 @@ class KeptBuffers:
             _get(model, path).detach().copy_(self._copies[path])
 
     def _has_moved(self, model: nn.Module, path: str) -> bool:
-        """Tell whether a buffer holds another value; the first time without trust in versions, which `.data` evades."""
+        """Tell whether a buffer holds another value.
+
+        Versions tell it without reading, but know nothing of writes through `.data`: what is new, or has moved before,
+        is compared.
+        """
         buffer, last = _get(model, path), self._kept[path]
-        is_same = buffer is last.buffer and buffer._version == last.version
-        if buffer.is_meta or (is_same and self._has_looked):
+        is_same = buffer is last.buffer and _version(buffer) == last.version
+        if buffer.is_meta or (is_same and self._has_looked and path not in self._told):
             return False
         return buffer.shape != last.value.shape or not torch.equal(_comparable(buffer), _comparable(last.value))
 
@@ -102,7 +106,7 @@ class KeptBuffers:
         owner, name = _owner(model, path)
         value = self._kept[path].value
         owner._buffers[name] = value
-        self._kept[path] = _Kept(value, value._version, value.clone())
+        self._kept[path] = _Kept(value, _version(value), value.clone())
 
 
 def _hold(model: nn.Module, moved: list[str]) -> int:
@@ -121,6 +125,10 @@ def _persistent_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
                 yield f"{path}.{name}" if path else name, buffer
+
+
+def _version(buffer: Tensor) -> int:
+    return 0 if buffer.is_inference() else buffer._version
 
 
 def _is_there(model: nn.Module, path: str) -> bool:
