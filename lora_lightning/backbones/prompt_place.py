@@ -165,6 +165,7 @@ def _settle(model: Any, place: PromptPlace, trial: Trial, outer: Call) -> Prompt
         takes_embeddings=_takes_embeddings(whole, place),
         pooling=_pooling(model, whole),
         position_offset=offset,
+        starts_at_zero=_starts_at_zero(model, whole, offset),
         max_positions=None if place.max_positions is None else place.max_positions - offset,
     )
     problems = []
@@ -200,12 +201,29 @@ def _position_offset(whole: Call, trial: Trial) -> int:
     """Return the number of the first position, where given positions that start there change nothing; else 0."""
     if "position_ids" not in arguments_of(whole.module) or whole.given.get("position_ids") is not None:
         return 0
-    ids = whole.given["input_ids"]
-    for offset in (0, trial.padding + 1, 2):
-        states = _again(whole, position_ids=torch.arange(offset, offset + ids.shape[1], device=ids.device)[None])
-        if _is_that_of(states, whole):
-            return offset
-    return 0
+    offsets = 0, trial.padding + 1, 2
+    fitting = (one for one in offsets if _is_that_of(_again(whole, position_ids=_positions(whole, one)), whole))
+    return next(fitting, 0)
+
+
+def _positions(call: Call, start: int) -> Tensor:
+    ids = call.given["input_ids"]
+    return torch.arange(start, start + ids.shape[1], device=ids.device)[None]
+
+
+def _starts_at_zero(model: Any, whole: Call, offset: int) -> bool:  # noqa: ANN401 - a transformers model
+    """Return whether a body that gets later positions remembers other rows, as recurrent layers with a state may do."""
+    from transformers import DynamicCache
+
+    if not {"position_ids", "use_cache", "past_key_values"} <= set(arguments_of(whole.module)):
+        return False
+    moved, ids = _positions(whole, offset + NUM_FRONT), whole.given["input_ids"]
+    states = []
+    for one in (ids, ids.flip(1), ids):
+        cache = DynamicCache(config=text_config(model))
+        states.append(_again(whole, input_ids=one, position_ids=moved, use_cache=True, past_key_values=cache))
+    first, _, second = states
+    return first is not None and second is not None and not is_same(second, first)
 
 
 def _pooling(model: Any, whole: Call) -> str | None:  # noqa: ANN401 - a transformers model

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from lora_lightning.adapters import is_attached
-from lora_lightning.backbones.load import load_backbone, load_tokenizer
+from lora_lightning.backbones.load import load_backbone, load_tokenizer, locate
 from lora_lightning.backbones.quantized import is_quantized
 from lora_lightning.checkpoint.folder import is_adapter_folder
 from lora_lightning.checkpoint.manifest import read_manifest
 from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.errors import BackboneError, CheckpointError, ConfigError
 from lora_lightning.paths import resolve
-from lora_lightning.tasks import AdapterTask, CausalLM
-from lora_lightning.tasks.generation import generate, max_positions
+from lora_lightning.tasks import AdapterTask, CausalLM, Seq2SeqLM
+from lora_lightning.tasks.generation import generate, has_encoder, max_positions
 from lora_lightning.texts.chat_templates import TEMPLATE_NAMES, begins_with_bos, chat_template
 from lora_lightning.texts.saved_tokenizer import stop_ids
 
@@ -77,12 +77,14 @@ class LanguageModel:
         tokenizer: Its tokenizer.
         name: What it was loaded from, for messages.
         answers: Whether its training, or whoever loaded it, had it answer messages instead of going on with texts.
+        prefix: What its training put in front of every text (`Seq2SeqData`), such as `summarize: `.
     """
 
     model: nn.Module
     tokenizer: Any
     name: str
     answers: bool = False
+    prefix: str = ""
 
     @property
     def has_adapter(self) -> bool:
@@ -100,9 +102,16 @@ class LanguageModel:
         """Positions that the model takes; infinity where its config sets no limit."""
         return max_positions(self.model)
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it answers texts that its encoder has read, instead of going on with them."""
+        return has_encoder(self.model)
+
     def encode(self, text: str) -> list[int]:
-        """Return a text's token ids, with a start token where the tokenizer adds one, and no end token."""
-        ids = list(self.tokenizer(text)["input_ids"])
+        """Return a text's token ids: for an encoder whole, else without an end token."""
+        ids = list(self.tokenizer(self.prefix + text)["input_ids"])
+        if self.has_encoder:
+            return ids
         ends = {self.tokenizer.eos_token_id, self.tokenizer.sep_token_id} - {None, self.tokenizer.bos_token_id}
         return ids[:-1] if len(ids) > 1 and ids[-1] in ends else ids
 
@@ -147,7 +156,7 @@ class LanguageModel:
             is_chat: Whether the tokens are a conversation.
             write: Is given the words as they come.
         """
-        room = self.context - len(ids)
+        room = self.context - (0 if self.has_encoder else len(ids))
         if 0 < room < sampling.max_new_tokens:
             log.warning("After these %d tokens the model has room for %d more.", len(ids), room)
         answers = generate(
@@ -220,26 +229,45 @@ def _from_checkpoint(path: Path, backbone: str | None, task_class: str | None) -
     if not isinstance(model, nn.Module) or not hasattr(model, "generate"):
         raise CheckpointError(f"{path} holds a {cls.__name__}, whose model does not generate text.")
     tokenizer = run.load_tokenizer(backbone)
-    return LanguageModel(model, tokenizer, str(path), answers=run.answers_with(tokenizer))
+    answers, prefix = run.answers_with(tokenizer), _prefix_of(run)
+    return LanguageModel(model, tokenizer, str(path), answers=answers, prefix=prefix)
+
+
+def _prefix_of(run: SavedRun) -> str:
+    """Return what the data module of a training put in front of every text."""
+    settings: Any = (run.content or {}).get("datamodule_hyper_parameters") or {}
+    prefix = settings.get("prefix", "")
+    return prefix if isinstance(prefix, str) else ""
 
 
 def _from_adapter(folder: Path, backbone: str | None) -> LanguageModel:
     run = SavedRun.of_folder(folder)
     base = backbone or _base_of(run)
     tokenizer = run.load_tokenizer(base)
-    task = CausalLM(backbone=base, adapter=str(folder))
+    task = _task_for(base)(backbone=base, adapter=str(folder))
     task.start_from(run)
     task.configure_model()
     return LanguageModel(task.adapted, tokenizer, str(folder), answers=run.answers_with(tokenizer))
 
 
 def _from_base(backbone: str) -> LanguageModel:
-    loaded = load_backbone(backbone, CausalLM.auto_class)
+    loaded = load_backbone(backbone, _task_for(backbone).auto_class)
     if loaded.new_modules:
         raise BackboneError(
             f"{backbone!r} is no language model: its files hold no weights for {', '.join(loaded.new_modules)}."
         )
     return LanguageModel(loaded.model, load_tokenizer(backbone), backbone, answers=_learnt_to_answer(backbone))
+
+
+def _task_for(backbone: str) -> type[CausalLM | Seq2SeqLM]:
+    """Return the task whose models a base is one of: by its config, where it has one that transformers knows."""
+    from transformers import AutoConfig
+
+    try:
+        config: Any = AutoConfig.from_pretrained(locate(backbone), trust_remote_code=False)
+    except (OSError, ValueError, KeyError):
+        return CausalLM
+    return Seq2SeqLM if config.is_encoder_decoder else CausalLM
 
 
 def _learnt_to_answer(backbone: str) -> bool:
@@ -260,7 +288,7 @@ def _base_of(run: SavedRun) -> str:
     names, task_type = run.facts.label_names, None if run.peft is None else run.peft.config.task_type
     if names:
         raise CheckpointError(f"{run.path} was trained to tell {len(names)} labels apart, not to write.")
-    if task_type not in (None, "CAUSAL_LM"):
+    if task_type not in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise CheckpointError(f"{run.path} is for the task {task_type}, not for a language model.")
     if run.facts.base is None:
         raise CheckpointError(f"{run.path} does not say which base it is for; name it with --backbone.")
@@ -270,10 +298,11 @@ def _base_of(run: SavedRun) -> str:
 def _refuse_other_tasks(cls: type[Any], source: str) -> None:
     """Raise CheckpointError where a task's models do not write; a task of one's own that says nothing may."""
     auto_class = getattr(cls, "auto_class", None)
-    if issubclass(cls, AdapterTask) and auto_class not in (CausalLM.auto_class, AdapterTask.auto_class):
+    writing = (CausalLM.auto_class, Seq2SeqLM.auto_class, AdapterTask.auto_class)
+    if issubclass(cls, AdapterTask) and auto_class not in writing:
         raise CheckpointError(
             f"{source} was written by {cls.__name__}, whose model does not write text; generate and chat need a "
-            f"checkpoint of {CausalLM.__name__}."
+            f"checkpoint of {CausalLM.__name__} or {Seq2SeqLM.__name__}."
         )
 
 

@@ -54,6 +54,11 @@ def chat(
     speaker = load_language_model(
         ckpt_path, adapter_dir, backbone, template=template, device=device, task_class=task_class
     )
+    if speaker.has_encoder:
+        raise ConfigError(
+            f"{speaker.name} reads a text with its encoder and answers it; it holds no conversation. Use "
+            "lora-lightning generate."
+        )
     conversation = Conversation(speaker, sampling, system=system, seed=seed)
     conversation.check()
     if sys.stdin.isatty():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from lora_lightning.data.batches.batching import PadToLongest
+from lora_lightning.data.notices import warn
 from lora_lightning.data.record_data import RecordData
 from lora_lightning.data.rows.cells import Cell, cell_of, check_known, sorted_labels, text_of
 from lora_lightning.data.sources import Record, Source
@@ -96,6 +97,7 @@ class ColumnData(RecordData):
         Raises:
             DataError: They have less than two.
         """
+        self._tell_alike(labels)
         if self.label_word and len(labels) < 2:
             only = f"only the {self.label_word} {next(iter(labels))!r}" if labels else "no row left"
             raise DataError(
@@ -103,12 +105,26 @@ class ColumnData(RecordData):
                 f"Check {self.label_word}_column."
             )
 
+    def _tell_alike(self, labels: Collection[str]) -> None:
+        """Warn of labels that differ in the case of their letters only."""
+        by_letters: dict[str, list[str]] = {}
+        for name in labels:
+            by_letters.setdefault(name.casefold(), []).append(name)
+        alike = next((names for names in by_letters.values() if len(names) > 1), None)
+        if alike:
+            warn(
+                f"{self.plan.source_name('train')}: the {self.label_word}s {' and '.join(map(repr, alike))} differ in "
+                "the case of their letters only, and each is learnt as a class of its own. Write them alike if they "
+                "are the same."
+            )
+
     def _settle_labels(self) -> None:
         """Take the model's names of labels if it has some, else those given, else those of the training source."""
         saved = getattr(self._module(), "label_names", None) or []
         found = sorted_labels(self._about.labels.get("train", {}))
         names = [*saved] or self._given_names or found
-        owner = "the model does" if saved else "the training rows do"
+        given = f"{self.label_word}_names does" if self._given_names else "the training rows do"
+        owner = "the model does" if saved else given
         for split, labels in self._about.labels.items():
             check_known(labels, names, self.plan.source_name(split), split, owner, f"{self.label_word}s")
         self.label_names = names

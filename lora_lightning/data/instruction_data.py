@@ -275,7 +275,12 @@ class InstructionData(RecordData):
 
     def _tell_too_long(self, split: str, num_rows: int, lost: Mapping[str, int]) -> None:
         cut, answers_lost = lost.get("cut", 0), lost.get("answers_lost", 0)
-        if cut or answers_lost:
+        if answers_lost and not cut:
+            rank_zero_warn(
+                f"{answers_lost} of {num_rows} {split} rows of {self.plan.source_name(split)} were left out: all of "
+                "their answers are marked as not to be learnt, or have no token that could be."
+            )
+        elif cut:
             rank_zero_warn(
                 f"{cut} of {num_rows} {split} rows of {self.plan.source_name(split)} are longer than "
                 f"{self._require_encoder().max_length} tokens and were {_DID[self.too_long]}; {answers_lost} rows were "
@@ -283,9 +288,11 @@ class InstructionData(RecordData):
             )
 
     def _nothing_left(self, split: str, num_rows: int, lost: Mapping[str, int]) -> DataError:
+        masked = f"All labels of the {num_rows} {split} rows of {self.plan.source_name(split)} are masked, so there is "
+        if not lost.get("cut", 0):
+            return DataError(f"{masked}nothing to learn: all of their answers are marked so, or have no token.")
         return DataError(
-            f"All labels of the {num_rows} {split} rows of {self.plan.source_name(split)} are masked, so there is "
-            f"nothing to learn: no answer lies within the first {self._require_encoder().max_length} tokens "
+            f"{masked}nothing to learn: no answer lies within the first {self._require_encoder().max_length} tokens "
             f"({lost.get('cut', 0)} rows are longer). Set a larger max_length, or train_on to all."
         )
 

@@ -13,13 +13,13 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.data.base import TokenizedData
 from lora_lightning.data.batches.columns import EncodedRows, write_columns
-from lora_lightning.data.batches.mixing import Mixture, drawn_fingerprint, source_of_rows
+from lora_lightning.data.batches.mixing import Mixture, drawn_fingerprint, mixture_of
 from lora_lightning.data.cache import built, key_of
 from lora_lightning.data.keys import code_digest, rows_key
 from lora_lightning.data.notices import keeping, noting, tell_noted
-from lora_lightning.data.rows.cells import ignored_message
+from lora_lightning.data.rows.cells import ignored_message, is_empty
 from lora_lightning.data.rows.conditions import parse_condition
-from lora_lightning.data.rows.named_sets import split_sources
+from lora_lightning.data.rows.named_sets import named_by_text, split_sources
 from lora_lightning.data.rows.plan import Plan
 from lora_lightning.data.rows.pool import About, SplitRows, kind_of, load_about, save_about
 from lora_lightning.data.rows.reports import bad_rows_file, read_message, write_bad_rows
@@ -134,10 +134,12 @@ class RecordData(TokenizedData, abc.ABC):
             num_workers=num_workers,
             tokenizer=tokenizer,
         )
-        sources = split_sources({"train": train, "val": val, "test": test, "predict": predict})
+        given = named_by_text({"train": train, "val": val, "test": test, "predict": predict})
+        sources = split_sources(given)
         # The settings of the subclass are found too. Data would not fit into a checkpoint; settings do.
         in_memory = {kind_of(split) for split, source in sources.items() if is_in_memory(source)}
         self.save_hyperparameters(logger=False, ignore=sorted(in_memory))
+        self.hparams.update({kind: source for kind, source in given.items() if kind in self.hparams})
         self.too_long = too_long
         self._require_one_of(too_long=self.lengths_allowed)
         self.cache = cache
@@ -259,6 +261,8 @@ class RecordData(TokenizedData, abc.ABC):
 
     def setup(self, stage: str | None = None) -> None:
         """Read, divide and encode rows (see `TokenizedData`), and name the fields that nothing reads."""
+        if stage == "fit":
+            self.plan.check_trains()
         super().setup(stage)
         self._tell_ignored()
 
@@ -267,9 +271,7 @@ class RecordData(TokenizedData, abc.ABC):
     def read_row(self, record: Record, split: str, ignored: Counter[str]) -> Row | None:
         """Return what is learnt from a record, and count its fields that nothing reads."""
         read = self._fields_read(split)
-        for name in record.fields:
-            if name not in read:
-                ignored[name] += 1
+        ignored.update(name for name, value in record.fields.items() if name not in read and not is_empty(value))
         return self.row_of(record, split)
 
     def _fields_read(self, split: str) -> Collection[str]:
@@ -381,13 +383,8 @@ class RecordData(TokenizedData, abc.ABC):
         return self._mixture_of(self._documents("train"))
 
     def _mixture_of(self, encoded: EncodedRows) -> Mixture | None:
-        """Return what draws encoded training rows by the weights of their sources; None without weights."""
-        weights = self.plan.weights()
-        if weights is None:
-            return None
-        mixture = Mixture(source_of_rows(encoded.origins, self._about.parts), weights)
-        rank_zero_info(f"Data: {mixture.describe(list(map(describe, self.plan.parts('train'))))}")
-        return mixture
+        names = list(map(describe, self.plan.parts("train")))
+        return mixture_of(encoded.origins, self._about.parts, names, self.plan.weights())
 
     # The cache.
 

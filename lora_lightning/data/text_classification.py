@@ -36,7 +36,8 @@ class TextClassificationData(ColumnData):
         text_column: Column with the texts.
         label_column: Column with the labels: texts, whole numbers, or true and false; lists of them or separated text
             for several labels; numbers for a regression. A list of columns holds 0 or 1 for each class (the columns
-            name the classes), or several numbers.
+            name the classes), or several numbers. With `label_names`, labels may be numbers of these names, and lists
+            may hold 0 or 1 for each.
         problem: `single_label`, `multi_label` or `regression`; None takes that of the task.
         label_separator: What separates several labels in a text; None means `;`, `|` or a comma.
         label_names: Names of the classes by index; None takes the model's, else those found, sorted.
@@ -108,7 +109,7 @@ class TextClassificationData(ColumnData):
         if not text.strip():
             return None
         cells = [Cell(record.fields.get(column), column, record.place) for column in self.label_column]
-        target = target_of(cells, str(self.problem), self.label_separator)
+        target = target_of(cells, str(self.problem), self.label_separator, self._given_names)
         if target is None:
             return None
         classes: list[Any] = target if isinstance(target, list) else [target]
@@ -120,6 +121,8 @@ class TextClassificationData(ColumnData):
         Raises:
             DataError: They are.
         """
+        if self.problem == "multi_label":
+            self._tell_alike(labels)
         if self.problem != "single_label":
             return
         super().check_labels(labels, num_rows)

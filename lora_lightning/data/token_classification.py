@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from torch import Tensor
 from lora_lightning.data.batches.batching import PadToLongest
 from lora_lightning.data.batches.packing import UNSUPERVISED
 from lora_lightning.data.column_data import ColumnData, joined, parts_of
-from lora_lightning.data.rows.cells import Cell, cell_of, text_of
+from lora_lightning.data.notices import warn
+from lora_lightning.data.rows.cells import Cell, cell_of, is_bracketed, is_integer, name_by_number, parsed_list, text_of
 from lora_lightning.data.rows.row import Row, StoredRow
 from lora_lightning.data.sources import Record, Source
 from lora_lightning.data.sources.files import CONLL
@@ -27,6 +29,7 @@ from lora_lightning.paths import some_of
 
 _NOT_A_START = -1
 _USUAL_COLUMNS = {"token_column": "tokens", "tag_column": "tags"}
+_LISTED_WORDS = re.compile(r"\[\s*['\"]")
 _INSIDE = ("I-", "E-", "L-")
 """Prefixes of tags that go on with an entity."""
 
@@ -102,6 +105,7 @@ class TokenClassificationData(ColumnData):
     ) -> None:
         super().__init__(train, **settings)
         self._given_names = [str(name) for name in tag_names or ()]
+        self._most_words = 0
         self.token_column = token_column
         self.tag_column = tag_column
         self._read_files_with(conll=True, token_column=token_column, tag_column=tag_column)
@@ -123,6 +127,7 @@ class TokenClassificationData(ColumnData):
             raise DataError(
                 f"{record.place}: the sentence has no tokens; take this row out, or give it at least one word."
             )
+        self._most_words = max(self._most_words, len(words))
         group = " ".join(words).casefold()
         if split == "predict":
             return Row([words, []], group)
@@ -142,19 +147,31 @@ class TokenClassificationData(ColumnData):
             column = _USUAL_COLUMNS[setting]
         if isinstance(column, int):
             raise ConfigError(f"{setting} is {column}, and the columns of {record.source} have names; give one.")
-        return _texts_of(cell_of(record, column, setting))
+        return _texts_of(cell_of(record, column, setting), are_tags=setting == "tag_column")
 
     def _name_of_tag(self, tag: str, place: str) -> str:
         """Return a tag by its name, where the source has its number."""
         names = self._given_names
-        if not names or tag in names:
-            return tag
-        if tag.isdigit() and int(tag) < len(names):
-            return names[int(tag)]
+        found = name_by_number(tag, names)
+        if not names or found in names:
+            return found
         raise DataError(
             f"{place}: the tag {tag!r} is neither among tag_names nor the number of one; expected 0 to "
             f"{len(names) - 1}, or one of {some_of(list(map(repr, names)), 30)}."
         )
+
+    def check_labels(self, labels: Mapping[str, tuple[int, str]], num_rows: int) -> None:
+        """Refuse training rows of a single tag, and warn of rows of one word each.
+
+        Raises:
+            DataError: They have less than two tags.
+        """
+        super().check_labels(labels, num_rows)
+        if self._most_words == 1 and num_rows > 1:
+            warn(
+                f"{self.plan.source_name('train')}: each of its {num_rows} rows has a single word. If they are the "
+                "words of sentences, put those of a sentence into one row, as lists of words and tags."
+            )
 
     def _settle_labels(self) -> None:
         """Take names of tags as other data modules do; numbers in the training source are no names.
@@ -164,7 +181,7 @@ class TokenClassificationData(ColumnData):
         """
         super()._settle_labels()
         has_names = self._given_names or getattr(self._module(), "label_names", None)
-        if not has_names and all(name.isdigit() for name in self.label_names):
+        if not has_names and all(map(is_integer, self.label_names)):
             raise DataError(
                 f"{self.plan.source_name('train')} has numbers for tags ({some_of(self.label_names)}), and it is not "
                 "known which of them stands for no entity. Set tag_names to the names by number, such as [O, B-PER, "
@@ -272,9 +289,16 @@ def _starts(word_ids: Sequence[int | None], first_word: int) -> list[int]:
     ]
 
 
-def _texts_of(cell: Cell) -> list[str]:
+def _texts_of(cell: Cell, *, are_tags: bool) -> list[str]:
     if isinstance(cell.value, str):
-        return cell.value.split()
+        text = cell.value.strip()
+        # A sentence may stand in brackets; a list of words has quotation marks.
+        if not is_bracketed(text) or not (are_tags or _LISTED_WORDS.match(text)):
+            return text.split()
+        listed = parsed_list(text)
+        if listed is None:
+            raise cell.refuse('a text in brackets must be a list, such as ["a", "b"].')
+        cell = cell._replace(value=listed)
     if not isinstance(cell.value, list):
         raise cell.refuse("expected a list of words or tags.")
     return list(map(text_of, cell.entries()))

@@ -21,7 +21,7 @@ from lora_lightning.adapters.base import (
 )
 from lora_lightning.adapters.view import AttentionPlace, ModelView, PromptPlace
 from lora_lightning.adapters.weights import Host
-from lora_lightning.errors import NotMergeable
+from lora_lightning.errors import NotMergeable, TargetError
 from lora_lightning.methods.soft_prompt import evaluating
 from lora_lightning.methods.virtual_tokens import cached_length, check_inputs, positions_of, tokens_of
 
@@ -161,6 +161,11 @@ class Prefix(Method):
     def adapters(self, view: ModelView) -> Iterator[tuple[str, Adapter]]:
         """Build the adapter of each attention, and the one that moves positions on."""
         place, attentions = view.prompt_place(), view.attention_places()
+        if place.starts_at_zero:
+            raise TargetError(
+                f"Prefix methods do not work on {view.model_type}: they move positions on, and it has recurrent layers "
+                "that start over at position 0 only. Use PromptTuning, or LoRA."
+            )
         weight = next(view.model.get_submodule(place.body).get_submodule(place.embedding).parameters())
         dtype = torch.float64 if weight.dtype is torch.float64 else torch.float32
         encoders = self.encoders(attentions, weight.shape[1])

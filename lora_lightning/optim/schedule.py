@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -35,9 +37,35 @@ def lr_factor(step: int, *, schedule: Schedule, num_warmup: int, num_steps: int)
     return 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_schedule(
-    optimizer: torch.optim.Optimizer, optim: Optim, num_steps: float
-) -> torch.optim.lr_scheduler.LambdaLR:
+class RateSchedule(torch.optim.lr_scheduler.LambdaLR):
+    """A schedule that keeps its own rates and weight decay when it loads how far another one has come.
+
+    torch's restores the rates of the run that was stopped, so that a changed setting would have no effect. If nothing
+    was changed, both restore the same values, bit for bit.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
+        self._decays = [group.get("weight_decay") for group in optimizer.param_groups]
+        super().__init__(optimizer, factor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the schedule has come, and its rates."""
+        return {name: value for name, value in super().state_dict().items() if name != "_decays"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at the step of a state, with the rates of this schedule; the optimizer must be loaded already."""
+        rates, decays = self.base_lrs, self._decays
+        super().load_state_dict(state_dict)
+        self.base_lrs, self._decays = rates, decays
+        groups = zip(self.optimizer.param_groups, rates, decays, self.lr_lambdas, strict=True)
+        for group, rate, decay, factor in groups:
+            group.update(initial_lr=rate, lr=rate * factor(self.last_epoch))
+            if decay is not None:
+                group["weight_decay"] = decay
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, optim: Optim, num_steps: float) -> RateSchedule:
     """Build the schedule of an optimizer, to be stepped once per optimizer step.
 
     Args:
@@ -58,4 +86,4 @@ def build_schedule(
         num_steps = 0
     num_warmup = math.ceil(optim.warmup * num_steps) if share else int(optim.warmup)
     factor = partial(lr_factor, schedule=optim.schedule, num_warmup=num_warmup, num_steps=int(num_steps))
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return RateSchedule(optimizer, factor)

@@ -15,14 +15,23 @@ from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.folder import check_finite
 from lora_lightning.checkpoint.own_state import MODEL, own_entries
 from lora_lightning.checkpoint.saved_run import SavedRun
+from lora_lightning.optim import Optim
 from lora_lightning.tasks.averaging import complete_averages, shrink_averages
-from lora_lightning.tasks.loading import CheckedLoading, entry_of, own_entries_for, own_entry, require_training_state
+from lora_lightning.tasks.loading import (
+    CheckedLoading,
+    check_optimization,
+    entry_of,
+    own_entries_for,
+    own_entry,
+    require_training_state,
+)
 
 
 class CheckpointState(CheckedLoading):
     """The part of `AdapterTask` that writes its checkpoints and reads them."""
 
     methods: tuple[Method, ...]
+    optim: Optim
     adapter: str | None
     base_fingerprint: str | None
     _is_calibrated: bool
@@ -53,6 +62,7 @@ class CheckpointState(CheckedLoading):
         """
         own = own_entry(checkpoint, len(self.methods))
         require_training_state(checkpoint, self._trainer)
+        check_optimization(checkpoint, self.optim, self._trainer)
         self.configure_model()
         self._is_calibrated = True
         check_fingerprint(self.base_fingerprint or fingerprint(self.adapted), own["base_fingerprint"], "The checkpoint")

@@ -77,7 +77,7 @@ def generate(
     seed: int = 0,
     streamer: Any = None,  # noqa: ANN401 - transformers' streamers have no public base class with types
 ) -> list[list[int]]:
-    """Go on from prompts, all in one batch, padded on the left.
+    """Go on from prompts, all in one batch, padded on the left; a model with an encoder answers them.
 
     The model is in evaluation mode meanwhile, and neither its modes nor the global random state change.
 
@@ -104,7 +104,8 @@ def generate(
     longest = max((len(prompt) for prompt in prompts), default=0)
     if not all(prompts):
         raise ConfigError("A prompt has no tokens; give at least one word, or a tokenizer that adds a start token.")
-    room = max_positions(bare) - longest
+    reads = has_encoder(bare)
+    room = max_positions(bare) - (0 if reads else longest)
     if room < 1:
         raise ConfigError(f"A prompt of {longest} tokens leaves no room: the model takes {max_positions(bare)}.")
     ends = list(dict.fromkeys([*own_ends(bare), *stop]))
@@ -115,7 +116,9 @@ def generate(
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
     )
-    config = GenerationConfig(
+    # An encoder-decoder's own settings name the token that its answers start with, and those that it is forced to take.
+    config = _without_sampling(bare.generation_config) if reads else GenerationConfig()
+    config.update(
         **{"do_sample": False, **sampling},
         max_new_tokens=min(max_new_tokens, int(min(room, 2**31))),
         eos_token_id=ends or None,
@@ -124,7 +127,8 @@ def generate(
     with _evaluating(bare), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         output = bare.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
-    return [_until(row[longest:].tolist(), ends) for row in output]
+    start = 1 if reads else longest
+    return [_until(row[start:].tolist(), ends) for row in output]
 
 
 @torch.no_grad()
@@ -146,9 +150,7 @@ def answer(
         The tokens of each answer, without start and end.
     """
     bare: Any = unwrap(model)
-    config = copy.deepcopy(bare.generation_config)
-    for name in ("temperature", "top_p", "top_k", "max_length"):  # of no use here, and said to be so
-        setattr(config, name, None)
+    config = _without_sampling(bare.generation_config)
     config.update(do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens)
     with _evaluating(bare):
         output = bare.generate(**inputs, generation_config=config)
@@ -162,6 +164,19 @@ def max_positions(model: Any) -> float:  # noqa: ANN401 - a transformers model
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     virtual = (adapter.num_virtual_tokens for _, _, adapter in iter_acting(model))
     return (getattr(config, "max_position_embeddings", None) or float("inf")) - max(virtual, default=0)
+
+
+def has_encoder(model: Any) -> bool:  # noqa: ANN401 - a transformers model
+    """Return whether a model reads its input with an encoder, and writes with a decoder."""
+    return bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
+
+
+def _without_sampling(config: Any) -> Any:  # noqa: ANN401 - transformers' GenerationConfig
+    """Return a copy of generation settings without those of drawing and length, which transformers warns of."""
+    config = copy.deepcopy(config)
+    for name in ("temperature", "top_p", "top_k", "max_length"):
+        setattr(config, name, None)
+    return config
 
 
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:

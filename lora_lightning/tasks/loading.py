@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import lightning as L
 import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint, tokenizer_of
 from lora_lightning.checkpoint.own_state import own_entries
 from lora_lightning.checkpoint.reading import read_file
 from lora_lightning.checkpoint.task_class import argument_names, build_task
 from lora_lightning.errors import CheckpointError
+from lora_lightning.optim import Optim
 from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
 _CLASS_PATH = "_class_path"
@@ -135,6 +138,33 @@ def refuse_unread_adapter(adapter: str | None) -> NoReturn:
         f"The adapter {adapter!r} was not loaded: with a method in its plain form the weights are expected from a "
         "checkpoint. Give the method as an object, or leave it out."
     )
+
+
+def check_optimization(checkpoint: Mapping[str, Any], optim: Optim, trainer: L.Trainer | None) -> None:
+    """Warn where a run resumes with other rates or another schedule; refuse another optimizer.
+
+    Args:
+        checkpoint: The content of a `.ckpt` file.
+        optim: The settings of the run that resumes.
+        trainer: Who loads it, or None.
+
+    Raises:
+        CheckpointError: The optimizer is of another class, for which the state in the checkpoint means nothing.
+    """
+    before = checkpoint.get("hyper_parameters", {}).get("optim")
+    if trainer is None or trainer.state.fn != "fit" or not isinstance(before, dict):
+        return
+    now = asdict(optim)
+    changed = [name for name, value in now.items() if name in before and before[name] != value]
+    if "optimizer" in changed:
+        raise CheckpointError(
+            f"The checkpoint was trained with optim.optimizer={before['optimizer']!r}, and this run has "
+            f"{now['optimizer']!r}, which cannot use its state. Keep the optimizer, or start a new run from the "
+            "adapter folder beside the checkpoint (model.init_args.adapter)."
+        )
+    if changed:
+        listed = ", ".join(f"optim.{name} {now[name]!r} (before: {before[name]!r})" for name in changed)
+        rank_zero_warn(f"Resumed with {listed}: from here on this is no longer the run that was stopped.")
 
 
 def require_training_state(checkpoint: Mapping[str, Any], trainer: L.Trainer | None) -> None:

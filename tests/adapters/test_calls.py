@@ -220,6 +220,21 @@ def test_wav2vec2_drops_layers():
     assert not has_hooks(model)
 
 
+def test_each_adapter_of_a_host_counts():
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.layer.forward(x)  # which hooks do not see
+
+    model = Direct()
+    attach(model, [LoRA(r=1, target_modules=["layer"]), BitFit()])
+    with pytest.raises(AdapterNotCalled, match=r"1 of 2 adapters were not called.*'layer'"):
+        model.train()(X)
+
+
 def test_a_batch_that_calls_all_ends_the_watch():
     model = adapted(Routed(), "experts.0", "out").train()
     assert has_hooks(model)

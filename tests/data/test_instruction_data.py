@@ -347,3 +347,12 @@ def test_hub_data_sets(monkeypatch, folder):
     assert (data.counts["train"], data.counts["val"]) == (36, 4)
     with pytest.raises(ConfigError, match="streaming reads files, and train is the Hub data set 'owner/talk'"):
         InstructionData("owner/talk", streaming=True, val_size=0, tokenizer=folder).setup("fit")
+
+
+def test_rows_of_which_all_answers_are_marked_are_told(build):
+    marked = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "train": False}]}
+    with pytest.warns(UserWarning, match=r"^1 of 2 train rows of \S+ were left out: all of their answers are marked"):
+        data = build([marked, {"messages": turns("q", "a")}], template="chatml")
+    assert data.counts["answers_lost"] == 1
+    with pytest.raises(DataError, match="nothing to learn: all of their answers are marked so"):
+        build([marked], template="chatml")

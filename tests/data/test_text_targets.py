@@ -88,9 +88,7 @@ def test_names_that_are_given_settle_the_order_of_several_labels(build):
     data = build("a.jsonl", rows, problem="multi_label", label_names=names)
     assert data.label_names == names
     assert labels_by_text(data)[1] == {text: [float(name in labels) for name in names] for text, labels in rows}
-    with pytest.raises(
-        DataError, match=r"that the training rows do not have: 'toxic' \(\S+, line 2\); known are 'spam'"
-    ):
+    with pytest.raises(DataError, match=r"that label_names does not have: 'toxic' \(\S+, line 2\); known are 'spam'"):
         build("a.jsonl", rows, problem="multi_label", label_names=["spam", "rude"])
 
 
@@ -190,6 +188,33 @@ def test_names_that_are_given_settle_what_a_class_is(build):
     assert len(build("a.csv", titles, label_names=[title for _, title in titles]).label_names) == 150
     numbered = build("a.csv", [(f"id{n}", n % 2) for n in range(10)], label_names=[1, 0])
     assert numbered.label_names == ["1", "0"]
+
+
+@pytest.mark.parametrize(
+    ("problem", "cells", "expected"),
+    [
+        ("single_label", [0, 1, "pos"], [0, 1, 1]),
+        ("multi_label", [[0], [1], ["neg"]], [[1, 0], [0, 1], [1, 0]]),
+        ("multi_label", [[0, 1], [1, 1], [0.0, 0.0]], [[0, 1], [1, 1], [0, 0]]),
+        ("multi_label", ["[0, 1]", "1;1", "0,0"], [[0, 1], [1, 1], [0, 0]]),
+    ],
+)
+def test_names_that_are_given_may_be_told_by_their_numbers(build, problem, cells, expected):
+    settings = {"problem": problem, "label_names": ["neg", "pos"]}
+    rows = [(f"id{n}", cell) for n, cell in enumerate(cells)]
+    labels = [one.labels for one in build("a.jsonl", rows, **settings).examples("train")]
+    assert [label.tolist() if hasattr(label, "tolist") else label for label in labels] == expected
+    unknown = ("id9", 2 if problem == "single_label" else [2])
+    with pytest.raises(DataError, match=r"label_names does not have: '2' .*known are 'neg', 'pos'"):
+        build("a.jsonl", [*rows, unknown], **settings)
+
+
+def test_labels_that_differ_in_case_are_warned_of(build):
+    rows = [(f"id{n}", ("pos", "Pos", "neg")[n % 3]) for n in range(9)]
+    for settings in ({}, {"problem": "multi_label"}):
+        with pytest.warns(UserWarning, match="the labels 'pos' and 'Pos' differ in the case of their letters only"):
+            build("a.csv", rows, **settings)
+    build("a.csv", [(text, label.lower()) for text, label in rows])  # control: warnings are errors
 
 
 # Whose problem it is.

@@ -15,6 +15,7 @@ from lora_lightning.methods import PromptTuning
 from tests import models
 
 FRONT = (9, 12, 10)
+OTHER_FRONT = (11, 13, 14)
 LENGTH = 7
 LAYOUTS = ("whole", "unmasked", "right", "left")
 

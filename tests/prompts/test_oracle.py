@@ -93,7 +93,7 @@ def test_the_oracle_sees_wrong_positions_and_wrong_tokens():
     body = model.roberta
     body.embeddings.position_embeddings.register_forward_pre_hook(lambda _, args: (args[0] + 1,))
     assert min(oracle.gaps(base, model).values()) > 1e-3
-    other = oracle.adapted(base, front=(11, 12, 10))
+    other = oracle.adapted(base, front=oracle.OTHER_FRONT)
     assert min(oracle.gaps(base, other).values()) > 1e-3
 
 
@@ -132,7 +132,7 @@ def test_finding_the_place_leaves_modes_and_random_numbers_alone():
 
 def test_prompts_of_two_threads_do_not_mix():
     base = sweep.built("opt", "causal")
-    first, second = oracle.adapted(base), oracle.adapted(base, front=(11, 13, 14))
+    first, second = oracle.adapted(base), oracle.adapted(base, front=oracle.OTHER_FRONT)
     ids, mask = oracle.rows(base, "left")
     expected = [oracle.call(one, ids, mask) for one in (first, second)]
     embedding = first.get_input_embeddings()

@@ -104,6 +104,12 @@ def test_attention_that_a_prefix_would_change_is_refused(name):
     attach(model, METHODS[0])
 
 
+def test_layers_that_start_over_at_position_zero_take_no_prefix():
+    model = sweep.built("recurrent_gemma", "causal")
+    with pytest.raises(TargetError, match="start over at position 0 only"):
+        attach(model, METHODS[3])
+
+
 def test_arguments_that_virtual_tokens_have_no_value_for_are_refused():
     base = sweep.built("xlnet", "causal")
     model = oracle.adapted(base)

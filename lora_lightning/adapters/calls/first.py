@@ -45,7 +45,7 @@ class _FirstCalls:
         has_warned: Whether a call in evaluation mode has told of idle adapters.
         has_trained: Whether a training batch was seen.
         num_batches: How many training batches were looked at.
-        called: Paths of the hosts whose adapters were called.
+        called: Paths of hosts, with the names there of adapters that were called.
         running: What ends the call that is being watched, and its thread.
     """
 
@@ -55,7 +55,7 @@ class _FirstCalls:
     has_warned: bool = False
     has_trained: bool = False
     num_batches: int = 0
-    called: set[str] = field(default_factory=set)
+    called: set[tuple[str, str]] = field(default_factory=set)
     running: tuple[ExitStack, int, BaseException | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,44 +164,44 @@ def _stacks(model: nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
-def _adapters(model: nn.Module) -> list[tuple[str, Adapter]]:
-    """Return `(path of the host, adapter)` of every adapter."""
-    return [(path, adapter) for path, stack in _stacks(model) for adapter in stack.of_kind(Adapter)]
+def _adapters(model: nn.Module) -> list[tuple[str, str, Adapter]]:
+    """Return `(path of the host, name there, adapter)` of every adapter."""
+    return [(path, name, adapter) for path, stack in _stacks(model) for name, adapter in stack._modules.items()]
 
 
 @contextmanager
 def _looked_at(model: nn.Module, watched: _FirstCalls) -> Iterator[None]:
     """Check inside the block that adapters are called, and that nothing reads their hosts' weights past them."""
     adapters = _adapters(model)
-    hosts = {path: model.get_submodule(path) for path, _ in adapters}
-    inside = [inner for path, adapter in adapters for inner in _read_by(hosts[path], adapter)]
-    with called_adapters([adapter for _, adapter in adapters]) as called, _watched(model, inside, watched) as calls:
+    hosts = {path: model.get_submodule(path) for path, _, _ in adapters}
+    inside = [inner for path, _, adapter in adapters for inner in _read_by(hosts[path], adapter)]
+    with called_adapters([adapter for _, _, adapter in adapters]) as called, _watched(model, inside, watched) as calls:
         yield
     if watched.looks_at_reads:
         watched.looks_at_reads = False
         _refuse_read_past(adapters, hosts, calls)
-    watched.called |= {path for path, adapter in adapters if id(adapter) in called}
-    _judge(model, watched, [path for path, _ in adapters])
+    watched.called |= {(path, name) for path, name, adapter in adapters if id(adapter) in called}
+    _judge(model, watched, [(path, name) for path, name, _ in adapters])
 
 
-def _judge(model: nn.Module, watched: _FirstCalls, hosts: list[str]) -> None:
-    """Raise or warn where hosts have not been called up to now.
+def _judge(model: nn.Module, watched: _FirstCalls, adapters: list[tuple[str, str]]) -> None:
+    """Raise or warn where adapters have not been called up to now.
 
     It is an error in training mode alone: in evaluation a model may well leave out a vision tower, or an expert. Layers
     that are dropped at random have some batches' time.
     """
-    idle = [path for path in hosts if path not in watched.called]
-    excepted = left_out(model, idle, watched.called)
+    idle = [path for path, name in adapters if (path, name) not in watched.called]
+    excepted = left_out(model, idle, {path for path, _ in watched.called})
     never = [path for path in idle if path not in excepted]
     watched.num_batches += model.training
     if not model.training and never and not watched.has_warned:
         watched.has_warned = True
-        warnings.warn(idle_message(never, len(hosts)), stacklevel=2)
+        warnings.warn(idle_message(never, len(adapters)), stacklevel=2)
     if model.training or not idle:
         watched.looks_at_calls = bool(idle) and not never and watched.num_batches < _PATIENCE
-        refuse_idle(never, len(hosts))
+        refuse_idle(never, len(adapters))
     if excepted and watched.num_batches == _PATIENCE:
-        warnings.warn(f"{_PATIENCE} batches later: {idle_message(idle, len(hosts))}", stacklevel=2)
+        warnings.warn(f"{_PATIENCE} batches later: {idle_message(idle, len(adapters))}", stacklevel=2)
 
 
 @contextmanager
@@ -220,9 +220,9 @@ def _read_by(host: nn.Module, adapter: Adapter) -> list[nn.Module]:
     return [host]
 
 
-def _refuse_read_past(adapters: list[tuple[str, Adapter]], hosts: dict[str, nn.Module], calls: Calls) -> None:
+def _refuse_read_past(adapters: list[tuple[str, str, Adapter]], hosts: dict[str, nn.Module], calls: Calls) -> None:
     """Raise TargetError where a weight that an adapter stands for was read without its host."""
-    for path, adapter in adapters:
+    for path, _, adapter in adapters:
         for module in _read_by(hosts[path], adapter):
             names = sorted(calls.read_past.get(id(module), set()))
             names = [name for name in names if _stands_for(adapter, module, name)]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -54,6 +55,24 @@ class Mixture:
         """
         shares = [f"{quota} of {name}" for quota, name in zip(self.quotas, names, strict=True)]
         return f"an epoch draws {sum(self.quotas)} rows: {', '.join(shares)}."
+
+
+def mixture_of(
+    rows: npt.NDArray[Any], num_rows: Sequence[int], names: Sequence[str], weights: Sequence[float] | None
+) -> Mixture | None:
+    """Return what draws encoded rows by the weights of their sources, and tell how many; None without weights.
+
+    Args:
+        rows: For each encoded row the index of its row `[encoded rows]`.
+        num_rows: Number of rows of each source.
+        names: The names of the sources.
+        weights: Weight of each source.
+    """
+    if weights is None:
+        return None
+    mixture = Mixture(source_of_rows(rows, num_rows), weights)
+    rank_zero_info(f"Data: {mixture.describe(names)}")
+    return mixture
 
 
 def drawn_fingerprint(fingerprint: str, weights: Sequence[float] | None) -> str:

@@ -9,7 +9,16 @@ from functools import partial
 from typing import Any
 
 from lora_lightning.data.language.turns import Message, message_from
-from lora_lightning.data.language.values import Context, from_json, list_from, names_of, present, shown, text_from
+from lora_lightning.data.language.values import (
+    Context,
+    from_json,
+    list_from,
+    names_of,
+    present,
+    shown,
+    take_first,
+    text_from,
+)
 from lora_lightning.data.sources import Record
 from lora_lightning.paths import nearest
 
@@ -224,7 +233,9 @@ def _conversation(
     if not any(message.says_something for message in answers):
         return None
     system = text_from(left.pop("system", None), "system", at)
-    tools = tuple(_tool(tool, at) for tool in list_from(left.pop("tools", None), "tools", "objects", at))
+    # The second name is that of OpenAI's older files.
+    given = take_first(left, "tools", "functions")
+    tools = tuple(_tool(tool, at) for tool in list_from(given, "tools", "objects", at))
     if system.strip() and messages[0].role != "system":
         messages = [Message("system", system), *messages]
     elif system.strip() and messages[0].content.strip() != system.strip():

@@ -19,6 +19,8 @@ _ALIASES = {
 _ROLE_OF = {name: role for role, aliases in _ALIASES.items() for name in (role, *aliases)}
 _MARKS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 _MEANING_OF_MARK = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+# As Llama and Anthropic name them, too.
+_NAMES_OF_ARGUMENTS = ("arguments", "parameters", "input")
 _CALL = "a tool call must be an object with the name and arguments of a function"
 
 
@@ -116,12 +118,12 @@ def _tool_call(call: object, at: Context) -> dict[str, Any]:
     whole = dict(call) if isinstance(call, Mapping) else {}
     if not isinstance(whole.get("function"), Mapping):
         # The bare form {"name": ..., "arguments": ...}.
-        bare = {name: whole.pop(name) for name in ("name", "arguments") if name in whole}
-        whole = {"type": "function", **whole, "function": bare}
+        bare = {name: whole.pop(name) for name in ("name", *_NAMES_OF_ARGUMENTS) if name in whole}
+        whole = {**whole, "type": "function", "function": bare}
     function = dict(whole["function"])
     if not function.get("name") or not isinstance(function["name"], str):
         raise at.error(f"{_CALL}, got {shown(call)}.")
-    function["arguments"] = _arguments(function.get("arguments"))
+    function["arguments"] = _arguments(take_first(function, *_NAMES_OF_ARGUMENTS))
     return {**whole, "function": function}
 
 

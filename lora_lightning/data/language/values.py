@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lora_lightning.data.rows.cells import is_empty
 from lora_lightning.errors import DataError
 
 
@@ -29,7 +30,9 @@ class Context:
         return replace(self, place=f"{self.place}, {part}", path=self._path_of(name))
 
     def ignore(self, names: Iterable[object]) -> None:
-        """Note fields of this value that nothing uses."""
+        """Note fields of this value that nothing uses; one that holds nothing is no loss."""
+        if isinstance(names, Mapping):
+            names = [name for name, value in names.items() if not is_empty(value)]
         self.ignored.update(map(self._path_of, names))
 
     def error(self, message: str) -> DataError:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,6 +91,16 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def is_empty(value: object) -> bool:
+    """Return whether nothing would be lost with a value: it is missing, or an empty list or object.
+
+    Example:
+        >>> [is_empty(value) for value in ("", [], {}, None, 0, False)]
+        [True, True, True, True, False, False]
+    """
+    return is_missing(value) or (isinstance(value, list | dict) and not value)
+
+
 def text_of(cell: Cell) -> str:
     """Return a cell as a text.
 
@@ -120,7 +133,47 @@ def number_of(value: object) -> float | None:
         return None
 
 
+def is_bracketed(text: str) -> bool:
+    """Return whether a text stands in the brackets of a list."""
+    return text.startswith("[") and text.endswith("]")
+
+
+def parsed_list(text: str) -> list[Any] | None:
+    """Return the list that a text is, as JSON or Python writes it; None if it is none.
+
+    Example:
+        >>> parsed_list('["a", 1]'), parsed_list("['a' 'b']"), parsed_list("a")
+        (['a', 1], None, None)
+    """
+    found: Any = None
+    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = ast.literal_eval(text)
+            # Python joins neighbouring texts: ['a' 'b'], as numpy writes two, would become one.
+            found = found if "".join(repr(found).split()) == "".join(text.split()) else None
+    return found if isinstance(found, list) else None
+
+
 # Labels.
+
+
+def is_integer(name: str) -> bool:
+    """Return whether a label is a whole number."""
+    return bool(_INTEGER.fullmatch(name))
+
+
+def name_by_number(label: str, names: Sequence[str]) -> str:
+    """Return the name of a label that is given by its number; any other label as it is.
+
+    Example:
+        >>> name_by_number("1", ["neg", "pos"]), name_by_number("2", ["neg", "pos"]), name_by_number("1", ["1", "2"])
+        ('pos', '2', '1')
+    """
+    are_numbers = any(map(is_integer, names))
+    is_number = label.isdigit() and int(label) < len(names)
+    return names[int(label)] if is_number and not are_numbers else label
 
 
 def sorted_labels(labels: Iterable[str]) -> list[str]:
@@ -131,7 +184,7 @@ def sorted_labels(labels: Iterable[str]) -> list[str]:
         (['9', '10'], ['10', '9', 'b'])
     """
     names = set(labels)
-    if all(_INTEGER.fullmatch(name) for name in names):
+    if all(map(is_integer, names)):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names)
 

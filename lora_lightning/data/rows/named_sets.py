@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 from lora_lightning.data.sources import Source
@@ -16,6 +17,16 @@ _METRICS = (
     *("precision", "recall", "rouge1", "rouge2", "rougeL", "samples", "spearman", "threshold"),
 )
 _NAME = re.compile(r"[\w.+-]+")
+
+
+def named_by_text(sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sources with paths as texts, as checkpoints keep them, and tuples as lists.
+
+    Example:
+        >>> named_by_text({"train": (PurePath("a.csv"), "b.csv"), "test": None})
+        {'train': ['a.csv', 'b.csv'], 'test': None}
+    """
+    return {kind: _by_text(source) for kind, source in sources.items()}
 
 
 def split_sources(sources: Mapping[str, Any]) -> dict[str, Source]:
@@ -41,6 +52,19 @@ def split_sources(sources: Mapping[str, Any]) -> dict[str, Source]:
         _check_names(source)
         found |= {f"{kind}/{name}": one for name, one in source.items()}
     return found
+
+
+def _by_text(source: Any) -> Any:  # noqa: ANN401 - a source of any kind
+    if isinstance(source, PurePath):
+        return str(source)
+    if isinstance(source, list | tuple):
+        return [_by_text(one) if isinstance(one, PurePath) or _is_part(one) else one for one in source]
+    # Of Mapping's own classes, such as a DatasetDict, nothing is known.
+    return {name: _by_text(one) for name, one in source.items()} if type(source) is dict else source
+
+
+def _is_part(entry: object) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("source"), PurePath | tuple | list)
 
 
 def _check_names(sources: Mapping[Any, Source]) -> None:

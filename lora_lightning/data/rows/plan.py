@@ -59,6 +59,15 @@ class Plan:
             if split != "train" and size and self.has_own_source(split):
                 raise ConfigError(f"{split}_size is {size}, but {split} names rows of its own; give one of the two.")
 
+    def check_trains(self) -> None:
+        """Refuse a plan without a source to train on.
+
+        Raises:
+            ConfigError: `train` is None.
+        """
+        if self.sources["train"] is None:
+            raise ConfigError("train names no source, so there are no rows to train on; give a file, or data.")
+
     def has_own_source(self, split: str) -> bool:
         """Return whether a split, or a set of it, has a source of its own."""
         given = [name for name, source in self.sources.items() if source is not None]

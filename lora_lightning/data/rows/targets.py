@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_lightning.data.notices import warn
-from lora_lightning.data.rows.cells import Cell, is_missing, number_of
+from lora_lightning.data.rows.cells import Cell, is_bracketed, is_missing, name_by_number, number_of, parsed_list
 from lora_lightning.errors import DataError
 from lora_lightning.paths import some_of
 
@@ -22,10 +19,17 @@ Target = str | float | list[str] | list[float]
 
 _MAX_LABEL_LENGTH = 200
 _MAX_LABELS = 100
+_ONE_LABEL = (
+    "expected one label: a text, a whole number, or true or false. If a text may have several labels, set `problem: "
+    "multi_label`."
+)
+_EACH_LABEL = "expected each label as a text, a whole number, or true or false. Correct the row, or take it out."
 _FLAGS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 
 
-def target_of(cells: Sequence[Cell], problem: str, separator: str | None = None) -> Target | None:
+def target_of(
+    cells: Sequence[Cell], problem: str, separator: str | None = None, names: Sequence[str] = ()
+) -> Target | None:
     """Return the target of a record.
 
     Args:
@@ -34,6 +38,8 @@ def target_of(cells: Sequence[Cell], problem: str, separator: str | None = None)
         problem: `single_label`: one cell with a text, a whole number, or true or false. `multi_label`: a list of these,
             or a text with a separator. `regression`: a number, or a text that is one.
         separator: What separates several labels in a text; None takes the one of `;`, `|` and `,` that occurs in it.
+        names: The names of the classes, where the settings have them: labels may be their numbers, and of several
+            labels also a list with 0 or 1 for each class.
 
     Returns:
         A label, a list of labels (possibly empty), a number or a list of numbers. None if a cell is missing: None, NaN,
@@ -49,7 +55,7 @@ def target_of(cells: Sequence[Cell], problem: str, separator: str | None = None)
         ['toxic']
     """
     if len(cells) == 1 and problem == "multi_label":
-        return _labels_of(cells[0], separator)
+        return _labels_of(cells[0], separator, names)
     if any(cell.is_missing for cell in cells):
         return None
     if problem == "multi_label":
@@ -57,10 +63,10 @@ def target_of(cells: Sequence[Cell], problem: str, separator: str | None = None)
     if problem == "regression":
         numbers = [_number_of(cell) for cell in cells]
         return numbers if len(numbers) > 1 else numbers[0]
-    return _name_of(cells[0])
+    return name_by_number(_name_of(cells[0], _ONE_LABEL), names)
 
 
-def _labels_of(cell: Cell, separator: str | None) -> list[str] | None:
+def _labels_of(cell: Cell, separator: str | None, names: Sequence[str]) -> list[str] | None:
     """Return the labels of a `multi_label` cell without repetitions, in their order."""
     if isinstance(cell.value, str):
         # An empty text, and what stands between two separators, is no label.
@@ -69,8 +75,26 @@ def _labels_of(cell: Cell, separator: str | None) -> list[str] | None:
         return None
     else:
         parts = list(cell.value) if isinstance(cell.value, list | tuple) else [cell.value]
-    names = [_name_of(one) for one in cell._replace(value=parts).entries()]
-    return list(dict.fromkeys(names))
+    flags = _flags_of(cell, parts, names)
+    if flags is not None:
+        return [name for name, applies in zip(names, flags, strict=True) if applies]
+    found = [_name_of(one, _EACH_LABEL) for one in cell._replace(value=parts).entries()]
+    return list(dict.fromkeys(name_by_number(one, names) for one in found))
+
+
+def _flags_of(cell: Cell, parts: Sequence[Any], names: Sequence[str]) -> list[bool] | None:
+    """Return the flags of a list that holds 0 or 1 for each class; None of a list of labels."""
+    flags = [_FLAGS.get(str(part).strip().lower()) for part in parts]
+    if len(parts) < 2 or None in flags or _FLAGS.keys() & set(names):
+        return None
+    if len(parts) == len(names):
+        return list(map(bool, flags))
+    if len(set(flags)) < len(flags) or any(isinstance(part, float) for part in parts):
+        raise cell.refuse(
+            f"it looks like 0 or 1 for each of {len(parts)} classes. Set `label_names` to the names of the classes in "
+            "this order; else list the labels that apply, each once."
+        )
+    return None
 
 
 def _parts_of(cell: Cell, separator: str | None) -> list[Any]:
@@ -78,8 +102,14 @@ def _parts_of(cell: Cell, separator: str | None) -> list[Any]:
     text = cell.value.strip()
     if separator is not None:
         return text.split(separator)
-    if _is_bracketed(text):
-        return _parse_list(cell)
+    if is_bracketed(text):
+        listed = parsed_list(text)
+        if listed is None:
+            raise cell.refuse(
+                'a text in brackets must be a list, such as ["a", "b"]; else separate the labels by ; or |. If the '
+                "brackets belong to a name, set `label_separator`."
+            )
+        return listed
     found = [one for one in SEPARATORS if one in text]
     if len(found) > 1:
         raise cell.refuse(
@@ -88,33 +118,14 @@ def _parts_of(cell: Cell, separator: str | None) -> list[Any]:
     return text.split(found[0]) if found else [text]
 
 
-def _parse_list(cell: Cell) -> list[Any]:
-    """Parse a list as JSON or Python writes it."""
-    text = cell.value.strip()
-    with contextlib.suppress(ValueError, RecursionError):
-        return json.loads(text)
-    with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-        value = ast.literal_eval(text)
-        # Python joins neighbouring texts: ['a' 'b'], as numpy writes two labels, would become one.
-        if "".join(repr(value).split()) == "".join(text.split()):
-            return value
-    raise cell.refuse(
-        'a text in brackets must be a list, such as ["a", "b"]; else separate the labels by ; or |. If the brackets '
-        "belong to a name, set `label_separator`."
-    )
-
-
-def _name_of(cell: Cell) -> str:
+def _name_of(cell: Cell, expected: str) -> str:
     """Return the name of one label."""
     value = cell.value
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # pandas turns whole numbers into floats in a column with gaps
     is_finite = not isinstance(value, float) or math.isfinite(value)
     if cell.is_missing or not isinstance(value, str | int | float) or not is_finite:
-        raise cell.refuse(
-            "expected one label: a text, a whole number, or true or false. If a text may have several labels, set "
-            "`problem: multi_label`."
-        )
+        raise cell.refuse(expected)
     name = str(value).strip()
     if len(name) > _MAX_LABEL_LENGTH:
         raise cell.refuse(
@@ -196,8 +207,4 @@ def _several_labels(labels: Mapping[str, int]) -> str | None:
         for name, parts in joined.items():
             if is_usual or labels.keys() >= set(parts):
                 return name
-    return next((name for name in labels if _is_bracketed(name) and "," in name), None)
-
-
-def _is_bracketed(text: str) -> bool:
-    return text.startswith("[") and text.endswith("]")
+    return next((name for name in labels if is_bracketed(name) and "," in name), None)

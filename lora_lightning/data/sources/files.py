@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import os
+import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePath
 
@@ -32,6 +34,7 @@ SUFFIXES = tuple(_READERS)
 CONLL = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".txt")
 """Ends of the names of files with one word and its tag a line."""
 _TEXT = ".txt"
+_SPLIT = re.compile(r"(train|val|valid|validation|dev|test)(?=[-_.]|$)", re.IGNORECASE)
 _PATTERN_SIGNS = ("*", "?", "[")
 
 
@@ -66,6 +69,7 @@ def matching(pattern: str) -> list[str]:
     found = glob.glob(pattern_inside, root_dir=folder, recursive=True)  # noqa: PTH207 - Path.glob finds hidden files
     read_through = {str(parent) for one in found for parent in PurePath(one).parents}
     names = sorted(fixed + one for one in found if one.rstrip("/") not in read_through)
+    _tell_splits([PurePath(name).name for name in names], pattern)
     if not names:
         raise DataError(f"No file matches {pattern}; {nearest_in_folder(folder / parts[-1])}.")
     return names
@@ -129,6 +133,8 @@ def _in_folder(folder: Path, source: str, settings: ReadSettings) -> list[tuple[
     if not files:
         sub_folders = [path for path in _shown(folder) if path.is_dir()]
         files = [file for sub_folder in sub_folders for file in _files_in(sub_folder, (_TEXT, *tagged))]
+    _tell_unread(folder, source, files, {*SUFFIXES, *tagged, _TEXT})
+    _tell_splits([file.name for file in files], source)
     if not files:
         raise DataError(
             f"The folder {source} holds no texts: expected one sub-folder for each class with .txt files inside, or "
@@ -137,8 +143,40 @@ def _in_folder(folder: Path, source: str, settings: ReadSettings) -> list[tuple[
     return [(file, f"{source.rstrip('/')}/{file.relative_to(folder)}") for file in files]
 
 
+def _tell_unread(folder: Path, source: str, files: list[Path], kinds: Collection[str]) -> None:
+    """Warn of data in the sub-folders of a folder that is not read."""
+    below = [path for one in _folders_in(folder) for path in [one, *_folders_in(one)]]
+    inside = [file for one in below for file in _files_in(one, kinds)]
+    unread = sorted({*inside}.difference(files))
+    if files and unread:
+        warn(
+            f"{source} has {len(unread)} files of data in its sub-folders that are not read, such as "
+            f"{unread[0].relative_to(folder)}. Where they are wanted, give a list of files or a pattern such as "
+            f"{source.rstrip('/')}/**/*{kind_of_file(unread[0])}."
+        )
+
+
+def _tell_splits(names: list[str], source: str) -> None:
+    """Warn of files whose names say that they are different splits."""
+    found: dict[str, str] = {}
+    for name in names:
+        match = _SPLIT.match(name)
+        if match:
+            found.setdefault("val" if match[1].lower() not in ("train", "test") else match[1].lower(), name)
+    if len(found) > 1:
+        warn(
+            f"{source} holds {' and '.join(found.values())}, and all of them are read as rows of one split. Where they "
+            "are splits of their own, name each file: as train, val and test."
+        )
+
+
 def _files_in(folder: Path, kinds: Collection[str]) -> list[Path]:
     return [path for path in _shown(folder) if kind_of_file(path) in kinds and path.is_file()]
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    """Return the folders in a folder that may be looked into."""
+    return [path for path in _shown(folder) if path.is_dir() and os.access(path, os.R_OK | os.X_OK)]
 
 
 def _shown(folder: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from lora_lightning.data.sources.record import Source
 from lora_lightning.errors import ConfigError
+from lora_lightning.paths import resolve
 
 
 class Part(NamedTuple):
@@ -31,8 +32,21 @@ def is_mixture(source: Source) -> bool:
     """
     if not isinstance(source, list) or not source:
         return False
-    is_like_parts = all(isinstance(one, Mapping) and one.keys() <= {"source", "weight"} for one in source)
-    return is_like_parts and any("weight" in one for one in source)
+    are_like_parts = all(isinstance(one, Mapping) and one.keys() <= {"source", "weight"} for one in source)
+    if are_like_parts and any("weight" in one for one in source):
+        return True
+    # Where entries name files, a missing or mistyped weight is a mistake, and no row of data.
+    return all(isinstance(one, Mapping) and "source" in one and _is_there(one["source"]) for one in source)
+
+
+def _is_there(name: object) -> bool:
+    """Return whether something of this name is here."""
+    if not isinstance(name, str):
+        return isinstance(name, list) and bool(name) and all(map(_is_there, name))
+    try:
+        return resolve(name).exists()
+    except (OSError, ValueError):  # a long text is no path
+        return False
 
 
 def parts_of(source: Source) -> list[Part]:
@@ -47,9 +61,10 @@ def parts_of(source: Source) -> list[Part]:
 def _part(entry: Mapping[str, object]) -> Part:
     source, weight = entry.get("source"), entry.get("weight")
     is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if source is None or not is_number or not 0 < weight < math.inf:  # type: ignore[operator]  # a number by now
+    is_part = source is not None and entry.keys() <= {"source", "weight"}
+    if not is_part or not is_number or not 0 < weight < math.inf:  # type: ignore[operator]  # a number by now
         raise ConfigError(
-            f"train has the part {entry!r}: expected a source and a weight above 0, such as "
+            f"train has the part {entry!r}: expected a source and a weight above 0, and nothing else, such as "
             "{source: a.jsonl, weight: 0.7}."
         )
     if is_mixture(source):

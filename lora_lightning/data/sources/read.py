@@ -12,7 +12,7 @@ from lora_lightning.data.sources.files import SUFFIXES, files_of, is_pattern, ma
 from lora_lightning.data.sources.hub import hub_rows, is_hub_name, is_saved_dataset, saved_rows
 from lora_lightning.data.sources.mixture import is_mixture, parts_of
 from lora_lightning.data.sources.record import Found, OnBad, ReadSettings, Record, Source
-from lora_lightning.data.sources.tables import read_dataset, read_frame
+from lora_lightning.data.sources.tables import numbered, read_dataset, read_frame
 from lora_lightning.errors import DataError
 
 _READ_TOGETHER = 1 << 20
@@ -71,15 +71,16 @@ def describe(source: Source) -> str:
         return source[0] if len(source) == 1 else f"{source[0]} and {len(source) - 1} more"
     if isinstance(source, list):
         return f"a list of {len(source)} rows"
-    return f"a {type(source).__name__} of {len(source)} rows" if is_in_memory(source) else repr(source)
+    size = f" of {len(source)} rows" if hasattr(source, "__len__") else ""
+    return f"a {type(source).__name__}{size}" if is_in_memory(source) else repr(source)
 
 
 def is_in_memory(source: Source) -> bool:
-    """Return whether a source is data itself, not the name of some."""
+    """Return whether a source is data itself, not the name of some; so is what no source can be."""
     if is_mixture(source):
         return any(is_in_memory(part.source) for part in parts_of(source))
-    is_table = _is_frame(source) or _is_dataset(source)
-    return is_table or (isinstance(source, list) and any(isinstance(one, dict) for one in source))
+    is_named = source is None or isinstance(source, str) or _is_list_of(str, source)
+    return not is_named and not (isinstance(source, list) and not source)
 
 
 def source_files(source: Source, settings: ReadSettings) -> list[tuple[Path, str]]:
@@ -146,7 +147,7 @@ def _found_in(single: Source, settings: ReadSettings, role: str) -> Iterator[Fou
     if _is_dataset(single):
         return read_dataset(single, name)
     if _is_list_of(dict, single):
-        return (Record(name, number, "row", fields) for number, fields in enumerate(single, start=1))
+        return numbered(name, single, drops_nulls=False)
     if not isinstance(single, str):
         raise DataError(
             f"The source {str(single)[:60]!r} ({type(single).__name__}) is of an unknown kind: expected a file "
@@ -170,4 +171,5 @@ def _is_frame(source: object) -> bool:
 
 
 def _is_dataset(source: object) -> bool:
-    return type(source).__module__.split(".")[0] == "datasets" and hasattr(source, "features")
+    is_of_datasets = type(source).__module__.split(".")[0] == "datasets" and hasattr(source, "features")
+    return is_of_datasets and hasattr(source, "__len__")  # a stream has no length

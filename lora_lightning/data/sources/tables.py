@@ -18,7 +18,7 @@ _READ_TOGETHER = 1000
 
 
 def read_parquet(path: Path, name: str, settings: ReadSettings) -> Iterator[Record]:  # noqa: ARG001 - as all readers
-    """Read the rows of a Parquet file.
+    """Read the rows of a Parquet file; one that `datasets` wrote tells the names of its classes.
 
     Raises:
         DataError: It is none.
@@ -28,8 +28,10 @@ def read_parquet(path: Path, name: str, settings: ReadSettings) -> Iterator[Reco
 
     try:
         with pyarrow.parquet.ParquetFile(_seekable(path, name)) as file:
+            classed = _classed_in(file.schema_arrow)
             batches = (batch.to_pylist() for batch in file.iter_batches(batch_size=_READ_TOGETHER))
-            yield from numbered(name, (fields for batch in batches for fields in batch))
+            rows = (fields for batch in batches for fields in batch)
+            yield from numbered(name, (_named(fields, classed) for fields in rows))
     except (OSError, ValueError, pa.ArrowException) as error:
         if isinstance(error, DataError):
             raise
@@ -39,7 +41,7 @@ def read_parquet(path: Path, name: str, settings: ReadSettings) -> Iterator[Reco
 
 def read_dataset(rows: Any, name: str) -> Iterator[Record]:  # noqa: ANN401 - a datasets.Dataset
     """Read the rows of a data set, its classes by their names."""
-    classed = {column: feature for column, feature in rows.features.items() if "ClassLabel" in str(feature)}
+    classed = _classed(rows.features)
     yield from numbered(name, _rows_of(rows, classed))
 
 
@@ -52,36 +54,45 @@ def read_frame(frame: Any, name: str) -> Iterator[Record]:  # noqa: ANN401 - a p
     yield from numbered(name, (dict(zip(columns, cells, strict=True)) for cells in rows))
 
 
-def numbered(name: str, rows: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
-    """Return rows as records in plain types, counted from 1."""
+def numbered(name: str, rows: Iterable[Mapping[str, Any]], *, drops_nulls: bool = True) -> Iterator[Record]:
+    """Return rows as records in plain types (see `plain`), counted from 1."""
     for number, fields in enumerate(rows, start=1):
-        yield Record(name, number, "row", {str(column): plain(cell) for column, cell in fields.items()})
+        cells = {str(column): plain(cell, drops_nulls=drops_nulls) for column, cell in fields.items()}
+        yield Record(name, number, "row", cells)
 
 
 def named_apart(columns: list[str]) -> list[str]:
     """Return names of columns, those that stand there twice with their numbers, so that neither is taken unasked.
 
+    One without a name has its number only.
+
     Example:
-        >>> named_apart(["label", "text", "label"])
-        ['label (column 1)', 'text', 'label (column 3)']
+        >>> named_apart(["label", "text", "label", ""])
+        ['label (column 1)', 'text', 'label (column 3)', '(column 4)']
     """
     times = Counter(columns)
-    return [f"{name} (column {n})" if times[name] > 1 else name for n, name in enumerate(columns, start=1)]
+    numbers = [f"(column {n})" for n in range(1, len(columns) + 1)]
+    pairs = zip(columns, numbers, strict=True)
+    return [f"{name} {number}".strip() if times[name] > 1 or not name else name for name, number in pairs]
 
 
-def plain(value: Any) -> Any:  # noqa: ANN401 - whatever a table holds
+def plain(value: Any, *, drops_nulls: bool = True) -> Any:  # noqa: ANN401 - whatever a table holds
     """Return a cell in plain types.
 
-    Keys that are null in a nested object are left out: typed tables give each object the keys of all others.
+    Args:
+        value: What stands in the cell.
+        drops_nulls: Leave out keys that are null in a nested object: typed tables give each object the keys of all
+            others.
 
     Example:
         >>> plain([{"city": "Rome", "zone": None}])
         [{'city': 'Rome'}]
     """
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items() if one is not None}
+        kept = {str(key): one for key, one in value.items() if not (drops_nulls and one is None)}
+        return {key: plain(one, drops_nulls=drops_nulls) for key, one in kept.items()}
     if isinstance(value, list | tuple):
-        return [plain(one) for one in value]
+        return [plain(one, drops_nulls=drops_nulls) for one in value]
     if hasattr(value, "tolist"):  # numpy's arrays and numbers
         return plain(value.tolist())
     is_absent = value is None or type(value).__name__ in ("NAType", "NaTType")
@@ -97,6 +108,25 @@ def _seekable(path: Path, name: str) -> Path | io.BytesIO:
         return path
     with open_bytes(path, name) as file:
         return io.BytesIO(file.read())
+
+
+def _classed(features: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the features of a data set that hold classes."""
+    return {column: feature for column, feature in features.items() if "ClassLabel" in str(feature)}
+
+
+def _classed_in(schema: Any) -> dict[str, Any]:  # noqa: ANN401 - a pyarrow.Schema
+    """Return the features that hold classes, where `datasets` noted them in a schema."""
+    if b"ClassLabel" not in (schema.metadata or {}).get(b"huggingface", b""):
+        return {}
+    import datasets
+
+    return _classed(datasets.Features.from_arrow_schema(schema))
+
+
+def _named(fields: Mapping[str, Any], classed: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the cells of a row with the names of classes instead of their numbers."""
+    return {**fields, **{column: _with_names(fields[column], feature) for column, feature in classed.items()}}
 
 
 def _rows_of(rows: Any, classed: Mapping[str, Any]) -> Iterator[dict[str, Any]]:  # noqa: ANN401 - a datasets.Dataset

@@ -112,11 +112,12 @@ def test_what_nothing_uses_is_counted_once_a_row():
     messages = [{**turn, "id": index} for index, turn in enumerate(turns("q", "a", "r", "b"))]
     assert ignored({"messages": messages, "source": "web", "topic": None}) == {"messages[].id": 1, "source": 1}
     assert ignored({"messages": turns("q", "a")}) == {}  # control
-    parts = [{"type": "text", "text": "q", "cache_control": {}, "image_url": None}]
+    parts = [{"type": "text", "text": "q", "cache_control": {"type": "x"}, "image_url": None}]
     assert ignored({"messages": [{"role": "user", "content": parts}, *turns("", "a")[1:]]}) == {
         "messages[].content[].cache_control": 1
     }
     assert ignored({"text": "t", "system": "s"}) == {"system": 1}
+    assert ignored({"text": "t", "system": " ", "images": [], "meta": {}, "score": 0}) == {"score": 1}
     assert ignored({"prompt": "p", "question": "q", "completion": "c"}, columns={"prompt": "question"}) == {
         "prompt (replaced by question)": 1
     }
@@ -328,3 +329,22 @@ def test_sources_that_are_not_there(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds no texts: expected .* or files that end in"):
         fields_of(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["arguments", "parameters", "input"])
+def test_arguments_of_tool_calls_under_the_names_in_use(name):
+    call = {"name": "look", name: {"city": "Rome"}}
+    for given in (call, {"type": "tool_use", **call}, {"function": call}, json.dumps(call)):
+        record = {"messages": [*turns("q"), {"role": "assistant", "tool_calls": [given]}]}
+        (found,) = sample_from(Record("a.jsonl", 1, "line", record)).messages[1].extra["tool_calls"]
+        assert found["function"] == {"name": "look", "arguments": {"city": "Rome"}}
+        assert ignored(record) == {}
+    assert found["type"] == "function"
+
+
+def test_functions_are_tools():
+    tools = [{"name": "look", "description": "Look it up."}]
+    record = {"messages": turns("q", "a"), "functions": tools}
+    assert sample_from(Record("a.jsonl", 1, "line", record)).tools == tuple(tools)
+    assert ignored(record) == {}
+    assert ignored({**record, "tools": tools}) == {"functions": 1}

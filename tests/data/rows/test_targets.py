@@ -13,8 +13,8 @@ from lora_lightning.errors import DataError
 PLACE = "films.csv, row 3"
 
 
-def of(cell, problem, separator=None):
-    return target_of([Cell(cell, "label", PLACE)], problem, separator)
+def of(cell, problem, separator=None, names=()):
+    return target_of([Cell(cell, "label", PLACE)], problem, separator, names)
 
 
 def of_columns(fields, columns, problem):
@@ -82,6 +82,15 @@ def test_several_labels_come_from_lists_and_separated_texts(cell, labels):
     assert of(cell, "multi_label") == labels
 
 
+def test_a_list_of_flags_names_the_classes_that_apply():
+    names = ["x", "y", "z"]
+    assert of([0, 1, 1], "multi_label", None, names) == ["y", "z"]
+    assert of([0, 0, 0], "multi_label", None, names) == []
+    assert of([0, 2], "multi_label", None, names) == ["x", "z"]  # control: numbers of names
+    assert of([0, 1], "multi_label") == ["0", "1"]  # may be the numbers of two classes
+    assert of([0, 1], "multi_label", None, ["0", "1"]) == ["0", "1"]
+
+
 def test_a_separator_that_is_given_is_the_only_one():
     assert of("Drama, crime;War", "multi_label", ";") == ["Drama, crime", "War"]
     assert of("[a];b", "multi_label", ";") == ["[a]", "b"]
@@ -93,10 +102,15 @@ def test_a_separator_that_is_given_is_the_only_one():
         ("Drama, crime;War", "';' or ',' may separate .*Set `label_separator`"),
         ("['a' 'b']", "a text in brackets must be a list"),
         ("[a, b]", "a text in brackets must be a list"),
-        (["a", None], r"\[1\]' holds None; expected one label"),
-        (["a", ["b"]], r"holds \['b'\]; expected one label"),
-        ({"a": 1}, "holds {'a': 1}; expected one label"),
+        (["a", None], r"\[1\]' holds None; expected each label"),
+        (["a", ["b"]], r"holds \['b'\]; expected each label"),
+        ({"a": 1}, "holds {'a': 1}; expected each label"),
         (["a", "x" * 201], "text of 201 characters"),
+        ([0, 1, 0], "it looks like 0 or 1 for each of 3 classes. Set `label_names`"),
+        ([1.0, 0.0], "it looks like 0 or 1 for each of 2 classes"),
+        ([True, False, False], "it looks like 0 or 1 for each of 3 classes"),
+        ("[0, 1, 1]", "it looks like 0 or 1 for each of 3 classes"),
+        ("0;1;1", "it looks like 0 or 1 for each of 3 classes"),
     ],
 )
 def test_what_holds_no_several_labels_is_refused(cell, words):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from lora_lightning.data.sources import ReadSettings, source_files, source_fingerprint
+from lora_lightning.data.sources.files import matching
 from lora_lightning.errors import DataError, UserError
 from tests.data.sources.conftest import SUFFIXES, compress, fields_of, read
 
@@ -199,7 +200,8 @@ def test_a_file_that_matches_within_a_folder_that_matches_is_read_once(tmp_path,
         write(name, f"text\n{name}\n")
     monkeypatch.chdir(tmp_path)
     assert names_of("**") == names_of("**/*") == ["a.csv", "deep/b.csv", "deep/er/c.csv"]
-    assert names_of("*") == ["a.csv", "deep/b.csv"]  # a folder stands for its own files
+    with pytest.warns(UserWarning, match=r"deep has 1 files of data in its sub-folders .* such as er/c\.csv"):
+        assert names_of("*") == ["a.csv", "deep/b.csv"]  # a folder stands for its own files
     monkeypatch.setenv("HOME", str(tmp_path))
     assert [row["text"] for row in fields_of("~/deep/*/*.csv")] == ["deep/er/c.csv"]
 
@@ -218,3 +220,50 @@ def test_fingerprints_are_of_all_parts_of_a_list(tmp_path, write):
         datasets.Dataset.from_dict({"text": [name]}).save_to_disk(f"{tmp_path}/{name}")
         prints.add(source_fingerprint([file, f"{tmp_path}/{name}"], ReadSettings()))
     assert len({*prints, source_fingerprint(file, ReadSettings())}) == 3
+
+
+# What a folder holds beside what is read of it.
+
+
+@pytest.mark.parametrize(
+    ("names", "unread"),
+    [
+        (("a.csv", "more/b.jsonl.gz"), "more/b.jsonl.gz"),
+        (("a.csv", "more/deep/b.csv"), "more/deep/b.csv"),
+        (("pos/1.txt", "neg/1.txt", "neg/more.csv"), "neg/more.csv"),
+        (("pos/1.txt", "neg/1.txt", "neg/2020/2.txt"), "neg/2020/2.txt"),
+        (("a.csv", "notes.md", "more/notes.md", ".git/b.csv", "more/.b.csv"), None),
+        (("pos/1.txt", "neg/1.txt", "notes.md"), None),
+    ],
+)
+def test_data_in_sub_folders_that_is_not_read_is_warned_of(tmp_path, write, names, unread):
+    for name in names:
+        write(f"data/{name}", b"")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        read_here = names_of(f"{tmp_path}/data")
+    said = f"data has 1 files of data in its sub-folders that are not read, such as {unread}."
+    assert [said in str(one.message) for one in told] == ([True] if unread else [])
+    assert f"{tmp_path}/data/{unread}" not in read_here
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        (("train.csv", "test.csv"), "test.csv and train.csv"),
+        (("Train-1.csv", "valid.csv.gz", "train-2.csv"), "Train-1.csv and valid.csv.gz"),
+        (("dev.jsonl", "test.jsonl"), "dev.jsonl and test.jsonl"),
+        (("train.csv", "trains.csv", "latest.csv"), None),
+        (("val.csv", "dev.csv"), None),
+        (("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"), None),
+    ],
+)
+def test_files_named_as_splits_are_warned_of_in_one_folder(tmp_path, write, names, named):
+    for name in names:
+        write(f"data/{name}", b"")
+    for source in (f"{tmp_path}/data", f"{tmp_path}/data/*"):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            assert len(names_of(source) if source.endswith("data") else matching(source)) == len(names)
+        expected = [f"{source} holds {named}, and all of them are read as rows of one split."] if named else []
+        assert [str(one.message).partition(" Where")[0] for one in told] == expected
