@@ -19,7 +19,7 @@ from lora_lightning.peft_format.kinds.tokens import TokensConfig, fit_tokens
 from lora_lightning.peft_format.kinds.vera import VeraConfig, fit_vera
 from lora_lightning.peft_format.lora.config import LoraConfig
 from lora_lightning.peft_format.lora.fit import fit_lora
-from lora_lightning.peft_format.targets import PeftConfig
+from lora_lightning.peft_format.schema.targets import PeftConfig
 
 _FITS: Mapping[type[PeftConfig], Any] = {
     LoraConfig: fit_lora,

@@ -206,7 +206,7 @@ NAN, INF = float("nan"), float("inf")
         ({"lora_alpha": 16}, r"has no setting 'lora_alpha'; use alpha\."),
         ({"lora_dropout": 0.1}, r"has no setting 'lora_dropout'; use dropout\."),
         ({"task_type": "SEQ_CLS"}, r"has no setting 'task_type'; use nothing: the task's class says it\."),
-        ({"ranks": 8}, r"has no setting 'ranks'; it takes alpha, alpha_pattern, dropout, .*, target_modules, wide_ranks\."),
+        ({"ranks": 8}, r"has no setting 'ranks'; it takes alpha, alpha_pattern, dropout, .*, wide_ranks\."),
     ],
 )  # fmt: skip
 def test_settings_are_checked_when_built(kind, settings, message):

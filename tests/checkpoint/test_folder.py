@@ -16,8 +16,8 @@ from torch import nn
 from lora_lightning.adapters import Method, adapter_state_dict, attach
 from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint
 from lora_lightning.checkpoint import RunFacts, load_adapter, read_adapter_folder, write_adapter_folder
-from lora_lightning.checkpoint.files import sha256_file
 from lora_lightning.checkpoint.base_sample import BASE_SAMPLE_NAME
+from lora_lightning.checkpoint.files import sha256_file
 from lora_lightning.checkpoint.folder import OWN_WEIGHTS_NAME
 from lora_lightning.checkpoint.manifest import DIGEST_KEY, MANIFEST_NAME
 from lora_lightning.errors import CheckpointError
