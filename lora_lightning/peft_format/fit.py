@@ -62,6 +62,6 @@ def _warn_of_other_base(model: nn.Module, config: PeftConfig, source: str) -> No
     if len(names) == 2 and names[0] != names[1]:
         warnings.warn(
             f"{source} names {config.base!r} as its base, and this model came from {here!r}: the shapes are compared, "
-            "the base's weights are not.",
+            "the base's weights only if this library wrote the folder.",
             stacklevel=5,
         )
