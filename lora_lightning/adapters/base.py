@@ -47,6 +47,7 @@ class Adapter(nn.Module):
 
     Attributes:
         roles: Role of each parameter by its name in this module.
+        may_rest: Whether its host need not be called: it is there for another one's sake, such as one of tied modules.
         host_class: Class of the host before it was adapted.
         argument_names: Names of what the host's forward takes by position.
         method: The method that it was attached for; None for a trained copy of a module.
@@ -55,6 +56,7 @@ class Adapter(nn.Module):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
+    may_rest: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -60,6 +60,8 @@ class TrainableTokensAdapter(ForwardAdapter):
         rows: The trained rows.
     """
 
+    may_rest: ClassVar[bool] = True  # of modules that share a weight, a model calls some
+
     def __init__(self, host: Host, rows: TokenRows) -> None:
         super().__init__()
         self.kind = codec_of(host).kind
@@ -157,11 +159,11 @@ class TrainableTokens(Method):
         modules = {path: module for path, module in view.model.named_modules() if RESERVED not in path.split(".")}
         done: set[int] = set()
         for path in self._embeddings(view, modules):
-            weight = modules[path]._parameters["weight"]
+            start, weight = self._start(path, modules[path]), modules[path]._parameters["weight"]
             if id(weight) in done:
                 continue
             done.add(id(weight))
-            rows = TokenRows(self._start(path, modules[path]), sorted(self.token_indices))
+            rows = TokenRows(start, sorted(self.token_indices))
             for other, module in modules.items():
                 if module._parameters.get("weight") is weight and find_codec(module) is not None:
                     yield other, TrainableTokensAdapter(module, rows)

@@ -14,7 +14,7 @@ from lora_lightning.peft_format.kinds.tokens import parse_tokens
 from lora_lightning.peft_format.kinds.vera import parse_vera
 from lora_lightning.peft_format.lora.config import parse_lora
 from lora_lightning.peft_format.names import CONFIG_NAME, PEFT_WEIGHTS_NAME
-from lora_lightning.peft_format.targets import PeftConfig
+from lora_lightning.peft_format.schema.targets import PeftConfig
 
 __all__ = ["CONFIG_NAME", "KINDS", "PEFT_WEIGHTS_NAME", "PeftConfig", "parse_peft_config"]
 

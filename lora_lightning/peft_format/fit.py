@@ -19,7 +19,7 @@ from lora_lightning.peft_format.kinds.tokens import TokensConfig, fit_tokens
 from lora_lightning.peft_format.kinds.vera import VeraConfig, fit_vera
 from lora_lightning.peft_format.lora.config import LoraConfig
 from lora_lightning.peft_format.lora.fit import fit_lora
-from lora_lightning.peft_format.targets import PeftConfig
+from lora_lightning.peft_format.schema.targets import PeftConfig
 
 _FITS: Mapping[type[PeftConfig], Any] = {
     LoraConfig: fit_lora,
@@ -62,6 +62,6 @@ def _warn_of_other_base(model: nn.Module, config: PeftConfig, source: str) -> No
     if len(names) == 2 and names[0] != names[1]:
         warnings.warn(
             f"{source} names {config.base!r} as its base, and this model came from {here!r}: the shapes are compared, "
-            "the base's weights are not.",
+            "the base's weights only if this library wrote the folder.",
             stacklevel=5,
         )

@@ -12,7 +12,7 @@ from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec
 from lora_lightning.errors import CheckpointError
 from lora_lightning.peft_format.differences import SHARED, shared_modules, why_another_convolution
 from lora_lightning.peft_format.names import saved_paths
-from lora_lightning.peft_format.targets import PeftConfig, TargetConfig
+from lora_lightning.peft_format.schema.targets import PeftConfig, TargetConfig
 
 _ALL_LINEAR = "all-linear"
 CLASSIFIER_NAMES = ("score", "classifier")

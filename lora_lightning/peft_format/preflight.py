@@ -20,6 +20,7 @@ TOOLS: tuple[Tool, ...] = ("vllm", "llama.cpp")
 VLLM_USUAL_RANK = 16
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _VLLM_COPIES = {"classifier", "score"}
+_INPUTS = {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"}  # which no weight can stand for
 _LABELS = {"vllm": "vLLM", "llama.cpp": "llama.cpp"}
 
 
@@ -31,19 +32,21 @@ class Preflight:
         tool: The tool.
         problems: What it refuses, or would compute wrongly; empty where it takes the adapter.
         hints: What to tell it so that it takes the adapter.
+        can_merge: Whether merging the adapter is a way around the problems.
     """
 
     tool: Tool
     problems: tuple[str, ...]
     hints: tuple[str, ...] = ()
+    can_merge: bool = True
 
     def lines(self) -> list[str]:
         """Tell the result, and offer the merge where there are problems."""
         label = _LABELS[self.tool]
         if not self.problems:
             return [f"{label} takes this adapter{''.join(f'; {hint}' for hint in self.hints)}."]
-        merge = "Merge it instead: lora-lightning export --to merged"
-        return [f"{label} does not take this adapter as it is. {merge}", *(f"  {one}" for one in self.problems)]
+        merge = " Merge it instead: lora-lightning export --to merged" if self.can_merge else ""
+        return [f"{label} does not take this adapter as it is.{merge}", *(f"  {one}" for one in self.problems)]
 
 
 def preflight(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tool: Tool) -> Preflight:
@@ -61,6 +64,10 @@ def preflight(config: Mapping[str, Any], tensors: Mapping[str, Tensor], tool: To
         >>> preflight({"r": 8, "lora_alpha": 16, "use_dora": True}, {}, "vllm").problems
         ('DoRA: it knows no magnitudes',)
     """
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        problem = f"an adapter of the kind {kind}: it takes LORA alone"
+        return Preflight(tool=tool, problems=(problem,), can_merge=kind not in _INPUTS)
     return _vllm(config, tensors) if tool == "vllm" else _llama_cpp(config, tensors)
 
 
@@ -103,6 +110,10 @@ def _llama_cpp(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Pref
 
 def _common(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[str]:
     problems = []
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        problems.append("biases: it takes low-rank tensors alone")
+    if config.get("trainable_token_indices"):
+        problems.append("rows of embeddings (trainable_token_indices): it takes low-rank tensors alone")
     if config.get("use_dora"):
         problems.append("DoRA: it knows no magnitudes")
     if config.get("target_parameters"):

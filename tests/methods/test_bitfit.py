@@ -9,7 +9,7 @@ from torch import nn
 from lora_lightning.adapters import attach as attach_plain
 from lora_lightning.adapters import iter_adapters
 from lora_lightning.backbones.attach import attach, merge
-from lora_lightning.errors import ConfigError, TargetError
+from lora_lightning.errors import ConfigError, NotMergeable, TargetError
 from lora_lightning.methods import BitFit
 from tests import models
 
@@ -78,3 +78,40 @@ def test_merging_rounds_once():
         merged = model.get_submodule(path).bias
         assert torch.equal(merged, (bias + delta).float().bfloat16())
         assert not torch.equal(merged, bias.bfloat16())
+
+
+def test_convolutions_and_norms_are_shifted_by_channel():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.GroupNorm(2, 6), nn.Flatten(2), nn.Conv1d(6, 4, 1))
+    model.eval()
+    x = torch.randn(2, 3, 5, 5)
+    assert attach_plain(model, BitFit()).hosts == ("0", "1", "2", "4")
+    models.perturb(model)
+    expected = model(x).detach()
+    reference = copy.deepcopy(model)
+    merge(reference)
+    torch.testing.assert_close(reference(x), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(model(x[0:1])[0], model(x)[0], atol=1e-6, rtol=0)
+    assert (expected - model[4].bias.view(1, -1, 1)).abs().max() > 0.1
+
+
+def test_a_shift_where_there_is_no_bias():
+    model = models.build("llama")
+    base = models.logits(model).detach()
+    attach(model, BitFit(bias=["q_proj"], add_bias=True))
+    assert torch.equal(models.logits(model), base)
+    models.perturb(model)
+    assert (models.logits(model) - base).abs().max() > 1e-3
+    with pytest.raises(NotMergeable, match="no bias to merge a shift into"):
+        merge(model)
+    with pytest.raises(ConfigError, match="add_bias needs a list"):
+        BitFit(add_bias=True)
+    with pytest.raises(TargetError, match="has none"):
+        attach(models.build("llama"), BitFit(bias=["q_proj"]))
+
+
+def test_a_head_is_shifted_where_it_is_named_whole():
+    model = models.build("bert")
+    assert attach(model, BitFit(bias=["classifier"])).hosts == ("classifier",)
+    with pytest.raises(TargetError, match="outside its head"):
+        attach(models.build("bert"), BitFit(bias=["classifier"], modules_to_save=["classifier"]))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_lightning.adapters import attach as attach_plain
-from lora_lightning.adapters import iter_adapters
+from lora_lightning.adapters import iter_adapters, iter_roles
 from lora_lightning.adapters.weights import read_weight
 from lora_lightning.backbones.attach import attach, merge
 from lora_lightning.errors import ConfigError, TargetError
@@ -109,3 +109,25 @@ def test_plain_modules_by_name():
     model = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 2))
     report = attach_plain(model, IA3(target_modules=["0"], feedforward_modules=["2"]))
     assert report.num_trainable == 12
+
+
+def test_queries_are_scaled_on_request():
+    own, all_of = models.build("gpt2"), models.build("gpt2")
+    attach(own, IA3(feedforward_modules=[]))
+    attach(all_of, IA3(feedforward_modules=[], scale_queries=True))
+    sizes = [[parameter.numel() for _, parameter, _ in iter_roles(model)] for model in (own, all_of)]
+    assert sizes == [[64, 64], [96, 96]]
+    base = models.logits(models.build("gpt2")).detach()
+    assert torch.equal(models.logits(all_of), base)
+    models.perturb(all_of, std=0.5)
+    expected = models.logits(all_of).detach()
+    merge(all_of)
+    torch.testing.assert_close(models.logits(all_of), expected, atol=1e-5, rtol=0)
+
+
+def test_inputs_alone():
+    model = models.build("llama")
+    hosts = attach(model, IA3(target_modules=[], feedforward_modules=["down_proj"])).hosts
+    assert [path.rpartition(".")[2] for path in hosts] == ["down_proj"] * 2
+    with pytest.raises(ConfigError, match="target_modules is empty"):
+        IA3(target_modules=[], feedforward_modules=[])

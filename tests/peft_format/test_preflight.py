@@ -11,7 +11,7 @@ from torch import nn
 from lora_lightning.backbones.attach import attach
 from lora_lightning.methods import DoRA, LoRA
 from lora_lightning.peft_format.encode import to_peft
-from lora_lightning.peft_format.preflight import Preflight, Tool, preflight
+from lora_lightning.peft_format.preflight import TOOLS, Preflight, Tool, preflight
 from tests.models import build
 
 
@@ -63,6 +63,22 @@ def test_ranks_of_vllm(r: int, hint: int | None) -> None:
     result = preflight({"r": r, "lora_alpha": 8}, {}, "vllm")
     assert result.hints == ((f"start it with --max-lora-rank {hint}",) if hint else ())
     assert bool(result.problems) is (r > 512)
+
+
+@pytest.mark.parametrize("tool", ["vllm", "llama.cpp"])
+@pytest.mark.parametrize(("kind", "can_merge"), [("IA3", True), ("PREFIX_TUNING", False), ("P_TUNING", False)])
+def test_other_kinds(tool: Tool, kind: str, *, can_merge: bool) -> None:
+    first, problem = preflight({"peft_type": kind}, {}, tool).lines()
+    assert f"of the kind {kind}: it takes LORA alone" in problem
+    assert ("export --to merged" in first) is can_merge
+
+
+@pytest.mark.parametrize("setting", [{"bias": "all"}, {"lora_bias": True}, {"trainable_token_indices": [1]}])
+def test_what_is_trained_beside(setting: dict[str, Any]) -> None:
+    plain = {"r": 8, "lora_alpha": 16, "bias": "none", "lora_bias": False, "trainable_token_indices": None}
+    for tool in TOOLS:
+        assert preflight(plain, {}, tool).problems == ()
+        assert "low-rank tensors alone" in preflight({**plain, **setting}, {}, tool).problems[0]
 
 
 def test_convolutions() -> None:

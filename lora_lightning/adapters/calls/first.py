@@ -181,7 +181,7 @@ def _looked_at(model: nn.Module, watched: _FirstCalls) -> Iterator[None]:
         watched.looks_at_reads = False
         _refuse_read_past(adapters, hosts, calls)
     watched.called |= {(path, name) for path, name, adapter in adapters if id(adapter) in called}
-    _judge(model, watched, [(path, name) for path, name, _ in adapters])
+    _judge(model, watched, [(path, name) for path, name, adapter in adapters if not adapter.may_rest])
 
 
 def _judge(model: nn.Module, watched: _FirstCalls, adapters: list[tuple[str, str]]) -> None:

@@ -15,16 +15,6 @@ from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import AdaLoRA
 from lora_lightning.methods.adalora import AdaLoRAAdapter
 from lora_lightning.peft_format.adapter import FittedAdapter
-from lora_lightning.peft_format.fields import (
-    TARGETS,
-    Field,
-    is_count,
-    is_number,
-    is_share,
-    is_whole,
-    read_fields,
-    refuse_unknown,
-)
 from lora_lightning.peft_format.hosts import (
     check_hosts,
     copied_paths,
@@ -36,7 +26,17 @@ from lora_lightning.peft_format.keys import ADALORA, sort_tensors
 from lora_lightning.peft_format.kinds.tokens import read_listed_tokens
 from lora_lightning.peft_format.lora.config import LORA_FIELDS, refuse_changed_base
 from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, module_paths, target_modules
-from lora_lightning.peft_format.targets import TargetConfig, in_lists
+from lora_lightning.peft_format.schema.fields import (
+    TARGETS,
+    Field,
+    is_count,
+    is_number,
+    is_share,
+    is_whole,
+    read_fields,
+    refuse_unknown,
+)
+from lora_lightning.peft_format.schema.targets import TargetConfig, in_lists
 from lora_lightning.peft_format.trained_base import Beside, read_base, read_biases
 
 _EPSILON = 1e-5  # what PEFT adds to the rank that it divides by

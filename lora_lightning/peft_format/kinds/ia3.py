@@ -14,12 +14,12 @@ from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import IA3
 from lora_lightning.methods.ia3 import ScaledInput, ScaledOutput
 from lora_lightning.peft_format.adapter import FittedAdapter
-from lora_lightning.peft_format.fields import TARGETS, Field, is_names_or_text, read_fields, refuse_unknown
 from lora_lightning.peft_format.hosts import check_hosts, copied_paths, expected_hosts, own_modules, refuse_different
 from lora_lightning.peft_format.keys import IA3 as SPELLINGS
 from lora_lightning.peft_format.keys import sort_tensors
 from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, any_of, module_paths, target_modules
-from lora_lightning.peft_format.targets import TargetConfig, in_lists, match
+from lora_lightning.peft_format.schema.fields import TARGETS, Field, is_names_or_text, read_fields, refuse_unknown
+from lora_lightning.peft_format.schema.targets import TargetConfig, in_lists, match
 from lora_lightning.peft_format.trained_base import read_base
 
 

@@ -18,7 +18,6 @@ from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import PTuningV2
 from lora_lightning.methods.prefix import Prefix
 from lora_lightning.peft_format.adapter import FittedAdapter
-from lora_lightning.peft_format.fields import read_fields, refuse_unknown
 from lora_lightning.peft_format.kinds.prompts import (
     KEY,
     SIZES,
@@ -28,7 +27,8 @@ from lora_lightning.peft_format.kinds.prompts import (
     why_no_wrapper,
 )
 from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME
-from lora_lightning.peft_format.targets import PeftConfig
+from lora_lightning.peft_format.schema.fields import read_fields, refuse_unknown
+from lora_lightning.peft_format.schema.targets import PeftConfig
 
 
 @dataclass(frozen=True, kw_only=True)

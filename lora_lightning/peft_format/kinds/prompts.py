@@ -14,11 +14,19 @@ from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import PromptTuning, PTuning
 from lora_lightning.peft_format.adapter import FittedAdapter
-from lora_lightning.peft_format.fields import COMMON, Field, is_count, is_share, is_text, read_fields, refuse_unknown
 from lora_lightning.peft_format.hosts import copied_paths, own_modules
 from lora_lightning.peft_format.keys import sort_tensors
 from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME
-from lora_lightning.peft_format.targets import PeftConfig
+from lora_lightning.peft_format.schema.fields import (
+    COMMON,
+    Field,
+    is_count,
+    is_share,
+    is_text,
+    read_fields,
+    refuse_unknown,
+)
+from lora_lightning.peft_format.schema.targets import PeftConfig
 from lora_lightning.peft_format.trained_base import read_base
 
 KEY = "prompt_embeddings"

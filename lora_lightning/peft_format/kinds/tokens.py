@@ -15,11 +15,18 @@ from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import TrainableTokens
 from lora_lightning.methods.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.peft_format.adapter import FittedAdapter
-from lora_lightning.peft_format.fields import COMMON, Field, is_names_or_text, is_wholes, read_fields, refuse_unknown
 from lora_lightning.peft_format.hosts import copied_paths, own_modules, refuse_different, tied_to
 from lora_lightning.peft_format.keys import SortedTensors, sort_tensors
 from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX
-from lora_lightning.peft_format.targets import PeftConfig
+from lora_lightning.peft_format.schema.fields import (
+    COMMON,
+    Field,
+    is_names_or_text,
+    is_wholes,
+    read_fields,
+    refuse_unknown,
+)
+from lora_lightning.peft_format.schema.targets import PeftConfig
 from lora_lightning.peft_format.trained_base import Beside, first_holder, read_base
 
 

@@ -16,7 +16,10 @@ from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import VeRA
 from lora_lightning.methods.vera import SharedProjections, VeRAAdapter
 from lora_lightning.peft_format.adapter import FittedAdapter
-from lora_lightning.peft_format.fields import (
+from lora_lightning.peft_format.hosts import check_hosts, copied_paths, expected_hosts, own_modules, refuse_different
+from lora_lightning.peft_format.keys import VERA, sort_tensors
+from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, module_paths, target_modules
+from lora_lightning.peft_format.schema.fields import (
     TARGETS,
     Field,
     is_count,
@@ -26,10 +29,7 @@ from lora_lightning.peft_format.fields import (
     read_fields,
     refuse_unknown,
 )
-from lora_lightning.peft_format.hosts import check_hosts, copied_paths, expected_hosts, own_modules, refuse_different
-from lora_lightning.peft_format.keys import VERA, sort_tensors
-from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, module_paths, target_modules
-from lora_lightning.peft_format.targets import TargetConfig, in_lists
+from lora_lightning.peft_format.schema.targets import TargetConfig, in_lists
 from lora_lightning.peft_format.trained_base import Beside, read_base, read_biases
 
 _PAIR = ("vera_A", "vera_B")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_lightning.errors import CheckpointError
-from lora_lightning.peft_format.fields import (
+from lora_lightning.peft_format.schema.fields import (
     NAMES,
     TARGETS,
     Field,
@@ -21,7 +21,7 @@ from lora_lightning.peft_format.fields import (
     read_fields,
     refuse_unknown,
 )
-from lora_lightning.peft_format.targets import TargetConfig, ends_like, in_lists
+from lora_lightning.peft_format.schema.targets import TargetConfig, ends_like, in_lists
 
 # How an adapter was initialised matters only where PEFT also changed the base weights while doing so.
 _HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica", "true", "false")

@@ -1,0 +1,1 @@
+"""What the configs of PEFT's adapters may say, and how it is checked."""
