@@ -73,7 +73,10 @@ class AnswerFinder:
             learnt = learnt[-1:]
         if self.train_on == "all":
             text = self.renderer.write(sample).text
-            return [View(text, ((0, len(text)),), len(sample.messages), learnt)]
+            # White space behind the last end mark is no word, and the model stops before it.
+            words = text.rstrip()
+            end = len(words) if any(words.endswith(mark) for mark in self.end_marks) else len(text)
+            return [View(text, ((0, end),), len(sample.messages), learnt)]
         views = [self._view(sample, index) for index in learnt]
         if not views or not all(views[-1].text.startswith(view.text[: view.spans[-1][1]]) for view in views):
             return views

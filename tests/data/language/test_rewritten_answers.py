@@ -73,6 +73,18 @@ def test_the_mark_of_the_next_turn_ends_an_answer(encoder):
     assert said(encoder(ended), turns("q", "4", "r", "6")) == [["4<|im_end|>", "6<|im_end|>"]]  # control
 
 
+def test_every_word_is_learnt_up_to_the_last_end_mark(encoder):
+    every = {"train_on": "all"}
+    for mark in ("<|im_end|>\\n", "<|im_end|>"):
+        template = "{% for m in messages %}" + "{{ m.role + '\\n' + m.content + 'MARK' }}{% endfor %}".replace(
+            "MARK", mark
+        )
+        between = mark.replace("\\n", "\n")
+        assert said(encoder(template, **every), turns("q", "4")) == [[f"user\nq{between}assistant\n4<|im_end|>"]]
+    plain = encoder("{% for m in messages %}{{ m.role + '\\n' + m.content + '\\n' }}{% endfor %}", **every)
+    assert said(plain, turns("q", "4")) == [["user\nq\nassistant\n4\n<eos>"]]  # control: no mark
+
+
 def test_what_hides_an_answer_is_named(encoder):
     one = encoder(LATE_SYSTEM)
     with pytest.raises(DataError, match=r"turn 1: .* leaves out or changes the content"):
