@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         PromptTuning,
         PTuning,
         PTuningV2,
+        TrainableTokens,
         VeRA,
     )
     from lora_lightning.methods.recompute import recompute_activations
@@ -120,6 +121,7 @@ _HOME = {
     "TokenClassification": "tasks",
     "TokenClassificationData": "data",
     "TokenSums": "tasks",
+    "TrainableTokens": "methods",
     "VeRA": "methods",
     "adapter_state_dict": "adapters",
     "attach": "backbones.attach",
@@ -182,6 +184,7 @@ __all__ = [
     "TokenClassification",
     "TokenClassificationData",
     "TokenSums",
+    "TrainableTokens",
     "VeRA",
     "__version__",
     "adapter_state_dict",

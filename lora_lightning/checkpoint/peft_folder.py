@@ -111,8 +111,9 @@ def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
     """Attach an adapter in PEFT's format to a bare model, and load its tensors.
 
     Reads what PEFT wrote (any version whose adapters are safetensors), what transformers' `save_pretrained` wrote for
-    a model with an adapter, and what this library wrote in PEFT's format. LoRA, rsLoRA and DoRA on linear layers,
-    Conv1D, embeddings and convolutions, `rank_pattern`, `alpha_pattern` and `modules_to_save`.
+    a model with an adapter, and what this library wrote in PEFT's format: LoRA, rsLoRA and DoRA on layers and single
+    parameters, AdaLoRA, VeRA, IA3, prompt tuning, P-tuning, prefix tuning and trainable tokens, with trained biases,
+    copies and rows of embeddings beside them. `docs/peft.md` lists what is read and what is refused.
 
     Args:
         model: A model without adapters, on the base that the adapter was trained on; frozen, as `attach` does.

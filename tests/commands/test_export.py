@@ -16,7 +16,7 @@ from lora_lightning.adapters import iter_adapters
 from lora_lightning.checkpoint import read_manifest
 from lora_lightning.commands.export import export
 from lora_lightning.errors import CheckpointError, ConfigError
-from lora_lightning.methods import DoRA, LoRA
+from lora_lightning.methods import IA3, DoRA, LoRA, PromptTuning
 from lora_lightning.tasks import CausalLM, Seq2SeqLM, SequenceClassification
 from tests.checkpoint.runs import PlainTask, save_backbone, save_checkpoint
 from tests.commands.language_models import save_language_model
@@ -66,6 +66,32 @@ def test_other_tools_are_named_for_the_models_they_are_checked_for(tmp_path, cap
     told = ["vLLM does not take this adapter as it is. Merge it instead", "llama.cpp does not take this adapter"]
     assert all((one in output) == (name == "llama") for one in told)
     assert ("this base is a T5ForConditionalGeneration." in output) == (name == "t5")
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "can_merge"),
+    [(PromptTuning(num_virtual_tokens=2), "PROMPT_TUNING", False), (IA3(), "IA3", True)],
+)
+def test_other_kinds_go_out_and_start_a_run(tmp_path, capsys, method, kind, *, can_merge) -> None:
+    base = str(save_language_model(tmp_path / "base", name="llama"))
+    ckpt = save_checkpoint(CausalLM(backbone=base, method=method), tmp_path / "x.ckpt")
+    export(str(ckpt), str(tmp_path / "adapter"))
+    output = capsys.readouterr().out
+    assert f"an adapter of the kind {kind}: it takes LORA alone" in output
+    assert ("--to merged" in output) is can_merge
+
+    trained, fresh = CausalLM.load_from_checkpoint(ckpt), CausalLM(backbone=base, adapter=str(tmp_path / "adapter"))
+    bare = CausalLM(backbone=base, method=method)
+    for task in (trained, fresh, bare):
+        task.configure_model()
+    expected = logits(trained.adapted.eval())
+    torch.testing.assert_close(logits(fresh.adapted.eval()), expected, atol=1e-6, rtol=0)
+    assert (logits(bare.adapted.eval()) - expected).abs().max() > 1e-3  # negative control
+    (tmp_path / "adapter" / "manifest.json").unlink()  # what is left is PEFT's
+    (tmp_path / "adapter" / "adapter.safetensors").unlink()
+    theirs = CausalLM(backbone=base, adapter=str(tmp_path / "adapter"))
+    theirs.configure_model()
+    torch.testing.assert_close(logits(theirs.adapted.eval()), expected, atol=1e-6, rtol=0)
 
 
 def test_merged_in_a_chosen_dtype_and_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -124,15 +124,24 @@ MODELS: dict[str, tuple[str, list[str]]] = {
     "bert tokens": ("TOKEN_CLS", ["value", "intermediate.dense"]),
     "roberta": ("SEQ_CLS", ["query", "value"]),
     "distilbert": ("SEQ_CLS", ["q_lin", "lin2"]),
+    "llama rows": ("SEQ_CLS", ["q_proj", "down_proj"]),
+}
+
+
+# Other heads than those of `tests.models`.
+HEADS = {
+    "bert tokens": transformers.BertForTokenClassification,
+    "llama rows": transformers.LlamaForSequenceClassification,
 }
 
 
 def build_model(name: str) -> nn.Module:
-    if name != "bert tokens":
+    if name not in HEADS:
         return build(name)
+    cls = HEADS[name]
+    config = build(name.split()[0]).config
     torch.manual_seed(0)
-    config = build("bert").config
-    return transformers.BertForTokenClassification(config).eval()
+    return cls(config).eval()
 
 
 def pefts(model: str, kind: Kind, folder: Path) -> tuple[nn.Module, nn.Module]:

@@ -40,9 +40,9 @@ QUICK = [(kind, model) for kind in KINDS for model in ("llama", "t5", "bert toke
 
 def ours(model: str, kind: Kind) -> nn.Module:
     """Return a model that this library adapted and trained."""
-    task_type, targets = MODELS[model]
-    heads = ["classifier"] if task_type in ("SEQ_CLS", "TOKEN_CLS") else []
+    _, targets = MODELS[model]
     adapted = build_model(model)
+    heads = [name for name in ("classifier", "score") if hasattr(adapted, name)]
     attach(adapted, kind.ours(targets if kind.targets else None), modules_to_save=heads)
     move(adapted)
     return adapted
@@ -133,6 +133,7 @@ def test_a_folder_for_peft_trains_on_here(kind: str, tmp_path: Path) -> None:
     [
         ("prompt tuning", "bert", "pools a virtual token where this library pools the first real one"),
         ("p-tuning", "roberta", "pools a virtual token where this library pools the first real one"),
+        ("prompt tuning", "llama rows", "last position of a row, be it padding"),
         ("prefix tuning", "t5", "encoder-decoder's prefix to the decoder alone"),
         ("prefix tuning", "gemma3", "layers with a sliding window lose sight of it"),
     ],

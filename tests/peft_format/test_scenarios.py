@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,10 +13,15 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lora_lightning import methods as ours
+from lora_lightning.adapters import iter_adapters
+from lora_lightning.backbones.attach import attach
 from lora_lightning.checkpoint import export_peft, load_peft
 from lora_lightning.errors import CheckpointError
+from lora_lightning.peft_format.config import PEFT_WEIGHTS_NAME
 from tests.peft_format.kinds import answers, build_model, move
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own hints, of ties, fan_in_fan_out and embeddings
@@ -303,3 +309,51 @@ def test_what_peft_computes_otherwise(name: str, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=reason):
         load_peft(case.build(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("build", "target", "reason"),
+    [
+        (lambda: Images(padding_mode="circular", padding=1), "conv", "padding_mode='circular'"),
+        (lambda: Images(dilation=2), "conv", r"leaves out the dilation .*\(2, 2\)"),
+        (Twice, "first", "stands in several places"),
+    ],
+)
+@pytest.mark.parametrize("method", [ours.LoRA(r=2), ours.DoRA(r=2), ours.AdaLoRA(target_r=1, init_r=2)])
+def test_what_peft_would_compute_otherwise(
+    build: Callable[[], nn.Module], target: str, reason: str, method: Any, tmp_path: Path
+) -> None:
+    for own_kind in (False, True):
+        model = build()
+        attach(model, dataclasses.replace(method, target_modules=[target]))
+        with pytest.raises(CheckpointError, match=reason):
+            export_peft(model, tmp_path / "adapter", own_kind=own_kind)
+        plain = build()
+        attach(plain, dataclasses.replace(method, target_modules=["last" if build is Twice else "flat"]))
+        export_peft(plain, tmp_path / "plain", own_kind=own_kind)  # negative control
+
+
+def test_adalora_that_was_pruned(tmp_path: Path) -> None:
+    """Layers of different ranks, which PEFT names by masks."""
+    config = AdaLoRA(
+        init_r=4, target_r=1, total_step=4, tinit=1, tfinal=1, deltaT=1, target_modules=["q_proj", "v_proj"]
+    )
+    theirs = peft.get_peft_model(build_model("llama"), config)
+    move(theirs)
+    for step in range(4):
+        answers(theirs)  # without a gradient; the importance comes from random ones
+        generator = torch.Generator().manual_seed(step)
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+        theirs.base_model.update_and_allocate(step)
+    expected = answers(theirs.eval())
+    theirs.save_pretrained(tmp_path / "theirs")
+    ranks = {len(one) for name, one in load_file(tmp_path / "theirs" / PEFT_WEIGHTS_NAME).items() if "lora_E" in name}
+    assert len(ranks) > 1
+    model = build_model("llama")
+    load_peft(model, tmp_path / "theirs")
+    torch.testing.assert_close(answers(model), expected, atol=1e-5, rtol=0)
+    alive = [adapter.lora_E != 0 for _, _, adapter in iter_adapters(model)]
+    masks = theirs.peft_config["default"].rank_pattern
+    assert [one.tolist() for one in alive] == [masks[f"{path}.lora_E"] for path, _, _ in iter_adapters(model)]

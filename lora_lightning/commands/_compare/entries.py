@@ -15,7 +15,7 @@ from lora_lightning.commands._compare.budget import Sized, Skeleton, sized
 from lora_lightning.commands._compare.ends import FROZEN, FULL, FULL_RATES, no_adapters
 from lora_lightning.commands._compare.plain_classes import import_class
 from lora_lightning.errors import ConfigError, UserError
-from lora_lightning.methods import LoRA
+from lora_lightning.methods import LoRA, TrainableTokens
 from lora_lightning.optim import Optim
 from lora_lightning.paths import nearest
 
@@ -108,13 +108,13 @@ def known_names() -> dict[str, type[Method]]:
 
 
 def _everything() -> list[_Wish]:
-    """Return every method of the library at its defaults, and LoRA+."""
+    """Return every method of the library that has defaults, and LoRA+."""
     classes = [getattr(known_methods, name) for name in known_methods.__all__]
     concrete = [cls for cls in classes if isinstance(cls, type) and issubclass(cls, Method)]
     wishes = [
         _Wish(label=cls.__name__, name=cls.__name__, method=cls(), usual_rates=_rates(cls))
         for cls in concrete
-        if not inspect.isabstract(cls)
+        if not inspect.isabstract(cls) and cls is not TrainableTokens  # it needs token ids
     ]
     return sorted([*wishes, _lora_plus()], key=lambda wish: (wish.name not in ("LoRA", LORA_PLUS), wish.label.lower()))
 

@@ -50,6 +50,7 @@ WORDS = {
     "PTuningV2": Words(
         "deep prompts without an encoder", "understanding, sequence labelling", "moderate: length and rate"
     ),
+    "TrainableTokens": Words("chosen rows of the embeddings", "tokens that were added", "easy: name the tokens"),
 }
 """By the name of the method's class, LoRA+, or the end."""
 

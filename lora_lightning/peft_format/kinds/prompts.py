@@ -42,7 +42,8 @@ _TASK_TYPES = {
     "ForQuestionAnswering": "QUESTION_ANS",
     "ForSequenceClassification": "SEQ_CLS",
 }
-_POOLED = "a classifier of PEFT pools a virtual token where this library pools the first real one"
+_POOLED = "PEFT pools a virtual token where this library pools the first real one"
+_LAST = "PEFT pools the last position of a row, be it padding, where this library pools the last real token"
 _SIZES = ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers")
 
 
@@ -166,27 +167,31 @@ def copied_modules(model: nn.Module, copies: Mapping[str, Tensor]) -> list[str]:
 
 
 def refuse_pooled(model: nn.Module, source: str) -> None:
-    """Refuse classifiers of which PEFT would pool a virtual token.
+    """Refuse models that pool another token with PEFT's virtual tokens than with this library's.
 
     Raises:
         CheckpointError: The model is one.
     """
-    if pools_first_token(model):
+    reason = why_other_pooling(model)
+    if reason is not None:
         raise CheckpointError(
-            f"{source} holds virtual tokens for a {type(unwrap(model)).__name__}, and {_POOLED}: the two answer "
-            "differently. Train it again with this library, or use it in PEFT."
+            f"{source} holds virtual tokens, and {reason}: the two answer differently. Train it again with this "
+            "library, or use it in PEFT."
         )
 
 
-def pools_first_token(model: nn.Module) -> bool:
-    """Tell whether a model answers for a whole row from its first token, or from a mean with virtual tokens in it."""
+def why_other_pooling(model: nn.Module) -> str | None:
+    """Return why PEFT answers for a row from another token than this library, as the end of a sentence, or None."""
     model = unwrap(model)
-    name = type(model).__name__
-    if name.endswith(("ForSequenceClassification", "ForMultipleChoice")):
-        return not _reads_last_token(model)
+    names = [cls.__name__ for cls in type(model).__mro__]
     body: Any = getattr(model, getattr(model, "base_model_prefix", ""), model)
-    is_bare = not any(name.endswith(ending) for ending in _TASK_TYPES)
-    return is_bare and getattr(body, "pooler", None) is not None
+    is_classifier = any(name.endswith(("ForSequenceClassification", "ForMultipleChoice")) for name in names)
+    is_bare = not any(name.endswith(tuple(_TASK_TYPES)) for name in names)
+    if is_classifier and _reads_last_token(model):
+        return f"{_LAST} (on {type(model).__name__})"
+    if is_classifier or (is_bare and getattr(body, "pooler", None) is not None):
+        return f"{_POOLED} (on {type(model).__name__})"
+    return None
 
 
 def _reads_last_token(model: nn.Module) -> bool:
@@ -212,9 +217,7 @@ def why_no_wrapper(model: nn.Module) -> str | None:
 
 def why_no_prompt(model: nn.Module) -> str | None:
     """Return why PEFT cannot use a model's virtual tokens, as the end of a sentence, or None."""
-    if pools_first_token(model):
-        return f"{_POOLED} (on {type(unwrap(model)).__name__})"
-    return why_no_wrapper(model)
+    return why_other_pooling(model) or why_no_wrapper(model)
 
 
 def encode_prompt(

@@ -121,9 +121,7 @@ def _refuse_other_rows(
 ) -> None:
     """Refuse rows that differ between modules that share a weight, or that the input embeddings lack."""
     alike = [path, *tied_to(own_modules(model), [path])]
-    find: Any = getattr(model, "get_input_embeddings", lambda: None)
-    embedding = find()
-    has_input = len(alike) == 1 or any(model.get_submodule(one) is embedding and one in found.tokens for one in alike)
+    has_input = len(alike) == 1 or input_path(model) in found.tokens
     others = [one for one in alike if one in found.tokens]
     is_same = all(
         indices.get(one) == indices.get(path) and torch.equal(found.tokens[one], found.tokens[path]) for one in others
@@ -146,14 +144,26 @@ def read_listed_tokens(
     return read_tokens(model, indices, found, source)
 
 
+def input_path(model: nn.Module) -> str | None:
+    """Return the path of a model's input embeddings, or None where it does not say."""
+    find: Any = getattr(model, "get_input_embeddings", lambda: None)
+    embedding = find()
+    return next((path for path, module in own_modules(model).items() if module is embedding), None)
+
+
+def named_holder(model: nn.Module, path: str) -> str:
+    """Return the one of the modules that share a weight whose rows PEFT gives to all: the input embeddings, if any."""
+    alike = [path, *tied_to(own_modules(model), [path])]
+    inputs = input_path(model)
+    return inputs if inputs in alike else first_holder(model, path)
+
+
 def why_other_tokens(model: nn.Module, path: str) -> str | None:
     """Return why PEFT computes something else with trained rows of an embedding, as the end of a sentence, or None."""
     modules = own_modules(model)
     others = tied_to(modules, [path])
     tied = [modules[other] for other in others]
-    find: Any = getattr(model, "get_input_embeddings", lambda: None)
-    embedding = find()
-    is_input = any(modules[other] is embedding for other in [path, *others])
+    is_input = input_path(model) in [path, *others]
     if tied and not (is_input and getattr(getattr(model, "config", None), "tie_word_embeddings", False)):
         return "PEFT gives them to modules that share a weight only where its config ties the input embeddings"
     if any(isinstance(module, nn.Linear) and module.bias is not None for module in [modules[path], *tied]):
@@ -168,7 +178,7 @@ def encode_tokens(
     config = {
         "peft_type": "TRAINABLE_TOKENS",
         "token_indices": sorted(method.token_indices),
-        "target_modules": list(dict.fromkeys(first_holder(model, path) for path in adapters)),
+        "target_modules": list(dict.fromkeys(named_holder(model, path) for path in adapters)),
     }
     names = {path: join(f"{PREFIX}{path}", "trainable_tokens_delta") for path in adapters}
     return config, {names[path]: adapter.rows.tokens.detach() for path, adapter in adapters.items()}

@@ -14,10 +14,9 @@ from lora_lightning.adapters.weights import HostKind
 from lora_lightning.methods.bitfit import BiasAdapter
 from lora_lightning.methods.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.peft_format.adapter import PeftAdapter
-from lora_lightning.peft_format.kinds.tokens import why_other_tokens
+from lora_lightning.peft_format.kinds.tokens import named_holder, why_other_tokens
 from lora_lightning.peft_format.lora.updates import Update
 from lora_lightning.peft_format.names import PREFIX
-from lora_lightning.peft_format.trained_base import first_holder
 
 
 def encode_beside(
@@ -54,14 +53,14 @@ def encode_beside(
             state[f"{PREFIX}{path}.lora_B.bias"] = shift
     if tokens:
         config |= _token_indices(model, tokens)
-        for path in {first_holder(model, path): None for path in tokens}:
+        for path in {named_holder(model, path): None for path in tokens}:
             name = join(f"{PREFIX}{path}", "token_adapter.trainable_tokens_delta")
             state[name] = tokens[path].rows.tokens.detach()
     return PeftAdapter(config=config, state=state)
 
 
 def _token_indices(model: nn.Module, tokens: Mapping[str, TrainableTokensAdapter]) -> dict[str, Any]:
-    paths = list({first_holder(model, path): None for path in tokens})
+    paths = list({named_holder(model, path): None for path in tokens})
     return {"trainable_token_indices": {path: tokens[path].rows.token_indices for path in paths}}
 
 
