@@ -113,7 +113,8 @@ def test_it_checkpoints_resumes_and_merges(scope, tmp_path):
     torch.manual_seed(2)
     resumed = scope["SumModulo"](method=scope["method"], optim=scope["Optim"](lr=1e-2, schedule="constant"))
     again = trainer(max_epochs=11, enable_checkpointing=True, default_root_dir=tmp_path / "again")
-    again.fit(resumed, scope["loader"], ckpt_path=tmp_path / "task.ckpt", weights_only=True)
+    with pytest.warns(UserWarning, match=r"Resumed with optim\.schedule 'constant' \(before: 'linear'\)"):
+        again.fit(resumed, scope["loader"], ckpt_path=tmp_path / "task.ckpt", weights_only=True)
     assert again.global_step == run.global_step + len(scope["loader"])
     loaded = scope["SumModulo"].load_from_checkpoint(tmp_path / "task.ckpt", weights_only=True).eval()
     assert torch.equal(logits(loaded, tokens), expected)
