@@ -391,8 +391,12 @@ FAULTS = [
     Fault("one bit of a checkpoint flipped", r"run/last\.ckpt differs from what was written", bit_flipped),
     Fault("no weights", r"holds no adapter_model\.safetensors", adapter_file(WEIGHTS, None)),
     Fault("adapter in a pickle", r"a pickle, which could run code when it is read", pickled_adapter),
-    Fault("adapter of another kind", r"peft_type is 'IA3'", json_file(CONFIG, setting("peft_type", "IA3"))),
-    Fault("option that is not computed", r"bias='all' is not supported", json_file(CONFIG, setting("bias", "all"))),
+    Fault("adapter of another kind", r"peft_type is 'OFT'", json_file(CONFIG, setting("peft_type", "OFT"))),
+    Fault(
+        "option that is not computed",
+        r"layer_replication=\[\[0, 1\]\] is not supported",
+        json_file(CONFIG, setting("layer_replication", [[0, 1]])),
+    ),
     Fault("adapter's config that is no JSON", r"adapter_config\.json is not valid JSON", adapter_file(CONFIG, b"{")),
     Fault(
         "adapter's rank that is none", r"r must be a whole number from 1, got -3", json_file(CONFIG, setting("r", -3))
