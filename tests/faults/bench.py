@@ -261,3 +261,10 @@ def own_code(files: dict[str, dict[str, Any]], arguments: list[str] = FIT, folde
 def copy_of(folder: Path, here: Path) -> None:
     """Copy the furnished folder, so that a row may break what it likes."""
     shutil.copytree(folder, here, dirs_exist_ok=True)
+
+
+def written_by(name):
+    def change(content):
+        content["lora_lightning"]["task"] = name
+
+    return change
