@@ -311,7 +311,6 @@ FAULTS = [
         other_tokenizer(START),
     ),
     Fault("another tokenizer under an exported adapter", r"^out was trained with another tokenizer", exported),
-    # Adapter folders of this library.
     Fault("missing adapter", r"^lost is no folder", [*START[:-1], "lost"]),
     Fault("checkpoint as adapter", r"is a file; name the folder that stands beside a \.ckpt file", [*START[:-1], CKPT]),
     Fault(
