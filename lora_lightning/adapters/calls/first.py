@@ -232,7 +232,7 @@ def _refuse_read_past(adapters: list[tuple[str, str, Adapter]], hosts: dict[str,
 
 def _stands_for(adapter: Adapter, module: nn.Module, name: str) -> bool:
     """Tell whether an adapter changes what this parameter of its host does: a bias only where it trains one."""
-    if isinstance(adapter, InputAdapter | OutputAdapter):
+    if isinstance(adapter, InputAdapter | OutputAdapter) and not adapter.changes_weights:
         return False  # it acts on what goes in or out
     roles = {role for _, _, role in adapter.named_roles()}
     parameter = module._parameters[name]
