@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning.adapters.base import Adapter, InputAdapter, OutputAdapter, Role
+from lora_lightning.adapters.base import Adapter, Role
 from lora_lightning.adapters.calls.watch import (
     Calls,
     called_adapters,
@@ -232,8 +232,8 @@ def _refuse_read_past(adapters: list[tuple[str, str, Adapter]], hosts: dict[str,
 
 def _stands_for(adapter: Adapter, module: nn.Module, name: str) -> bool:
     """Tell whether an adapter changes what this parameter of its host does: a bias only where it trains one."""
-    if isinstance(adapter, InputAdapter | OutputAdapter) and not adapter.changes_weights:
-        return False  # it acts on what goes in or out
+    if not any(True for _ in adapter.parameters()):
+        return False  # such as the placeholders of prompts, which change nothing by themselves
     roles = {role for _, _, role in adapter.named_roles()}
     parameter = module._parameters[name]
     is_bias = parameter is not None and parameter.dim() < 2
