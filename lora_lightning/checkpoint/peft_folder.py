@@ -167,7 +167,7 @@ def read_peft_config(path: Path) -> PeftConfig:
     """Read and check an `adapter_config.json`.
 
     Raises:
-        CheckpointError: It is damaged, no LoRA or DoRA, or uses an option that this library does not compute.
+        CheckpointError: It is damaged, of a kind that is not read, or uses an option not computed here.
     """
     return parse_peft_config(load_config(path), str(path))
 
