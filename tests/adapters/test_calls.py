@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import threading
 import warnings
 
@@ -287,6 +288,16 @@ def test_copies_are_watched_for_themselves(clone):
     assert not has_hooks(twin)
 
 
+@pytest.fixture
+def eager_switches():
+    """Have threads switch after nearly every operation, so that a race shows in every run."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("eager_switches")
 def test_threads_do_not_end_each_others_watch():
     model, errors = adapted(Routed(), *[f"experts.{i}" for i in range(3)], "out").train(), []
     barrier = threading.Barrier(8)

@@ -30,6 +30,7 @@ from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import TargetError
 
 _WATCH = "_lora_lightning_first_calls"
+_CLAIM = threading.Lock()
 _PATIENCE = 32
 """Training batches in which a layer that is dropped at random should have its turn."""
 
@@ -94,13 +95,35 @@ def _before(model: nn.Module, _args: tuple[Any, ...]) -> None:
 
 
 def _begin(model: nn.Module, watched: _FirstCalls) -> None:
-    """Begin to watch a call."""
-    if watched.running is not None:
-        stack, thread, _ = watched.running
-        if thread != threading.get_ident():
-            return
-        _end_failed(stack, KeyboardInterrupt())  # an interrupt ended the last call before its hook
-    stack = ExitStack()
+    """Begin to watch a call, unless another thread's call is being watched."""
+    stack = _claim(watched)
+    if stack is None:
+        return
+    try:
+        _enter(stack, model, watched)
+    except BaseException as error:
+        watched.running = None
+        _end_failed(stack, error)
+        raise
+
+
+def _claim(watched: _FirstCalls) -> ExitStack | None:
+    """Make this thread's call the one that is watched, or return None."""
+    # Two threads must not both find the place free: the stack that gives way would be collected, and its mode taken off
+    # in the other thread.
+    with _CLAIM:
+        before = watched.running
+        if before is not None and before[1] != threading.get_ident():
+            return None
+        stack = ExitStack()
+        watched.running = stack, threading.get_ident(), sys.exc_info()[1]
+    if before is not None:
+        _end_failed(before[0], KeyboardInterrupt())  # an interrupt ended the last call before its hook
+    return stack
+
+
+def _enter(stack: ExitStack, model: nn.Module, watched: _FirstCalls) -> None:
+    """Put on the stack what watches a call."""
     if model.training:
         if not watched.has_trained:
             restore_after_conversion(model)
@@ -109,7 +132,6 @@ def _begin(model: nn.Module, watched: _FirstCalls) -> None:
     looks = watched.looks_at_calls or watched.looks_at_reads
     if looks and torch.is_grad_enabled() and _acts(model):
         stack.enter_context(_looked_at(model, watched))
-    watched.running = stack, threading.get_ident(), sys.exc_info()[1]
 
 
 def _after(model: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:  # noqa: ANN401 - the model's own
