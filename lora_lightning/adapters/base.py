@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.weights import check_writable, read_weight, write_weight
 from lora_lightning.errors import ConfigError, NotMergeable
+from lora_lightning.keywords import remedy
 
 if TYPE_CHECKING:
     from lora_lightning.adapters.view import ModelView
@@ -234,8 +235,8 @@ class Method(abc.ABC):
         for key in settings:
             if key not in known:
                 hint = PEFT_SPELLINGS.get(key)
-                meant = f"use {hint}" if hint else f"it takes {', '.join(sorted(known))}"
-                raise ConfigError(f"{cls.__name__} has no setting {key!r}; {meant}.")
+                meant = f"use {hint}." if hint else remedy(key, known)
+                raise ConfigError(f"{cls.__name__} has no setting {key!r}; {meant}")
         return super().__new__(cls)
 
     @abc.abstractmethod

@@ -85,7 +85,7 @@ def load_backbone(
     """Load a transformers model.
 
     Args:
-        name: See `locate`.
+        name: Hub name, folder, `pkg://package/folder` or GGUF file; as `locate` takes it.
         auto_class: Name of transformers' class, such as `AutoModelForSequenceClassification`.
         dtype: `auto` keeps the files' own, else `float32`, `bfloat16` or `float16`.
         quantization: Store the linear layers in 4 or 8 bits, on torch's default device; None stores them dense.
@@ -135,7 +135,7 @@ def load_tokenizer(name: str, **options: Any) -> Any:  # noqa: ANN401 - tokenize
     """Load the tokenizer of a backbone.
 
     Args:
-        name: See `locate`.
+        name: Hub name, folder, `pkg://package/folder` or GGUF file; as `locate` takes it.
         **options: Settings of the tokenizer, such as `add_prefix_space`.
 
     Raises:

@@ -48,7 +48,7 @@ def build_skeleton(
     """Build a model from its config, on the current default device.
 
     Args:
-        name: See `lora_lightning.backbones.load.locate`; a GGUF file is not converted for it.
+        name: Hub name, folder or `pkg://package/folder`; a GGUF file is not converted for it.
         auto_class: Name of transformers' class.
         dtype: `auto` for the files' own, or a dtype's name.
         overrides: Overrides of the model's config.

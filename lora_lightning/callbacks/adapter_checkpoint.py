@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 from weakref import proxy
@@ -28,12 +27,13 @@ from lora_lightning.checkpoint.own_state import own_entries, own_file
 from lora_lightning.checkpoint.pair import Fill, folder_of, replace_link
 from lora_lightning.checkpoint.saved_run import generation_settings_of
 from lora_lightning.errors import CheckpointError
+from lora_lightning.keywords import ForwardsSettings
 from lora_lightning.tasks.averaging import averaged_task
 from lora_lightning.texts.files import text_files
 from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
 
-class AdapterCheckpoint(ModelCheckpoint):
+class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
     """Save checkpoints of the adapter; beside each `<name>.ckpt` stands `<name>/` with the adapter for other tools.
 
     The `.ckpt` is what training resumes from. The folder is in PEFT's format where PEFT can express the adapter, and
@@ -63,37 +63,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         self,
         dirpath: str | Path | None = None,
         filename: str | None = None,
-        monitor: str | None = None,
-        verbose: bool = False,
+        *,
         save_last: bool | Literal["link"] | None = True,
-        save_top_k: int = 1,
-        save_on_exception: bool = False,
-        save_weights_only: bool = False,
-        mode: str = "min",
-        auto_insert_metric_name: bool = True,
-        every_n_train_steps: int | None = None,
-        train_time_interval: timedelta | None = None,
-        every_n_epochs: int | None = None,
-        save_on_train_epoch_end: bool | None = None,
-        enable_version_counter: bool = True,
+        **settings: Any,  # noqa: ANN401 - those of ModelCheckpoint
     ) -> None:
-        super().__init__(
-            dirpath=dirpath,
-            filename=filename,
-            monitor=monitor,
-            verbose=verbose,
-            save_last=save_last,
-            save_top_k=save_top_k,
-            save_on_exception=save_on_exception,
-            save_weights_only=save_weights_only,
-            mode=mode,
-            auto_insert_metric_name=auto_insert_metric_name,
-            every_n_train_steps=every_n_train_steps,
-            train_time_interval=train_time_interval,
-            every_n_epochs=every_n_epochs,
-            save_on_train_epoch_end=save_on_train_epoch_end,
-            enable_version_counter=enable_version_counter,
-        )
+        super().__init__(dirpath, filename, save_last=save_last, **settings)
         self._base_fingerprint: str | None = None
         self._step_of_last: int | None = None
         self._written: list[str] = []

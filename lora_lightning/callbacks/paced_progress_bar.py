@@ -8,18 +8,25 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import RichProgressBar
 
+from lora_lightning.keywords import ForwardsSettings
 from lora_lightning.tasks.log_pace import SECONDS_BETWEEN_VALUES
 
 
-class PacedProgressBar(RichProgressBar):
+class PacedProgressBar(ForwardsSettings, RichProgressBar):
     """Shows progress and metrics; it reads the metrics at most ten times a second while it trains.
 
     Every read makes the host wait for the device, so Lightning's bar, which reads at every step, keeps a GPU from being
-    fed ahead of time. It takes the arguments of `RichProgressBar`.
+    fed ahead of time.
+
+    Args:
+        refresh_rate: How many batches pass between two updates of the bar; 0 shows none.
+        leave: Whether the bar of an epoch stays on the screen when the next one starts.
+        theme: Colours and styles.
+        console_kwargs: Arguments of the `rich.console.Console` that the bar is drawn on.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of RichProgressBar
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, **settings: Any) -> None:  # noqa: ANN401 - those of RichProgressBar
+        super().__init__(*args, **settings)
         self._read_at = float("-inf")
         self._metrics: dict[str, Any] = {}
 

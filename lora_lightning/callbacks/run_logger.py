@@ -33,10 +33,9 @@ class RunLogger(CSVLogger):
         save_dir: str | Path = "runs",
         name: str | None = "",
         version: int | str | None = None,
-        prefix: str = "",
-        flush_logs_every_n_steps: int = 100,
+        **settings: Any,  # noqa: ANN401 - those of CSVLogger
     ) -> None:
-        super().__init__(save_dir, name, version, prefix, flush_logs_every_n_steps)
+        super().__init__(save_dir, name, version, **settings)
         self._picks_version = version is None
 
     @property

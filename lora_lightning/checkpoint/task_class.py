@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lightning.errors import CheckpointError
+from lora_lightning.keywords import parameters_taken
 from lora_lightning.trust import LIBRARY, check_import
 
 if TYPE_CHECKING:
@@ -112,11 +113,12 @@ def constructor_arguments(
         given: Names of the arguments that the checkpoint's task was built with; None if it does not say.
 
     Returns:
-        The settings that the constructor names, and if it takes `**kwargs`, those that went through them.
+        The settings that the constructor and those that it forwards to name; and if a class outside this library takes
+        `**kwargs`, those that went through them.
     """
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    named = {one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)}
-    if any(one.kind is one.VAR_KEYWORD for one in parameters):
+    parameters, is_open = parameters_taken(cls)
+    named = set(parameters)
+    if is_open:
         named |= settings.keys() if given is None else set(given)
     return {name: value for name, value in settings.items() if name in named}
 

@@ -16,11 +16,12 @@ from lora_lightning.data.batches.loaders import RowLoader, own_generator
 from lora_lightning.data.batches.mixing import Mixture
 from lora_lightning.data.model_facts import model_facts
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.keywords import ForwardsSettings
 
 Batches = DataLoader[Any]
 
 
-class TokenizedData(L.LightningDataModule, abc.ABC):
+class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
     """Reads rows once, encodes those that a stage needs, and makes the batches of a rank.
 
     A subclass defines `_read` (fills `counts` and `fingerprint`), `_prepare` (loads the tokenizer), `_encode` (returns

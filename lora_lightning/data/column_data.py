@@ -29,9 +29,8 @@ class ColumnData(RecordData):
     A subclass declares what stands below, and defines `row_of` and `encode`.
 
     Args:
-        train: See `RecordData`.
         max_length: Tokens after which a row is too long.
-        **settings: See `RecordData`.
+        **settings: Those of `RecordData`.
 
     Raises:
         ConfigError: A setting is out of its range, or contradicts another.

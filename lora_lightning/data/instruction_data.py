@@ -58,7 +58,6 @@ class InstructionData(RecordData):
     `attention_mask`, or with packing `position_ids`; see `DocumentBatch`.
 
     Args:
-        train: See `RecordData`.
         batch_size: Rows in a training batch, on each device.
         max_length: Tokens after which a sample is too long, and with packing the length of a row; None means 2,048, or
             what the model takes if that is less.
@@ -75,14 +74,15 @@ class InstructionData(RecordData):
             out and counted, unless `bad_rows` is `refuse`.
         shuffle_buffer: Number of rows among which a streamed row is drawn.
         columns: For our names of fields, the names in the files, such as `{prompt: question, completion: answer}`.
-        bad_rows: See `RecordData`; None means `refuse`, and `skip` when streaming.
-        test_size: See `RecordData`; 0, as here, means none.
-        group_by_length: See `RecordData`; not with packing.
-        **settings: See `RecordData`.
+        bad_rows: `refuse` ends with the first broken row, `skip` leaves broken rows out and counts them; None means
+            `refuse`, and `skip` when streaming.
+        test_size: Number or share of the rows to test on, where no source is given; 0 means none.
+        group_by_length: Put rows of like length into a batch, so that little is padded; not with packing.
+        **settings: Those of `RecordData`.
 
     Attributes:
-        counts: See `RecordData`; of those encoded also `cut` (at `max_length`), `answers_lost` (left out: no answer was
-            left), `tokens` and `tokens_learnt`.
+        counts: As in `RecordData`; of those encoded also `cut` (at `max_length`), `answers_lost` (left out: no answer
+            was left), `tokens` and `tokens_learnt`.
         fingerprint: SHA-256 of the samples and their splits; when streaming, of the files' names, sizes and ends.
         tokenizer: The tokenizer, once `setup` has run; its `chat_template` is the one in use.
 

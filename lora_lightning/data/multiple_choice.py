@@ -64,13 +64,12 @@ class MultipleChoiceData(ColumnData):
     Batches: see `ChoiceBatch`. Each choice is encoded as a pair with its question, padded on the right.
 
     Args:
-        train: See `RecordData`.
         question_column: Column with the questions.
         choices_column: Column with the lists of choices; or a list of columns, one for each choice.
         label_column: Column with the labels.
         batch_size: Questions in a training batch, on each device.
-        **settings: See `ColumnData` (`max_length` counts question and choice; the question is cut) and `RecordData`;
-            `too_long` is `cut` or `drop`.
+        **settings: Those of `ColumnData` (`max_length` counts question and choice; the question is cut) and
+            `RecordData`; `too_long` is `cut` or `drop`.
 
     Raises:
         ConfigError: A setting is out of its range, or contradicts another.

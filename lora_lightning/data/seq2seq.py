@@ -24,17 +24,16 @@ class Seq2SeqData(ColumnData):
     end with the tokenizer's end token and are -100 where padded; both are padded on the right.
 
     Args:
-        train: See `RecordData`.
         source_column: Column with the source texts.
         target_column: Column with the target texts.
         prefix: Text put in front of every source, such as `"summarize: "`, as T5 was trained with.
         max_length: Tokens after which a source is too long.
         max_target_length: Tokens after which a target is too long.
         batch_size: Rows in a training batch, on each device.
-        **settings: See `RecordData`; `too_long` is `cut` or `drop`.
+        **settings: Those of `RecordData`; `too_long` is `cut` or `drop`.
 
     Attributes:
-        counts: See `RecordData`; of the pairs encoded also `cut`, with `sources_cut` and `targets_cut`, or `dropped`.
+        counts: As in `RecordData`; of the pairs encoded also `cut`, with `sources_cut` and `targets_cut`, or `dropped`.
 
     Raises:
         ConfigError: A setting is out of its range, or contradicts another.

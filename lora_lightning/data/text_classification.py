@@ -32,7 +32,6 @@ class TextClassificationData(ColumnData):
     each class `[batch, classes]`, or numbers `[batch]` or `[batch, targets]`.
 
     Args:
-        train: See `RecordData`.
         text_column: Column with the texts.
         label_column: Column with the labels: texts, whole numbers, or true and false; lists of them or separated text
             for several labels; numbers for a regression. A list of columns holds 0 or 1 for each class (the columns
@@ -41,7 +40,7 @@ class TextClassificationData(ColumnData):
         problem: `single_label`, `multi_label` or `regression`; None takes that of the task.
         label_separator: What separates several labels in a text; None means `;`, `|` or a comma.
         label_names: Names of the classes by index; None takes the model's, else those found, sorted.
-        **settings: See `ColumnData` (`max_length`) and `RecordData`.
+        **settings: Those of `ColumnData` (`max_length`) and `RecordData`.
 
     Attributes:
         label_names: Name of each class by its index.

@@ -67,17 +67,16 @@ class TokenClassificationData(ColumnData):
     can hold it. Then batches to predict hold all rows of a sentence, and `sentences` tells which rows belong together.
 
     Args:
-        train: See `RecordData`.
         token_column: Column with the words: its number from 0 in a file with one word a line (None means 0), else its
             name (None means `tokens`).
         tag_column: Column with the tags: its number, negative from the end (None means the last), else its name (None
             means `tags`).
         tag_names: Names of the tags by their number, where the source has numbers.
-        **settings: See `ColumnData` (`max_length`; words that are cut are neither learnt nor scored) and `RecordData`.
+        **settings: Those of `ColumnData` (words beyond `max_length` are neither learnt nor scored) and `RecordData`.
 
     Attributes:
         label_names: Name of each tag by its index: in the order that the model has them, if it has; otherwise sorted.
-        counts: See `RecordData`; of the sentences encoded also `cut` (or `dropped`, `split`) and `words_lost` (beyond
+        counts: As in `RecordData`; of the sentences encoded also `cut` (or `dropped`, `split`) and `words_lost` (beyond
             the maximum, or of no token).
 
     Raises:

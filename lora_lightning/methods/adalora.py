@@ -154,10 +154,6 @@ class AdaLoRA(TargetedMethod):
         dropout: Probability of zeroing an element of Q's input in training, in [0, 1).
         wide_ranks: Accept an `init_r` above the smaller side of a weight, which trains no more than that side's rank
             but costs more. A finished adapter of PEFT may have one, and `load_peft` then sets this.
-        target_modules: See `TargetedMethod`.
-        exclude_modules: See `TargetedMethod`.
-        layers_to_transform: See `TargetedMethod`.
-        modules_to_save: See `Method`.
 
     Raises:
         ConfigError: A value is out of its range.

@@ -30,7 +30,6 @@ class BitFit(Method):
             `["query", "intermediate.dense"]` for the two kinds that the paper finds to matter most. A whole path takes
             the output head's too.
         add_bias: Whether linear layers that `bias` names get a shift where they have no bias, which cannot be merged.
-        modules_to_save: See `Method`.
 
     Raises:
         ConfigError: `bias` is neither `all` nor a list of names.

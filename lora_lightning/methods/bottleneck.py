@@ -77,7 +77,6 @@ class BottleneckAdapter(Method):
         scaling: The factor s; None takes 1, or 4 for `parallel`.
         dropout: Probability of zeroing an element of what is added, in training, in [0, 1).
         leave_out: Indices of the layers (blocks) without adapters.
-        modules_to_save: See `Method`.
 
     Raises:
         ConfigError: A value is out of its range, or both `reduction_factor` and `width` are given.

@@ -23,7 +23,7 @@ class DeltaLoRAAdapter(LowRankAdapter):
         host: The host module.
         delta_ratio: λ.
         start_step: K, the number of optimizer steps before W starts to move.
-        **settings: See `LowRankAdapter`.
+        **settings: Those of `LowRankAdapter`.
 
     Attributes:
         anchor_a: A_K, `[r, in]`; zero before step K.
@@ -70,17 +70,7 @@ class DeltaLoRA(LoRA):
     Args:
         delta_ratio: λ, above 0.
         start_step: K, the number of optimizer steps before W starts to move, at least 0.
-        r: See `LoRA`.
-        alpha: See `LoRA`.
         dropout: Must be 0: with dropout B A would change another output than the one that the loss saw.
-        scaling: See `LoRA`.
-        init: See `LoRA`.
-        rank_pattern: See `LoRA`.
-        alpha_pattern: See `LoRA`.
-        target_modules: See `TargetedMethod`.
-        exclude_modules: See `TargetedMethod`.
-        layers_to_transform: See `TargetedMethod`.
-        modules_to_save: See `Method`.
 
     Raises:
         ConfigError: A value is out of its range.

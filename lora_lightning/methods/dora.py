@@ -32,7 +32,7 @@ class DoRAAdapter(LowRankAdapter):
     Args:
         host: The host module.
         axis: `output` takes one norm and magnitude per output row, `input` one per input column (linear hosts only).
-        **settings: See `LowRankAdapter`.
+        **settings: Those of `LowRankAdapter`.
 
     Attributes:
         magnitude: m, `[out]` or `[in]` by the axis; starts at ‖W‖, so the first forward equals the base's.
@@ -116,17 +116,6 @@ class DoRA(LoRA):
     Args:
         magnitude_axis: `output` takes one magnitude per output row, `m: [out]`, as the published code and other tools
             do; `input` takes one per input column, `m: [in]`, as the paper's notation has it (linear hosts only).
-        r: See `LoRA`.
-        alpha: See `LoRA`.
-        dropout: See `LoRA`.
-        scaling: See `LoRA`.
-        init: See `LoRA`.
-        rank_pattern: See `LoRA`.
-        alpha_pattern: See `LoRA`.
-        target_modules: See `TargetedMethod`.
-        exclude_modules: See `TargetedMethod`.
-        layers_to_transform: See `TargetedMethod`.
-        modules_to_save: See `Method`.
 
     Raises:
         ConfigError: A value is out of its range.

@@ -31,9 +31,7 @@ class IA3(TargetedMethod):
         feedforward_modules: Modules whose input is scaled, named likewise; None takes the second layer of the
             architecture's feed-forward networks, an empty list takes none.
         scale_queries: Whether of a fused projection the queries are scaled too, as in PEFT.
-        exclude_modules: See `TargetedMethod`; applies to the target modules.
-        layers_to_transform: See `TargetedMethod`.
-        modules_to_save: See `Method`.
+        exclude_modules: Path suffixes or a regular expression of target modules to leave out.
     """
 
     name: ClassVar[str] = "ia3"

@@ -69,10 +69,6 @@ class LoRA(TargetedMethod):
             its own path first, then by its module's. They may exceed what `r` may be, as those of finished adapters
             do, unless `init` starts in the weight.
         alpha_pattern: Other alphas for some hosts, likewise.
-        target_modules: See `TargetedMethod`.
-        exclude_modules: See `TargetedMethod`.
-        layers_to_transform: See `TargetedMethod`.
-        modules_to_save: See `Method`.
 
     Raises:
         ConfigError: A value is out of its range.

@@ -42,7 +42,7 @@ class LoRADropAdapter(LowRankAdapter):
 
     Args:
         host: The host module.
-        **settings: See `LowRankAdapter`.
+        **settings: Those of `LowRankAdapter`.
 
     Attributes:
         shared: The factors that this host shares with others, in place of its own; None where it has its own.
@@ -113,17 +113,7 @@ class LoRADrop(LoRA):
         calibration_steps: Steps of AdamW before the importance is measured.
         calibration_lr: Its learning rate, above 0.
         sample_batches: Batches to measure on; they are kept in memory meanwhile.
-        r: See `LoRA`.
-        alpha: See `LoRA`.
-        dropout: See `LoRA`.
-        scaling: See `LoRA`.
         init: `kaiming`, `gaussian` or `gaussian_sqrt`; see `LoRA`.
-        rank_pattern: See `LoRA`.
-        alpha_pattern: See `LoRA`.
-        target_modules: See `TargetedMethod`.
-        exclude_modules: See `TargetedMethod`.
-        layers_to_transform: See `TargetedMethod`.
-        modules_to_save: See `Method`.
 
     Raises:
         ConfigError: A value is out of its range.

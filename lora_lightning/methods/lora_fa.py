@@ -23,19 +23,6 @@ class LoRAFA(LoRA):
     optimizer can reach it. Hosts: as for `LoRA`, but no embeddings (there A starts at zero, and B alone could not
     learn).
 
-    Args:
-        r: See `LoRA`.
-        alpha: See `LoRA`.
-        dropout: See `LoRA`.
-        scaling: See `LoRA`.
-        init: See `LoRA`.
-        rank_pattern: See `LoRA`.
-        alpha_pattern: See `LoRA`.
-        target_modules: See `TargetedMethod`.
-        exclude_modules: See `TargetedMethod`.
-        layers_to_transform: See `TargetedMethod`.
-        modules_to_save: See `Method`.
-
     Raises:
         ConfigError: A value is out of its range.
     """

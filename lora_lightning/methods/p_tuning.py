@@ -63,7 +63,6 @@ class PTuning(SoftPrompt):
             which has two directions).
         encoder_num_layers: Layers of the LSTM.
         encoder_dropout: Dropout between the LSTM's layers, in [0, 1).
-        modules_to_save: See `Method`.
 
     Raises:
         ConfigError: A value is out of its range.

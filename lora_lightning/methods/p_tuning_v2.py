@@ -19,7 +19,6 @@ class PTuningV2(Prefix):
 
     Args:
         num_virtual_tokens: How many in every layer, at least 1.
-        modules_to_save: See `Method`.
 
     Raises:
         ConfigError: A value is out of its range.

@@ -143,7 +143,6 @@ class Prefix(Method):
 
     Args:
         num_virtual_tokens: How many in every layer, at least 1.
-        modules_to_save: See `Method`.
     """
 
     size_setting: ClassVar[str | None] = "num_virtual_tokens"

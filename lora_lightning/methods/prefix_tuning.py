@@ -73,7 +73,6 @@ class PrefixTuning(Prefix):
         num_virtual_tokens: How many in every layer, at least 1.
         prefix_projection: Whether the MLP makes them during training; without it this is P-Tuning v2.
         encoder_hidden_size: Width of the MLP's inside; None takes the width of the model's embeddings.
-        modules_to_save: See `Method`.
 
     Raises:
         ConfigError: A value is out of its range.

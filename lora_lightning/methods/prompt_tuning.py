@@ -26,7 +26,6 @@ class SoftPrompt(Method):
 
     Args:
         num_virtual_tokens: How many, at least 1.
-        modules_to_save: See `Method`.
     """
 
     size_setting: ClassVar[str | None] = "num_virtual_tokens"
@@ -73,7 +72,6 @@ class PromptTuning(SoftPrompt):
         init: `vocabulary` starts from the embeddings of tokens drawn at random, `text` from those of `init_text`,
             `random` from a normal distribution with standard deviation 0.5.
         init_text: The text for `init: text`; it is repeated or cut to the number of virtual tokens.
-        modules_to_save: See `Method`.
 
     Raises:
         ConfigError: A value is out of its range, or `init_text` and `init` do not go together.

@@ -130,7 +130,6 @@ class TrainableTokens(Method):
     Args:
         token_indices: The tokens' ids, at least one, each once; `tokenizer.convert_tokens_to_ids` tells them.
         target_modules: Path suffixes of the embeddings; None takes the model's input embeddings.
-        modules_to_save: See `Method`.
 
     Raises:
         ConfigError: `token_indices` is empty, or holds something else than whole numbers from 0, each once.

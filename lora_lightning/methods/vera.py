@@ -188,10 +188,6 @@ class VeRA(TargetedMethod):
         dropout: Probability of zeroing an element of A's input in training, in [0, 1).
         projection_seed: Seed of A and B, from 0 to 2^63 - 1.
         save_projection: Keep A and B in checkpoints too, which then do not depend on the torch that reads them.
-        target_modules: See `TargetedMethod`.
-        exclude_modules: See `TargetedMethod`.
-        layers_to_transform: See `TargetedMethod`.
-        modules_to_save: See `Method`.
 
     Raises:
         ConfigError: A value is out of its range.

@@ -27,7 +27,7 @@ def recompute(model: nn.Module, what: Recomputing) -> None:
 
     Args:
         model: The adapted model; changed in place.
-        what: See `AdapterTask`.
+        what: Every layer (True), nothing (False), or the `activations` in front of adapted linear layers.
 
     Raises:
         ConfigError: No adapter can compute its input again.

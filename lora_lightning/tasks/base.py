@@ -91,6 +91,7 @@ class AdapterTask(CheckpointState):
         backbone: str | None = None,
         method: Method | list[Method] | None = None,
         optim: Optim | None = None,
+        *,
         dtype: str = "auto",
         gradient_checkpointing: Recomputing = False,
         offload_activations: bool = False,

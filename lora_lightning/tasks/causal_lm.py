@@ -8,15 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters import Method
 from lora_lightning.adapters.attach import unwrap
 from lora_lightning.backbones.output_head import OutputHead, find_output_head, without_cache
-from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.optim import Optim
 from lora_lightning.tasks.generation import examples_of, generate, max_positions
 from lora_lightning.tasks.per_token import PerTokenTask
-from lora_lightning.tasks.settings import Recomputing
 from lora_lightning.tasks.token_loss import CHUNK, IGNORED, TokenSums, chunked_token_loss, supervised
 
 
@@ -31,46 +27,20 @@ class CausalLM(PerTokenTask):
     output head, trained or frozen. Logged: see `PerTokenTask`.
 
     Args:
-        backbone: See `AdapterTask`.
-        method: See `AdapterTask`.
-        optim: See `AdapterTask`.
-        dtype: See `AdapterTask`.
-        gradient_checkpointing: See `AdapterTask`.
-        offload_activations: See `AdapterTask`.
-        quantization: See `AdapterTask`.
-        adapter: See `AdapterTask`.
         loss_chunk_size: Tokens whose logits are held at one time; more take more memory and, on a GPU, less time.
         max_new_tokens: How many tokens `predict` adds to a prompt at most.
-        train_norm_statistics: See `AdapterTask`.
     """
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
 
     def __init__(
         self,
-        backbone: str | None = None,
-        method: Method | list[Method] | None = None,
-        optim: Optim | None = None,
-        dtype: str = "auto",
-        gradient_checkpointing: Recomputing = False,
-        offload_activations: bool = False,
-        quantization: Quantization | None = None,
-        adapter: str | None = None,
+        *args: Any,  # noqa: ANN401 - those of AdapterTask
         loss_chunk_size: int = CHUNK,
         max_new_tokens: int = 64,
-        train_norm_statistics: bool = False,
+        **settings: Any,  # noqa: ANN401 - those of AdapterTask
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            method=method,
-            optim=optim,
-            dtype=dtype,
-            gradient_checkpointing=gradient_checkpointing,
-            offload_activations=offload_activations,
-            quantization=quantization,
-            adapter=adapter,
-            train_norm_statistics=train_norm_statistics,
-        )
+        super().__init__(*args, **settings)
         for name, value in {"loss_chunk_size": loss_chunk_size, "max_new_tokens": max_new_tokens}.items():
             if value < 1:
                 raise ConfigError(f"CausalLM: {name} must be at least 1, got {value}.")

@@ -103,7 +103,7 @@ class EntityF1(Metric):
 
     Args:
         label_names: Name of each tag by its index.
-        **settings: See `torchmetrics.Metric`.
+        **settings: Those of `torchmetrics.Metric`.
     """
 
     is_differentiable = False

@@ -8,13 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lora_lightning.adapters import Method
-from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.errors import ConfigError
-from lora_lightning.optim import Optim
 from lora_lightning.tasks.base import AdapterTask
 from lora_lightning.tasks.class_weights import ClassWeights, balanced_weights, weights_by_name
-from lora_lightning.tasks.settings import Recomputing
 from lora_lightning.tasks.step_output import StepOutput
 
 
@@ -22,18 +18,9 @@ class LabelledTask(AdapterTask, abc.ABC):
     """A task whose head has an output for each of some named classes; subclass it and define `compute_loss`.
 
     Args:
-        backbone: See `AdapterTask`.
-        method: See `AdapterTask`.
-        optim: See `AdapterTask`.
         label_names: Names of the classes by index; None takes those that the data module finds.
         class_weights: Weight of each class in the loss by its name; classes left out weigh 1. `balanced` weighs each
             class by n / (number of classes x its rows), from the data module's `label_counts` of the training rows.
-        dtype: See `AdapterTask`.
-        gradient_checkpointing: See `AdapterTask`.
-        offload_activations: See `AdapterTask`.
-        quantization: See `AdapterTask`.
-        adapter: See `AdapterTask`.
-        train_norm_statistics: See `AdapterTask`.
 
     Attributes:
         loss_weights: The weights by index `[classes]`, float32; None where all weigh 1.
@@ -45,29 +32,12 @@ class LabelledTask(AdapterTask, abc.ABC):
 
     def __init__(
         self,
-        backbone: str | None = None,
-        method: Method | list[Method] | None = None,
-        optim: Optim | None = None,
+        *args: Any,  # noqa: ANN401 - those of AdapterTask
         label_names: list[str | int] | None = None,
         class_weights: ClassWeights | None = None,
-        dtype: str = "auto",
-        gradient_checkpointing: Recomputing = False,
-        offload_activations: bool = False,
-        quantization: Quantization | None = None,
-        adapter: str | None = None,
-        train_norm_statistics: bool = False,
+        **settings: Any,  # noqa: ANN401 - those of AdapterTask
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            method=method,
-            optim=optim,
-            dtype=dtype,
-            gradient_checkpointing=gradient_checkpointing,
-            offload_activations=offload_activations,
-            quantization=quantization,
-            adapter=adapter,
-            train_norm_statistics=train_norm_statistics,
-        )
+        super().__init__(*args, **settings)
         self.label_names = None if label_names is None else [str(name) for name in label_names]
         if self.label_names is not None:
             self.check_label_names(self.label_names)

@@ -17,20 +17,21 @@ from lora_lightning.checkpoint.own_state import own_entries
 from lora_lightning.checkpoint.reading import read_file
 from lora_lightning.checkpoint.task_class import argument_names, build_task
 from lora_lightning.errors import CheckpointError
+from lora_lightning.keywords import ForwardsSettings
 from lora_lightning.optim import Optim
 from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
 _CLASS_PATH = "_class_path"
 
 
-class CheckedLoading(L.LightningModule):
+class CheckedLoading(ForwardsSettings, L.LightningModule):
     """A LightningModule whose `load_from_checkpoint` reads the file once, safely, and compares it with its manifest."""
 
     _arguments: list[str]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - those of __init__
         """Note which arguments the constructor is called with: a subclass may take them through `**kwargs`."""
-        task = super().__new__(cls)
+        task = super().__new__(cls, *args, **kwargs)
         object.__setattr__(task, "_arguments", argument_names(cls, args, kwargs))
         return task
 

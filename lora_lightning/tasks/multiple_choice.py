@@ -27,8 +27,7 @@ class MultipleChoice(AdapterTask):
 
     Batches hold `input_ids` and `attention_mask` `[batch, choices, length]` (each choice with its question),
     `choice_mask` `[batch, choices]`, 0 where a question has fewer choices than another, and `labels` `[batch]`, the
-    place of the right one. Logged: `train/loss`, and `val/…` and `test/…` of `loss` and `accuracy`. Settings: see
-    `AdapterTask`.
+    place of the right one. Logged: `train/loss`, and `val/…` and `test/…` of `loss` and `accuracy`.
     """
 
     auto_class: ClassVar[str] = "AutoModelForMultipleChoice"

@@ -55,8 +55,8 @@ class PerTokenTask(AdapterTask, abc.ABC):
     sums_gradients: ClassVar[bool] = True
     """Gradients of the ranks are added; see `lora_lightning.resume`."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - those of AdapterTask
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, **settings: Any) -> None:  # noqa: ANN401 - those of AdapterTask
+        super().__init__(*args, **settings)
         self._totals: dict[str, _Totals] = defaultdict(_Totals)
         self._has_warned = False
 

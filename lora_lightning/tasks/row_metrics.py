@@ -141,8 +141,8 @@ class MultilabelF1(StoredRows):
     """F1 of the labels whose probability reaches `threshold`; takes logits and targets of 0 and 1.
 
     Args:
-        average: See `multilabel_f1`.
-        **settings: See `torchmetrics.Metric`.
+        average: `macro` (mean over the classes) or `micro` (over all rows and classes together).
+        **settings: Those of `torchmetrics.Metric`.
 
     Attributes:
         threshold: The threshold.
@@ -187,7 +187,7 @@ class Correlation(StoredRows):
 
     Args:
         of_ranks: Correlate the ranks (Spearman), not the values (Pearson).
-        **settings: See `torchmetrics.Metric`.
+        **settings: Those of `torchmetrics.Metric`.
     """
 
     def __init__(self, of_ranks: bool = False, **settings: Any) -> None:  # noqa: ANN401 - torchmetrics' own

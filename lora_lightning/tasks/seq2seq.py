@@ -10,18 +10,14 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lora_lightning.adapters import Method
 from lora_lightning.adapters.attach import unwrap
 from lora_lightning.backbones.decoder_head import decoder_states, find_decoder_head
 from lora_lightning.backbones.output_head import without_cache
-from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.errors import ConfigError, DataError
-from lora_lightning.optim import Optim
 from lora_lightning.strategies.facts import facts_of
 from lora_lightning.tasks.evaluation import EvaluationSets
 from lora_lightning.tasks.generation import answer
 from lora_lightning.tasks.per_token import PerTokenTask
-from lora_lightning.tasks.settings import Recomputing
 from lora_lightning.tasks.text_overlap import Overlap, overlap
 from lora_lightning.tasks.token_loss import CHUNK, IGNORED, TokenSums, chunked_token_loss
 
@@ -41,51 +37,25 @@ class Seq2SeqLM(PerTokenTask):
     `lora_lightning.tasks.text_overlap`. Without a tokenizer (no data module has one), token ids count as words.
 
     Args:
-        backbone: See `AdapterTask`.
-        method: See `AdapterTask`.
-        optim: See `AdapterTask`.
-        dtype: See `AdapterTask`.
-        gradient_checkpointing: See `AdapterTask`.
-        offload_activations: See `AdapterTask`.
-        quantization: See `AdapterTask`.
-        adapter: See `AdapterTask`.
         loss_chunk_size: Tokens whose logits are held at one time; more take more memory and, on a GPU, less time.
         max_new_tokens: Tokens of an answer, at most.
         num_beams: Answers that are followed at a time while generating; 1 takes the likeliest token each time.
         num_generated: Rows of the test, and of each validation set, that are answered, over all ranks; 0 generates
             nothing.
-        train_norm_statistics: See `AdapterTask`.
     """
 
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
 
     def __init__(
         self,
-        backbone: str | None = None,
-        method: Method | list[Method] | None = None,
-        optim: Optim | None = None,
-        dtype: str = "auto",
-        gradient_checkpointing: Recomputing = False,
-        offload_activations: bool = False,
-        quantization: Quantization | None = None,
-        adapter: str | None = None,
+        *args: Any,  # noqa: ANN401 - those of AdapterTask
         loss_chunk_size: int = CHUNK,
         max_new_tokens: int = 64,
         num_beams: int = 1,
         num_generated: int = 64,
-        train_norm_statistics: bool = False,
+        **settings: Any,  # noqa: ANN401 - those of AdapterTask
     ) -> None:
-        super().__init__(
-            backbone=backbone,
-            method=method,
-            optim=optim,
-            dtype=dtype,
-            gradient_checkpointing=gradient_checkpointing,
-            offload_activations=offload_activations,
-            quantization=quantization,
-            adapter=adapter,
-            train_norm_statistics=train_norm_statistics,
-        )
+        super().__init__(*args, **settings)
         own = {
             "loss_chunk_size": loss_chunk_size,
             "max_new_tokens": max_new_tokens,

@@ -9,15 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters import Method
-from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.errors import ConfigError
-from lora_lightning.optim import Optim
 from lora_lightning.tasks.class_weights import ClassWeights
 from lora_lightning.tasks.evaluation import EvaluationSets
 from lora_lightning.tasks.labelled import LabelledTask
 from lora_lightning.tasks.problems import PROBLEMS, ProblemName
-from lora_lightning.tasks.settings import Recomputing
 from lora_lightning.tasks.step_output import StepOutput
 
 if TYPE_CHECKING:
@@ -46,20 +42,12 @@ class SequenceClassification(LabelledTask):
     `regression` keep the logits of all rows until the end of the epoch.
 
     Args:
-        backbone: See `AdapterTask`.
-        method: See `AdapterTask`.
-        optim: See `AdapterTask`.
         label_names: Names of the classes by index, or of the targets of `regression`; None takes those that the data
             module finds, and for `regression` else `score`.
-        class_weights: See `LabelledTask`. With `multi_label`, the loss is the weighted mean over the classes of each
-            class's own loss.
-        dtype: See `AdapterTask`.
-        gradient_checkpointing: See `AdapterTask`.
-        offload_activations: See `AdapterTask`.
-        quantization: See `AdapterTask`.
-        adapter: See `AdapterTask`.
+        class_weights: Weight of each class in the loss by its name; classes left out weigh 1. `balanced` weighs each
+            class by n / (number of classes x its rows). With `multi_label`, the loss is the weighted mean over the
+            classes of each class's own loss.
         problem: `single_label`, `multi_label` or `regression`.
-        train_norm_statistics: See `AdapterTask`.
 
     Attributes:
         threshold: The threshold of `multi_label`, scalar float32.
@@ -70,37 +58,17 @@ class SequenceClassification(LabelledTask):
 
     def __init__(
         self,
-        backbone: str | None = None,
-        method: Method | list[Method] | None = None,
-        optim: Optim | None = None,
-        label_names: list[str | int] | None = None,
-        class_weights: ClassWeights | None = None,
-        dtype: str = "auto",
-        gradient_checkpointing: Recomputing = False,
-        offload_activations: bool = False,
-        quantization: Quantization | None = None,
-        adapter: str | None = None,
+        *args: Any,  # noqa: ANN401 - those of LabelledTask
         problem: ProblemName = "single_label",
-        train_norm_statistics: bool = False,
+        class_weights: ClassWeights | None = None,
+        **settings: Any,  # noqa: ANN401 - those of LabelledTask
     ) -> None:
         if problem not in PROBLEMS:
             raise ConfigError(f"problem must be one of {', '.join(PROBLEMS)}, got {problem!r}.")
         if problem == "regression" and class_weights:
             raise ConfigError("class_weights are for classes, and `problem: regression` has none; leave them out.")
         self._problem = PROBLEMS[problem]  # the label names are checked by it
-        super().__init__(
-            backbone=backbone,
-            method=method,
-            optim=optim,
-            label_names=label_names,
-            class_weights=class_weights,
-            dtype=dtype,
-            gradient_checkpointing=gradient_checkpointing,
-            offload_activations=offload_activations,
-            quantization=quantization,
-            adapter=adapter,
-            train_norm_statistics=train_norm_statistics,
-        )
+        super().__init__(*args, class_weights=class_weights, **settings)
         self.problem: ProblemName = problem
         # Only a chosen threshold belongs into checkpoints.
         self.register_buffer("threshold", torch.tensor(0.5), persistent=problem == "multi_label")

@@ -31,8 +31,7 @@ class TokenClassification(LabelledTask):
 
     Logged: `train/loss`, and `val/…` and `test/…` of `loss`, `accuracy` (share of labelled tokens that are right), and
     `f1`, `precision` and `recall` of entities that are found exactly, over all types together. With tags without
-    prefixes (`NOUN`) each token is an entity of its own. See `lora_lightning.tasks.entities`. Settings: see
-    `LabelledTask`.
+    prefixes (`NOUN`) each token is an entity of its own. See `lora_lightning.tasks.entities`.
     """
 
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"

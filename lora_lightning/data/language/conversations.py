@@ -224,7 +224,7 @@ def _conversation(
         left: The record's other fields.
         at: Where the record stands.
         num_given: Number of turns at the beginning of which none is an answer to be learnt.
-        plain: See `Sample`.
+        plain: The prompt and the completion as written; empty for others.
     """
     answers = [message for message in messages[num_given:] if message.role == "assistant"]
     if not answers:

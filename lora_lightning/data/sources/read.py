@@ -30,7 +30,7 @@ def read_records(
     """Read the records of a source one by one; a file is never held as a whole, unless it is one JSON array or YAML.
 
     Args:
-        source: See `Source`.
+        source: A file, a list of files, a glob, a folder, a Hub data set, or rows in memory.
         settings: How files are read.
         role: `train`, `val`, `test` or `predict`: which split of a data set is meant.
         on_bad: Takes the error of each broken record and its text, and reading continues behind it; None raises it.

@@ -47,13 +47,6 @@ class AdaLoraConfig(TargetConfig):
     """The part of PEFT's `AdaLoraConfig` that this library computes; for each field see there.
 
     Args:
-        base: See `PeftConfig`.
-        modules_to_save: See `PeftConfig`.
-        task_type: See `PeftConfig`.
-        target_modules: See `TargetConfig`.
-        exclude_modules: See `TargetConfig`.
-        layers_to_transform: See `TargetConfig`.
-        layers_pattern: See `TargetConfig`.
         target_r: Rank at the end, an average.
         init_r: Rank at the start.
         alpha: `lora_alpha`.

@@ -28,13 +28,6 @@ class Ia3Config(TargetConfig):
     """The part of PEFT's `IA3Config` that this library computes; for each field see there.
 
     Args:
-        base: See `PeftConfig`.
-        modules_to_save: See `PeftConfig`.
-        task_type: See `PeftConfig`.
-        target_modules: See `TargetConfig`.
-        exclude_modules: See `TargetConfig`.
-        layers_to_transform: See `TargetConfig`.
-        layers_pattern: See `TargetConfig`.
         feedforward_modules: Those of the targets whose input is scaled.
     """
 

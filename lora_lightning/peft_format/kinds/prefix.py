@@ -36,9 +36,6 @@ class PrefixConfig(PeftConfig):
     """The part of PEFT's `PrefixTuningConfig` that this library computes.
 
     Args:
-        base: See `PeftConfig`.
-        modules_to_save: See `PeftConfig`.
-        task_type: See `PeftConfig`.
         num_virtual_tokens: How many keys and values in every layer.
     """
 

@@ -52,9 +52,6 @@ class PromptConfig(PeftConfig):
     """The part of PEFT's configs for prompt tuning and P-tuning that this library computes.
 
     Args:
-        base: See `PeftConfig`.
-        modules_to_save: See `PeftConfig`.
-        task_type: See `PeftConfig`.
         kind: `PROMPT_TUNING` or `P_TUNING`.
         num_virtual_tokens: How many virtual tokens.
         encoder: The encoder of P-tuning, `MLP` or `LSTM`.

@@ -35,9 +35,6 @@ class TokensConfig(PeftConfig):
     """The part of PEFT's `TrainableTokensConfig` that this library computes.
 
     Args:
-        base: See `PeftConfig`.
-        modules_to_save: See `PeftConfig`.
-        task_type: See `PeftConfig`.
         token_indices: The tokens, in the order of the rows.
         target_modules: The embeddings; the tensors' names say which they are.
     """

@@ -42,13 +42,6 @@ class VeraConfig(TargetConfig):
     """The part of PEFT's `VeraConfig` that this library computes; for each field see there.
 
     Args:
-        base: See `PeftConfig`.
-        modules_to_save: See `PeftConfig`.
-        task_type: See `PeftConfig`.
-        target_modules: See `TargetConfig`.
-        exclude_modules: See `TargetConfig`.
-        layers_to_transform: See `TargetConfig`.
-        layers_pattern: See `TargetConfig`.
         r: Rank.
         d_initial: Start of d.
         dropout: `vera_dropout`.

@@ -33,13 +33,6 @@ class LoraConfig(TargetConfig):
     """The part of PEFT's `LoraConfig` that this library computes; for each field see there.
 
     Args:
-        base: See `PeftConfig`.
-        modules_to_save: See `PeftConfig`.
-        task_type: See `PeftConfig`.
-        target_modules: See `TargetConfig`.
-        exclude_modules: See `TargetConfig`.
-        layers_to_transform: See `TargetConfig`.
-        layers_pattern: See `TargetConfig`.
         r: Usual rank.
         alpha: Usual `lora_alpha`.
         dropout: `lora_dropout`.

@@ -131,7 +131,7 @@ def own_names(
         dims: How many dimensions each has, likewise.
 
     Raises:
-        CheckpointError: See `unflatten`.
+        CheckpointError: A tensor does not fit the parameter that it is for.
     """
     wrappers = wrapper_paths([one.path for one in adapted])
     renamed = dict(tensors)

@@ -33,9 +33,6 @@ class TargetConfig(PeftConfig):
     """What the config of a kind says that adapts modules by their names.
 
     Args:
-        base: See `PeftConfig`.
-        modules_to_save: See `PeftConfig`.
-        task_type: See `PeftConfig`.
         target_modules: Path suffixes, a regular expression for whole paths, `all-linear`, or None where the file does
             not say.
         exclude_modules: The same, for modules left out.
