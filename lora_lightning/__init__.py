@@ -1,215 +1,25 @@
 """Parameter-efficient fine-tuning as plain PyTorch Lightning.
 
-Names are imported when they are first used, so `import lora_lightning` costs next to nothing.
+Names are imported when they are first used, so `import lora_lightning` costs next to nothing. They stand in the static
+table `__init__.pyi`, which `scripts/public` writes.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lora_lightning.adapters import (
-        adapter_state_dict,
-        bind,
-        detach,
-        disabled,
-        load_adapter_state_dict,
-        refresh,
-    )
-    from lora_lightning.backbones.attach import attach, merge
-    from lora_lightning.backbones.quantization import Quantization
-    from lora_lightning.callbacks import (
-        AdapterCheckpoint,
-        AdapterSummary,
-        Guards,
-        IdleParameterGuard,
-        MergeAtEnd,
-        MetricCurve,
-        NonFiniteGuard,
-        OutOfMemoryGuard,
-        RankWatch,
-        SampleGenerations,
-        SignalGuard,
-        Throughput,
-    )
-    from lora_lightning.checkpoint import export_peft, load_adapter, load_peft
-    from lora_lightning.data import (
-        InstructionData,
-        MultipleChoiceData,
-        Seq2SeqData,
-        TextClassificationData,
-        TokenClassificationData,
-    )
-    from lora_lightning.merging import merge_checkpoint
-    from lora_lightning.methods import (
-        IA3,
-        AdaLoRA,
-        BitFit,
-        BottleneckAdapter,
-        DeltaLoRA,
-        DoRA,
-        LoRA,
-        LoRADrop,
-        LoRAFA,
-        PrefixTuning,
-        PromptTuning,
-        PTuning,
-        PTuningV2,
-        TrainableTokens,
-        VeRA,
-    )
-    from lora_lightning.methods.recompute import recompute_activations
-    from lora_lightning.optim import Optim, param_groups
-    from lora_lightning.peft_format.preflight import preflight
-    from lora_lightning.strategies import FSDP2Strategy
-    from lora_lightning.tasks import (
-        AdapterTask,
-        CausalLM,
-        MultipleChoice,
-        PerTokenTask,
-        Seq2SeqLM,
-        SequenceClassification,
-        StepOutput,
-        TokenClassification,
-        TokenSums,
-    )
+from lora_lightning.public import find, table
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "AdaLoRA": "methods",
-    "AdapterCheckpoint": "callbacks",
-    "AdapterSummary": "callbacks",
-    "AdapterTask": "tasks",
-    "BitFit": "methods",
-    "BottleneckAdapter": "methods",
-    "CausalLM": "tasks",
-    "DeltaLoRA": "methods",
-    "DoRA": "methods",
-    "Guards": "callbacks",
-    "FSDP2Strategy": "strategies",
-    "IA3": "methods",
-    "IdleParameterGuard": "callbacks",
-    "InstructionData": "data",
-    "LoRA": "methods",
-    "LoRADrop": "methods",
-    "LoRAFA": "methods",
-    "MergeAtEnd": "callbacks",
-    "ExactResume": "callbacks",
-    "MetricCurve": "callbacks",
-    "MultipleChoice": "tasks",
-    "MultipleChoiceData": "data",
-    "NonFiniteGuard": "callbacks",
-    "Optim": "optim",
-    "OutOfMemoryGuard": "callbacks",
-    "PTuning": "methods",
-    "PTuningV2": "methods",
-    "PerTokenTask": "tasks",
-    "PrefixTuning": "methods",
-    "PromptTuning": "methods",
-    "Quantization": "backbones.quantization",
-    "RankWatch": "callbacks",
-    "SampleGenerations": "callbacks",
-    "Seq2SeqData": "data",
-    "Seq2SeqLM": "tasks",
-    "SequenceClassification": "tasks",
-    "SignalGuard": "callbacks",
-    "StepOutput": "tasks",
-    "TextClassificationData": "data",
-    "Throughput": "callbacks",
-    "TokenClassification": "tasks",
-    "TokenClassificationData": "data",
-    "TokenSums": "tasks",
-    "TrainableTokens": "methods",
-    "VeRA": "methods",
-    "adapter_state_dict": "adapters",
-    "attach": "backbones.attach",
-    "bind": "adapters",
-    "detach": "adapters",
-    "disabled": "adapters",
-    "export_peft": "checkpoint",
-    "load_adapter": "checkpoint",
-    "load_adapter_state_dict": "adapters",
-    "refresh": "adapters",
-    "load_peft": "checkpoint",
-    "merge": "backbones.attach",
-    "merge_checkpoint": "merging",
-    "param_groups": "optim",
-    "preflight": "peft_format.preflight",
-    "recompute_activations": "methods.recompute",
-}
-
-__all__ = [
-    "IA3",
-    "AdaLoRA",
-    "AdapterCheckpoint",
-    "AdapterSummary",
-    "AdapterTask",
-    "BitFit",
-    "BottleneckAdapter",
-    "CausalLM",
-    "DeltaLoRA",
-    "DoRA",
-    "ExactResume",
-    "FSDP2Strategy",
-    "Guards",
-    "IdleParameterGuard",
-    "InstructionData",
-    "LoRA",
-    "LoRADrop",
-    "LoRAFA",
-    "MergeAtEnd",
-    "MetricCurve",
-    "MultipleChoice",
-    "MultipleChoiceData",
-    "NonFiniteGuard",
-    "Optim",
-    "OutOfMemoryGuard",
-    "PTuning",
-    "PTuningV2",
-    "PerTokenTask",
-    "PrefixTuning",
-    "PromptTuning",
-    "Quantization",
-    "RankWatch",
-    "SampleGenerations",
-    "Seq2SeqData",
-    "Seq2SeqLM",
-    "SequenceClassification",
-    "SignalGuard",
-    "StepOutput",
-    "TextClassificationData",
-    "Throughput",
-    "TokenClassification",
-    "TokenClassificationData",
-    "TokenSums",
-    "TrainableTokens",
-    "VeRA",
-    "__version__",
-    "adapter_state_dict",
-    "attach",
-    "bind",
-    "detach",
-    "disabled",
-    "export_peft",
-    "load_adapter",
-    "load_adapter_state_dict",
-    "load_peft",
-    "merge",
-    "merge_checkpoint",
-    "param_groups",
-    "preflight",
-    "recompute_activations",
-    "refresh",
-]
+__all__ = sorted([*table().modules, "__version__"])
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
-    """Import a public name from the module it lives in."""
-    if name not in _HOME:
+    """Import a public name from the module that defines it."""
+    if name not in table().modules:
         raise AttributeError(f"module 'lora_lightning' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"lora_lightning.{_HOME[name]}"), name)
+    value = find(name)
     globals()[name] = value
     return value
 

@@ -38,6 +38,8 @@ from lora_lightning.adapters.view import ModelView, PlainView
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import ConfigError, TargetError
 
+__all__ = ["detach"]
+
 _RECORD = "_lora_lightning_attachment"
 COPIES = "modules_to_save"
 """The name by which a selection chooses the trained copies of modules."""

@@ -187,6 +187,25 @@ PEFT_SPELLINGS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class About:
+    """What the README, the documentation and `lora-lightning compare` say about a method.
+
+    Args:
+        trains: What it trains, for the table of methods.
+        where: On which modules, for the same table.
+        principle: What it changes, in a few words.
+        suits: Which tasks and models it suits.
+        difficulty: How hard it is to set up.
+    """
+
+    trains: str = "-"
+    where: str = "-"
+    principle: str = "-"
+    suits: str = "-"
+    difficulty: str = "-"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method(abc.ABC):
     """Which trainable parts are added where; every method of the library is a subclass.
 
@@ -199,6 +218,9 @@ class Method(abc.ABC):
 
     name: ClassVar[str]
     """Short lower-case name; also the key of this method's adapter on a host."""
+
+    about: ClassVar[About] = About()
+    """What the README and `lora-lightning compare` say about it."""
 
     size_setting: ClassVar[str | None] = None
     """The integer setting that grows the number of trainable parameters; None where nothing does."""

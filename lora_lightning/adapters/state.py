@@ -13,6 +13,8 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.sharded import is_shard
 from lora_lightning.errors import CheckpointError
 
+__all__ = ["adapter_state_dict", "load_adapter_state_dict", "refresh"]
+
 
 def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that adapters own, and nothing of the base model.

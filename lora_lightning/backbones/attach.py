@@ -17,6 +17,8 @@ from lora_lightning.backbones.quantized import settle
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import BackboneError
 
+__all__ = ["attach", "merge"]
+
 _MARK = "_warns_of_adapters"
 
 

@@ -14,6 +14,8 @@ import torch
 
 from lora_lightning.errors import BackboneError, ConfigError
 
+__all__ = ["Quantization"]
+
 Bits = Literal[4, 8]
 QuantType = Literal["nf4", "fp4"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -32,6 +32,8 @@ from lora_lightning.tasks.averaging import averaged_task
 from lora_lightning.texts.files import text_files
 from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
+__all__ = ["AdapterCheckpoint"]
+
 
 class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
     """Save checkpoints of the adapter; beside each `<name>.ckpt` stands `<name>/` with the adapter for other tools.

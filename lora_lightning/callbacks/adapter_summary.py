@@ -20,6 +20,8 @@ from lora_lightning.tasks.backward import describe_backward
 if TYPE_CHECKING:
     from rich.table import Table
 
+__all__ = ["AdapterSummary"]
+
 TRAINABLE, FROZEN, BASE, BUFFER = "trainable", "frozen", "base", "buffer"
 
 

@@ -11,6 +11,8 @@ from lora_lightning.callbacks.non_finite_guard import NonFiniteGuard
 from lora_lightning.callbacks.out_of_memory_guard import OutOfMemoryGuard
 from lora_lightning.callbacks.signal_guard import SignalGuard
 
+__all__ = ["Guards"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Guards:

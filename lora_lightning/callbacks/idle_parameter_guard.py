@@ -13,6 +13,8 @@ from lora_lightning.callbacks.gradients import bit_sum, largest, local, over_ran
 from lora_lightning.callbacks.places import adapted_model
 from lora_lightning.errors import ConfigError
 
+__all__ = ["IdleParameterGuard"]
+
 
 class IdleParameterGuard(L.Callback):
     """Warn, once, of adapter parameters without a gradient in the first steps, or still exactly at their start.

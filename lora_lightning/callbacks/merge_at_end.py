@@ -16,6 +16,8 @@ from lora_lightning.merging.merge import merge_checkpoint, refuse_taken
 from lora_lightning.merging.precision import DTYPES
 from lora_lightning.merging.report import UpdateLost
 
+__all__ = ["MergeAtEnd"]
+
 
 class MergeAtEnd(L.Callback):
     """Merge a checkpoint of the run into its base when `fit` ends, into a folder that plain transformers loads.

@@ -14,6 +14,8 @@ from lora_lightning.checkpoint.files import write_atomically
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+__all__ = ["MetricCurve"]
+
 Curve = list[list[float]]
 """Points `[optimizer step, value]` of one metric."""
 

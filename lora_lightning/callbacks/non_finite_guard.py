@@ -14,6 +14,8 @@ from torch import Tensor
 from lora_lightning.callbacks.gradients import finite_flag, largest, local, names_of, optimized, over_ranks, quoted
 from lora_lightning.errors import ConfigError, TrainingError
 
+__all__ = ["NonFiniteGuard"]
+
 
 class NonFiniteGuard(L.Callback):
     """Stop before an update by a loss or gradient that is NaN or infinite, and where a validation loss is.

@@ -13,6 +13,8 @@ from torch import Tensor
 from lora_lightning.callbacks.throughput import count_samples
 from lora_lightning.errors import TrainingError
 
+__all__ = ["OutOfMemoryGuard"]
+
 _MARKS = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",

@@ -11,6 +11,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lora_lightning.keywords import ForwardsSettings
 from lora_lightning.tasks.log_pace import SECONDS_BETWEEN_VALUES
 
+__all__ = ["PacedProgressBar"]
+
 
 class PacedProgressBar(ForwardsSettings, RichProgressBar):
     """Shows progress and metrics; it reads the metrics at most ten times a second while it trains.

@@ -21,6 +21,8 @@ from lora_lightning.errors import ConfigError, RankLost
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy
 
+__all__ = ["RankWatch"]
+
 _OF_COMMUNICATION = re.compile(r"gloo|nccl|process group|socket|connection (was )?(closed|reset)|broken pipe", re.I)
 
 

@@ -16,6 +16,8 @@ from lora_lightning.callbacks.places import adapted_model, is_trial, run_folder
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.generation import Example, examples_of, generate
 
+__all__ = ["SampleGenerations"]
+
 
 class Sample(NamedTuple):
     """A prompt, what the data answer to it (None where nobody knows), and what the model says."""

@@ -23,6 +23,8 @@ from lora_lightning.callbacks.gradients import over_ranks
 from lora_lightning.callbacks.places import is_trial
 from lora_lightning.callbacks.spared_workers import sparing_workers
 
+__all__ = ["SignalGuard"]
+
 _SECONDS_TO_WAIT = 60
 
 

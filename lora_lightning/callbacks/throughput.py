@@ -11,6 +11,8 @@ from torch import Tensor
 
 from lora_lightning.callbacks.places import log_interval
 
+__all__ = ["Throughput"]
+
 
 class Throughput(L.Callback):
     """Log `train/samples_per_second` and `train/tokens_per_second`, summed over all ranks.

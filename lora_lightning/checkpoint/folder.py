@@ -39,6 +39,8 @@ from lora_lightning.peft_format.encode import to_peft
 from lora_lightning.peft_format.lora.decode import from_peft, method_of
 from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
+__all__ = ["load_adapter"]
+
 OWN_WEIGHTS_NAME = "adapter.safetensors"
 
 

@@ -34,6 +34,8 @@ from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME, Pe
 from lora_lightning.peft_format.export import for_peft, why_not_for_peft
 from lora_lightning.peft_format.fit import fit_to_model
 
+__all__ = ["export_peft", "load_peft"]
+
 _PICKLED_NAME = "adapter_model.bin"
 
 

@@ -1,15 +1,13 @@
 """Data modules: one file for each kind of data."""
 
-from lora_lightning.data.instruction_data import InstructionData
-from lora_lightning.data.multiple_choice import MultipleChoiceData
-from lora_lightning.data.seq2seq import Seq2SeqData
-from lora_lightning.data.text_classification import TextClassificationData
-from lora_lightning.data.token_classification import TokenClassificationData
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "InstructionData",
-    "MultipleChoiceData",
-    "Seq2SeqData",
-    "TextClassificationData",
-    "TokenClassificationData",
-]
+from lora_lightning.public import import_classes
+
+if TYPE_CHECKING:
+    from lora_lightning import *  # noqa: F403
+
+_CLASSES = import_classes("data")
+globals().update(_CLASSES)
+
+__all__ = list(_CLASSES)

@@ -33,6 +33,8 @@ from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.paths import nearest
 from lora_lightning.texts.chat_templates import chat_template
 
+__all__ = ["InstructionData"]
+
 _IGNORED = "ignored: "
 _DID = {"cut": "cut", "split": "split", "drop": "dropped"}
 _LOOKED_AT_FIRST = 100

@@ -21,6 +21,8 @@ from lora_lightning.data.sources import Record, Source
 from lora_lightning.data.tokenizers import tokenize
 from lora_lightning.errors import DataError
 
+__all__ = ["MultipleChoiceData"]
+
 _UNKNOWN = -1
 _ENOUGH_TO_TELL = 30
 """Rows after which it is no chance that the first choice is never right."""

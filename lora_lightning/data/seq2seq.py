@@ -14,6 +14,8 @@ from lora_lightning.data.sources import Record, Source
 from lora_lightning.data.tokenizers import padding_tokenizer, tell_too_long
 from lora_lightning.errors import ConfigError
 
+__all__ = ["Seq2SeqData"]
+
 
 class Seq2SeqData(ColumnData):
     """Reads pairs of texts for `Seq2SeqLM`; see `RecordData` for sources and splits.

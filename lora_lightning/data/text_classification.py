@@ -17,6 +17,8 @@ from lora_lightning.data.sources import Record, Source
 from lora_lightning.data.tokenizers import tokenize
 from lora_lightning.errors import ConfigError
 
+__all__ = ["TextClassificationData"]
+
 
 class TextClassificationData(ColumnData):
     """Reads labelled texts for `SequenceClassification`; see `RecordData` for sources and splits.

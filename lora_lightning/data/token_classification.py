@@ -27,6 +27,8 @@ from lora_lightning.data.tokenizers import Tokens, tokenize
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.paths import some_of
 
+__all__ = ["TokenClassificationData"]
+
 _NOT_A_START = -1
 _USUAL_COLUMNS = {"token_column": "tokens", "tag_column": "tags"}
 _LISTED_WORDS = re.compile(r"\[\s*['\"]")

@@ -34,6 +34,8 @@ from lora_lightning.peft_format.copies import is_copy
 if TYPE_CHECKING:
     import lightning as L
 
+__all__ = ["merge_checkpoint"]
+
 _SIZE = re.compile(r"\d+(\.\d+)?\s*[KMGT]B", re.IGNORECASE)
 
 

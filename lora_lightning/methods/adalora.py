@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import adapters_of
 from lora_lightning.adapters.base import (
+    About,
     Adapter,
     Role,
     TargetedMethod,
@@ -27,6 +28,8 @@ from lora_lightning.adapters.weights import Host, codec_of
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.lora import check_host, check_rank
 from lora_lightning.methods.low_rank import LowRankAdapter
+
+__all__ = ["AdaLoRA"]
 
 _REMEDY = "Lower init_r (one and a half times target_r unless given), or leave this layer out."
 _PARTS = ("lora_A", "lora_E", "lora_B")
@@ -160,6 +163,13 @@ class AdaLoRA(TargetedMethod):
     """
 
     name: ClassVar[str] = "adalora"
+    about: ClassVar[About] = About(
+        trains="`W + s·PΛQ`; the budget of ranks moves to the layers that need it",
+        where="linear layers",
+        principle="ranks dealt out by importance",
+        suits="uneven layers, a tight budget",
+        difficulty="moderate: a schedule",
+    )
     size_setting: ClassVar[str | None] = "target_r"
     usual_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)
     training_settings: ClassVar[frozenset[str]] = TargetedMethod.training_settings | {

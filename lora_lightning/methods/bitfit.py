@@ -10,11 +10,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, Method, OutputAdapter, Role
+from lora_lightning.adapters.base import About, Adapter, Method, OutputAdapter, Role
 from lora_lightning.adapters.targets import find_modules, has_suffix, is_within
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import RESERVED, Host, HostKind, codec_of, find_codec, original_class
 from lora_lightning.errors import ConfigError, NotMergeable, TargetError
+
+__all__ = ["BitFit"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,13 @@ class BitFit(Method):
     """
 
     name: ClassVar[str] = "bitfit"
+    about: ClassVar[About] = About(
+        trains="biases, all or some",
+        where="every layer with a bias",
+        principle="only biases learn",
+        suits="small data on encoders",
+        difficulty="easy; needs biases",
+    )
     usual_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)
 
     bias: Literal["all"] | list[str] = "all"

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lora_lightning.adapters.arguments import by_position
 from lora_lightning.adapters.base import (
+    About,
     Adapter,
     InputAdapter,
     Method,
@@ -28,6 +29,8 @@ from lora_lightning.adapters.targets import ends_with_any, has_suffix, is_within
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import RESERVED, Host, codec_of
 from lora_lightning.errors import ConfigError, NotMergeable, TargetError
+
+__all__ = ["BottleneckAdapter"]
 
 Style = Literal["houlsby", "pfeiffer", "parallel"]
 NonLinearity = Literal["relu", "silu", "swish", "gelu", "tanh"]
@@ -83,6 +86,13 @@ class BottleneckAdapter(Method):
     """
 
     name: ClassVar[str] = "bottleneck"
+    about: ClassVar[About] = About(
+        trains="a small MLP after attention and FFN (`houlsby`), after the FFN (`pfeiffer`), beside it (`parallel`)",
+        where="every block",
+        principle="small networks after sub-layers",
+        suits="many tasks, modular reuse",
+        difficulty="easy; slows inference",
+    )
     training_settings: ClassVar[frozenset[str]] = Method.training_settings | {"dropout"}
     size_setting: ClassVar[str | None] = "width"
     usual_rates: ClassVar[tuple[float, ...]] = (3e-4, 1e-3, 3e-3)

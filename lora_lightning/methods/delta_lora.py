@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import adapters_of
-from lora_lightning.adapters.base import Adapter, check_positive
+from lora_lightning.adapters.base import About, Adapter, check_positive
 from lora_lightning.adapters.weights import Host
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.lora import LoRA
 from lora_lightning.methods.low_rank import LowRankAdapter
+
+__all__ = ["DeltaLoRA"]
 
 
 class DeltaLoRAAdapter(LowRankAdapter):
@@ -77,6 +79,13 @@ class DeltaLoRA(LoRA):
     """
 
     name: ClassVar[str] = "delta_lora"
+    about: ClassVar[About] = About(
+        trains="LoRA whose change also moves the weight",
+        where="linear layers",
+        principle="the weight follows LoRA's changes",
+        suits="more capacity at LoRA's memory",
+        difficulty="moderate: start and strength",
+    )
     takes_experts: ClassVar[bool] = False
     training_settings: ClassVar[frozenset[str]] = LoRA.training_settings | {"start_step"}
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import Adapter, Role, check_choice
+from lora_lightning.adapters.base import About, Adapter, Role, check_choice
 from lora_lightning.adapters.functional import (
     adapted_dora_linear,
     dora_norm,
@@ -22,6 +22,8 @@ from lora_lightning.adapters.weights import Host, HostKind, codec_of, read_weigh
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.lora import LoRA
 from lora_lightning.methods.low_rank import LowRankAdapter
+
+__all__ = ["DoRA"]
 
 MagnitudeAxis = Literal["output", "input"]
 
@@ -122,6 +124,13 @@ class DoRA(LoRA):
     """
 
     name: ClassVar[str] = "dora"
+    about: ClassVar[About] = About(
+        trains="magnitude and direction of `W + s·BA`, per output row or input column",
+        where="as `LoRA`, without experts",
+        principle="LoRA on the direction, a magnitude apart",
+        suits="low ranks; closer to full fine-tuning",
+        difficulty="easy; slower steps",
+    )
     takes_experts: ClassVar[bool] = False
 
     magnitude_axis: MagnitudeAxis = "output"

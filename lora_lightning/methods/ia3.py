@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lightning.adapters.arguments import by_position
-from lora_lightning.adapters.base import Adapter, InputAdapter, OutputAdapter, Role, TargetedMethod
+from lora_lightning.adapters.base import About, Adapter, InputAdapter, OutputAdapter, Role, TargetedMethod
 from lora_lightning.adapters.targets import select_hosts
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import Host, HostKind, codec_of
 from lora_lightning.errors import ConfigError, TargetError
+
+__all__ = ["IA3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,13 @@ class IA3(TargetedMethod):
     """
 
     name: ClassVar[str] = "ia3"
+    about: ClassVar[About] = About(
+        trains="scales of keys, values and the FFN's inner activations",
+        where="attention and FFN",
+        principle="scales keys, values and FFN inputs",
+        suits="few examples, fewest parameters",
+        difficulty="easy; high rates",
+    )
     usual_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)
 
     feedforward_modules: list[str] | str | None = None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import adapters_of
 from lora_lightning.adapters.base import (
+    About,
     Adapter,
     TargetedMethod,
     check_choice,
@@ -29,6 +30,8 @@ from lora_lightning.methods.eva import start_from_data
 from lora_lightning.methods.expert_lora import EXPERT_INITS, ExpertLoRAAdapter
 from lora_lightning.methods.low_rank import LowRankAdapter
 from lora_lightning.methods.parameter_lora import ParameterLoRAAdapter
+
+__all__ = ["LoRA"]
 
 Scaling = Literal["standard", "rslora", "alpha"]
 _LIMITED_INITS = ("pissa", "olora", "loftq")
@@ -75,6 +78,19 @@ class LoRA(TargetedMethod):
     """
 
     name: ClassVar[str] = "lora"
+    about: ClassVar[About] = About(
+        trains=(
+            "`W + s·BA`; scalings `standard`, `rslora`, `alpha`; starts `kaiming`, `gaussian`, `pissa`, "
+            "`olora`, `loftq`, `eva`"
+        ),
+        where=(
+            "linear layers, GPT-2's Conv1D, embeddings, convolutions, 4- and 8-bit linears, experts (3-D "
+            "tensors) of Mixtral, Qwen-MoE, DeepSeek, GPT-OSS, …, parameters by name"
+        ),
+        principle="low-rank update beside each weight",
+        suits="the usual first choice",
+        difficulty="easy: rank and rate",
+    )
     size_setting: ClassVar[str | None] = "r"
     training_settings: ClassVar[frozenset[str]] = TargetedMethod.training_settings | {"dropout", "init"}
     takes_experts: ClassVar[bool] = True

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lora_lightning.adapters.attach import adapters_of
-from lora_lightning.adapters.base import Adapter, Role, check_choice, check_positive, check_positive_int
+from lora_lightning.adapters.base import About, Adapter, Role, check_choice, check_positive, check_positive_int
 from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.adapters.weights import Host
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.methods.lora import LoRA
 from lora_lightning.methods.low_rank import LowRankAdapter
+
+__all__ = ["LoRADrop"]
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +122,13 @@ class LoRADrop(LoRA):
     """
 
     name: ClassVar[str] = "lora_drop"
+    about: ClassVar[About] = About(
+        trains="LoRA on the layers that matter for the data; the others share one",
+        where="linear layers",
+        principle="LoRA only where its output is large",
+        suits="many layers, few of them needed",
+        difficulty="moderate: calibration",
+    )
     takes_experts: ClassVar[bool] = False
     training_settings: ClassVar[frozenset[str]] = LoRA.training_settings | {
         *("threshold", "calibration_steps", "calibration_lr", "sample_batches")

@@ -7,11 +7,13 @@ from typing import ClassVar
 
 from torch import nn
 
-from lora_lightning.adapters.base import Adapter
+from lora_lightning.adapters.base import About, Adapter
 from lora_lightning.adapters.weights import HostKind, codec_of
 from lora_lightning.errors import TargetError
 from lora_lightning.methods.lora import LoRA
 from lora_lightning.methods.low_rank import LowRankAdapter
+
+__all__ = ["LoRAFA"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,13 @@ class LoRAFA(LoRA):
     """
 
     name: ClassVar[str] = "lora_fa"
+    about: ClassVar[About] = About(
+        trains="`B` alone; the layer keeps `xAᵀ` for backward, not `x`",
+        where="linear layers",
+        principle="LoRA with A frozen",
+        suits="little memory for activations",
+        difficulty="easy",
+    )
     takes_experts: ClassVar[bool] = False
     usual_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)
 

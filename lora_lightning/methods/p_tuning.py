@@ -8,10 +8,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import check_choice, check_dropout, check_positive_int
+from lora_lightning.adapters.base import About, check_choice, check_dropout, check_positive_int
 from lora_lightning.adapters.view import ModelView, PromptPlace
 from lora_lightning.methods.prompt_tuning import SoftPrompt
 from lora_lightning.methods.soft_prompt import SoftPromptAdapter
+
+__all__ = ["PTuning"]
 
 EncoderKind = Literal["mlp", "lstm"]
 
@@ -69,6 +71,13 @@ class PTuning(SoftPrompt):
     """
 
     name: ClassVar[str] = "p_tuning"
+    about: ClassVar[About] = About(
+        trains="virtual tokens in front of the input, out of an MLP or LSTM that is folded away",
+        where="the model's input",
+        principle="trained embeddings out of a small encoder",
+        suits="understanding with frozen models",
+        difficulty="moderate: an encoder",
+    )
     size_setting: ClassVar[str | None] = None  # nearly all parameters are the encoder's, which is folded away
     training_settings: ClassVar[frozenset[str]] = SoftPrompt.training_settings | {
         *("encoder", "encoder_hidden_size", "encoder_num_layers", "encoder_dropout")

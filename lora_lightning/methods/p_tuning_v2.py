@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lora_lightning.adapters.base import About
 from lora_lightning.adapters.view import AttentionPlace
 from lora_lightning.methods.prefix import Prefix
+
+__all__ = ["PTuningV2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,13 @@ class PTuningV2(Prefix):
     """
 
     name: ClassVar[str] = "p_tuning_v2"
+    about: ClassVar[About] = About(
+        trains="keys and values in front of every layer's, directly",
+        where="every attention",
+        principle="deep prompts without an encoder",
+        suits="understanding, sequence labelling",
+        difficulty="moderate: length and rate",
+    )
 
     def encoders(self, attentions: Sequence[AttentionPlace], width: int) -> Sequence[None]:
         """Return none: keys and values are trained directly."""

@@ -9,10 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import check_positive_int
+from lora_lightning.adapters.base import About, check_positive_int
 from lora_lightning.adapters.view import AttentionPlace
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.prefix import Prefix
+
+__all__ = ["PrefixTuning"]
 
 
 class SharedPrefix(nn.Module):
@@ -79,6 +81,13 @@ class PrefixTuning(Prefix):
     """
 
     name: ClassVar[str] = "prefix_tuning"
+    about: ClassVar[About] = About(
+        trains="keys and values in front of every layer's, out of an MLP that is folded away",
+        where="every attention",
+        principle="trained keys and values in every layer",
+        suits="generation",
+        difficulty="moderate: reparameterised",
+    )
     size_setting: ClassVar[str | None] = None  # nearly all parameters are the encoder's, which is folded away
     training_settings: ClassVar[frozenset[str]] = Prefix.training_settings | {
         "prefix_projection",

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import iter_adapters, join
-from lora_lightning.adapters.base import Adapter, Method, check_choice, check_positive_int
+from lora_lightning.adapters.base import About, Adapter, Method, check_choice, check_positive_int
 from lora_lightning.adapters.view import ModelView, PromptPlace
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.soft_prompt import CrossMaskAdapter, PlaceholderAdapter, SoftPromptAdapter
+
+__all__ = ["PromptTuning"]
 
 PromptInit = Literal["random", "vocabulary", "text"]
 _RANDOM_STD = 0.5
@@ -78,6 +80,13 @@ class PromptTuning(SoftPrompt):
     """
 
     name: ClassVar[str] = "prompt_tuning"
+    about: ClassVar[About] = About(
+        trains="virtual tokens in front of the input",
+        where="the model's input",
+        principle="trained embeddings before the input",
+        suits="large models, many tasks in a batch",
+        difficulty="hard to train small models",
+    )
     training_settings: ClassVar[frozenset[str]] = SoftPrompt.training_settings | {"init", "init_text"}
 
     init: PromptInit = "vocabulary"

@@ -8,6 +8,8 @@ from lora_lightning.adapters.attach import iter_adapters
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.low_rank import LowRankAdapter
 
+__all__ = ["recompute_activations"]
+
 
 def recompute_activations(model: nn.Module) -> None:
     """Free the inputs of adapted linear layers that came out of an activation or a product; backward makes them again.

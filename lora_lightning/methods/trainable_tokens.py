@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.adapters.base import Adapter, ForwardAdapter, Method, Role
+from lora_lightning.adapters.base import About, Adapter, ForwardAdapter, Method, Role
 from lora_lightning.adapters.targets import find_modules
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import RESERVED, Host, HostKind, codec_of, find_codec, read_weight
 from lora_lightning.errors import ConfigError, TargetError
+
+__all__ = ["TrainableTokens"]
 
 
 class TokenRows(nn.Module):
@@ -136,6 +138,13 @@ class TrainableTokens(Method):
     """
 
     name: ClassVar[str] = "trainable_tokens"
+    about: ClassVar[About] = About(
+        trains="the rows of chosen tokens, such as added ones",
+        where="embeddings, and output layers that share their weight",
+        principle="chosen rows of the embeddings",
+        suits="tokens that were added",
+        difficulty="easy: name the tokens",
+    )
     usual_rates: ClassVar[tuple[float, ...]] = (1e-3, 3e-3, 1e-2)
 
     token_indices: list[int] = field(default_factory=list)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import adapters_of, join
 from lora_lightning.adapters.base import (
+    About,
     Adapter,
     Role,
     TargetedMethod,
@@ -25,6 +26,8 @@ from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import Host, HostKind, codec_of
 from lora_lightning.errors import CheckpointError, ConfigError, TargetError
 from lora_lightning.methods.low_rank import LowRankAdapter
+
+__all__ = ["VeRA"]
 
 _DIGEST_BYTES = 32
 
@@ -194,6 +197,13 @@ class VeRA(TargetedMethod):
     """
 
     name: ClassVar[str] = "vera"
+    about: ClassVar[About] = About(
+        trains="two vectors a layer around one random pair `B`, `A` that all layers share",
+        where="linear layers",
+        principle="shared random factors, trained scales",
+        suits="very many adapters of one base",
+        difficulty="easy; high rates",
+    )
     training_settings: ClassVar[frozenset[str]] = TargetedMethod.training_settings | {"dropout", "d_initial"}
     size_setting: ClassVar[str | None] = None  # r grows it by one number a layer, and memory and time by a rank
     usual_rates: ClassVar[tuple[float, ...]] = (3e-3, 1e-2, 3e-2)

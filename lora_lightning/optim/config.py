@@ -15,6 +15,8 @@ import torch
 from lora_lightning.errors import ConfigError
 from lora_lightning.trust import check_import
 
+__all__ = ["Optim"]
+
 Schedule = Literal["constant", "linear", "cosine"]
 EMBEDDING_LR_OF_LORA_PLUS = 1e-6
 BITSANDBYTES_OPTIMIZERS = (

@@ -11,6 +11,8 @@ from lora_lightning.adapters import Role, iter_roles
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim.config import EMBEDDING_LR_OF_LORA_PLUS, Optim, dense_alternative
 
+__all__ = ["param_groups"]
+
 _VECTOR_ROLES = (Role.MAGNITUDE, Role.VECTOR, Role.BIAS)
 _WITH_FUSED_KERNEL = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 

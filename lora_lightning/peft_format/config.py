@@ -13,10 +13,9 @@ from lora_lightning.peft_format.kinds.prompts import parse_p_tuning, parse_promp
 from lora_lightning.peft_format.kinds.tokens import parse_tokens
 from lora_lightning.peft_format.kinds.vera import parse_vera
 from lora_lightning.peft_format.lora.config import parse_lora
-from lora_lightning.peft_format.names import CONFIG_NAME, PEFT_WEIGHTS_NAME
-from lora_lightning.peft_format.schema.targets import PeftConfig
-
-__all__ = ["CONFIG_NAME", "KINDS", "PEFT_WEIGHTS_NAME", "PeftConfig", "parse_peft_config"]
+from lora_lightning.peft_format.names import CONFIG_NAME as CONFIG_NAME
+from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
+from lora_lightning.peft_format.schema.targets import PeftConfig as PeftConfig
 
 KINDS: Mapping[str, Callable[[Mapping[str, Any], str], PeftConfig]] = {
     "LORA": parse_lora,

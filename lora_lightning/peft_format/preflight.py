@@ -14,6 +14,8 @@ from torch import Tensor
 
 from lora_lightning.peft_format.names import PREFIX
 
+__all__ = ["preflight"]
+
 Tool = Literal["vllm", "llama.cpp"]
 TOOLS: tuple[Tool, ...] = ("vllm", "llama.cpp")
 

@@ -28,6 +28,8 @@ from lora_lightning.resume.position import Position
 from lora_lightning.resume.random_state import RandomState
 from lora_lightning.resume.unfinished import load_unfinished, unfinished_state
 
+__all__ = ["ExactResume"]
+
 KEY = "exact_resume"
 
 

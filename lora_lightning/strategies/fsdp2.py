@@ -19,6 +19,8 @@ from lora_lightning.strategies.sharding import average_gradients, broadcast_adap
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+__all__ = ["FSDP2Strategy"]
+
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Train a task whose frozen base is spread over all processes (FSDP2), as `trainer.strategy: fsdp2`.

@@ -50,6 +50,8 @@ from lora_lightning.tasks.step_output import StepOutput, batch_size_of
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
+__all__ = ["AdapterTask"]
+
 T = TypeVar("T")
 
 

@@ -15,6 +15,8 @@ from lora_lightning.tasks.generation import examples_of, generate, max_positions
 from lora_lightning.tasks.per_token import PerTokenTask
 from lora_lightning.tasks.token_loss import CHUNK, IGNORED, TokenSums, chunked_token_loss, supervised
 
+__all__ = ["CausalLM"]
+
 
 class CausalLM(PerTokenTask):
     """Fine-tunes a causal language model on the tokens that its data supervise.

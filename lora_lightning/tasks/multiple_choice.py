@@ -13,6 +13,8 @@ from lora_lightning.errors import DataError
 from lora_lightning.tasks.base import AdapterTask
 from lora_lightning.tasks.step_output import StepOutput
 
+__all__ = ["MultipleChoice"]
+
 
 class ChoiceAccuracy(MeanMetric):
     """Share of questions whose choice is right, however many choices each has."""

@@ -17,6 +17,8 @@ from lora_lightning.tasks.settings import labels
 from lora_lightning.tasks.step_output import StepOutput
 from lora_lightning.tasks.token_loss import TokenSums
 
+__all__ = ["PerTokenTask"]
+
 _UNIT = 1024.0
 """Backward starts from the sum over this many tokens, so that gradients stay in half precision's range."""
 

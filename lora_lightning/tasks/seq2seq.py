@@ -21,6 +21,8 @@ from lora_lightning.tasks.per_token import PerTokenTask
 from lora_lightning.tasks.text_overlap import Overlap, overlap
 from lora_lightning.tasks.token_loss import CHUNK, IGNORED, TokenSums, chunked_token_loss
 
+__all__ = ["Seq2SeqLM"]
+
 _NOT_FOR_THE_ENCODER = ("labels", "decoder_input_ids", "decoder_attention_mask")
 
 

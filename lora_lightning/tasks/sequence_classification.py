@@ -19,6 +19,8 @@ from lora_lightning.tasks.step_output import StepOutput
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
+__all__ = ["SequenceClassification"]
+
 log = logging.getLogger(__name__)
 
 

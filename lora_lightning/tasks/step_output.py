@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+__all__ = ["StepOutput"]
+
 
 class StepOutput(NamedTuple):
     """What `compute_loss` returns.

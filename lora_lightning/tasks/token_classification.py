@@ -18,6 +18,8 @@ from lora_lightning.tasks.token_loss import IGNORED
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
+__all__ = ["TokenClassification"]
+
 _NOT_FOR_THE_MODEL = ("labels", "words", "sentences")
 
 

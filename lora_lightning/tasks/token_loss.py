@@ -17,6 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lora_lightning.backbones.output_head import LogitMap
 
+__all__ = ["TokenSums"]
+
 IGNORED = -100
 """The label of a token that is not supervised."""
 

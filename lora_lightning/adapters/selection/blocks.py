@@ -13,6 +13,8 @@ from lora_lightning.adapters.host import AdapterStack
 from lora_lightning.adapters.selection.state import NONE, Choice, Names, Selector, choosing
 from lora_lightning.adapters.weights import RESERVED
 
+__all__ = ["disabled"]
+
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:

@@ -24,6 +24,8 @@ from torch import nn
 from lora_lightning.adapters.selection.compiling import make_room_for
 from lora_lightning.errors import ConfigError
 
+__all__ = ["bind"]
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -2,64 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from lora_lightning.adapters.base import About
 from lora_lightning.commands._compare.ends import FROZEN, FULL
+from lora_lightning.commands._compare.entries import LORA_PLUS, known_names
 
+LORA_PLUS_WORDS = About(
+    trains="`optim: {lora_plus_ratio: 16}`: the rate of every `B`",
+    where="every low-rank method (`A` and `B`)",
+    principle="LoRA whose B learns faster than A",
+    suits="LoRA that learns too slowly",
+    difficulty="easy: one ratio more",
+)
 
-@dataclass(frozen=True)
-class Words:
-    """Three columns of a method.
-
-    Args:
-        principle: What it changes.
-        suits: Where it is at home.
-        difficulty: How hard it is to set up.
-    """
-
-    principle: str = "-"
-    suits: str = "-"
-    difficulty: str = "-"
-
-
-WORDS = {
-    FROZEN: Words("only the head learns", "features that fit already; a lower bound", "none"),
-    FULL: Words("every weight learns", "much data and memory; an upper bound", "low rates, full checkpoints"),
-    "LoRA": Words("low-rank update beside each weight", "the usual first choice", "easy: rank and rate"),
-    "LoRA+": Words("LoRA whose B learns faster than A", "LoRA that learns too slowly", "easy: one ratio more"),
-    "DoRA": Words(
-        "LoRA on the direction, a magnitude apart", "low ranks; closer to full fine-tuning", "easy; slower steps"
+_NO_METHODS = {
+    FROZEN: About(
+        principle="only the head learns", suits="features that fit already; a lower bound", difficulty="none"
     ),
-    "AdaLoRA": Words("ranks dealt out by importance", "uneven layers, a tight budget", "moderate: a schedule"),
-    "VeRA": Words("shared random factors, trained scales", "very many adapters of one base", "easy; high rates"),
-    "LoRAFA": Words("LoRA with A frozen", "little memory for activations", "easy"),
-    "DeltaLoRA": Words(
-        "the weight follows LoRA's changes", "more capacity at LoRA's memory", "moderate: start and strength"
+    FULL: About(
+        principle="every weight learns",
+        suits="much data and memory; an upper bound",
+        difficulty="low rates, full checkpoints",
     ),
-    "LoRADrop": Words(
-        "LoRA only where its output is large", "many layers, few of them needed", "moderate: calibration"
-    ),
-    "IA3": Words("scales keys, values and FFN inputs", "few examples, fewest parameters", "easy; high rates"),
-    "BottleneckAdapter": Words("small networks after sub-layers", "many tasks, modular reuse", "easy; slows inference"),
-    "BitFit": Words("only biases learn", "small data on encoders", "easy; needs biases"),
-    "PromptTuning": Words(
-        "trained embeddings before the input", "large models, many tasks in a batch", "hard to train small models"
-    ),
-    "PTuning": Words("the same, out of a small encoder", "understanding with frozen models", "moderate: an encoder"),
-    "PrefixTuning": Words("trained keys and values in every layer", "generation", "moderate: reparameterised"),
-    "PTuningV2": Words(
-        "deep prompts without an encoder", "understanding, sequence labelling", "moderate: length and rate"
-    ),
-    "TrainableTokens": Words("chosen rows of the embeddings", "tokens that were added", "easy: name the tokens"),
+    LORA_PLUS: LORA_PLUS_WORDS,
 }
-"""By the name of the method's class, LoRA+, or the end."""
+"""The rows of a comparison that are no class of their own."""
 
 
-def words_of(name: str) -> Words:
-    """Return what is said about a method; hyphens for one that is not known here.
+def words_of(name: str) -> About:
+    """Return what is said about a row of a comparison: a method by its class's name, LoRA+, or an end.
 
     Example:
-        >>> words_of("NobodysMethod").suits
-        '-'
+        >>> words_of("LoRA").suits, words_of("NobodysMethod").suits
+        ('the usual first choice', '-')
     """
-    return WORDS.get(name, Words())
+    if name in _NO_METHODS:
+        return _NO_METHODS[name]
+    method = known_names().get(name)
+    return About() if method is None else method.about
