@@ -15,7 +15,7 @@ from lora_lightning.errors import ConfigError, UserError, trouble_of_disk
 from lora_lightning.trust import be_strict
 
 PROG = "lora-lightning"
-OK, BUG, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+OK, BUG, MISTAKE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except SystemExit as stop:
         return _status(stop)
+    except BrokenPipeError:  # such as `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except Exception as error:
         mistake = _mistake(error)
         if mistake is None:
@@ -77,6 +80,10 @@ def run(arguments: list[str]) -> int:
 
         kind = "the command comes first, but got" if name.startswith("-") else "unknown command"
         raise ConfigError(f"{kind} `{name}`; {suggestion(name, commands, 'commands')}")
+    topic, rest = _help_topic(rest)
+    if topic is not None and (name in LIGHTNING_COMMANDS or topic not in ("", "all")) and topic != "all":
+        print(_help_on(topic, name, commands[name]))
+        return OK
     if name in LIGHTNING_COMMANDS:
         from lora_lightning.cli import run_lightning
 
@@ -100,10 +107,38 @@ def help_text() -> str:
             "commands:",
             *lines,
             "",
-            f"{PROG} COMMAND --help lists a command's settings. --version shows the version; --debug shows tracebacks.",
+            f"{PROG} COMMAND --help shows a command's usual settings, {PROG} fit --help all every setting.",
+            "--version shows the version; --debug shows tracebacks.",
             "--strict imports nothing that a config or checkpoint names, but from an allowed list (see SECURITY.md).",
         ]
     )
+
+
+def _help_topic(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Return the word after `--help`, empty if there is none and None without `--help`; and the line without it.
+
+    Example:
+        >>> _help_topic(["--config", "a.yaml", "--help", "all"])
+        ('all', ['--config', 'a.yaml', '--help'])
+    """
+    position = next((index for index, word in enumerate(arguments) if word in ("-h", "--help")), None)
+    if position is None:
+        return None, arguments
+    rest = arguments[position + 1 :]
+    if not rest or rest[0].startswith("-"):
+        return "", arguments
+    return rest[0], [*arguments[: position + 1], *rest[1:]]
+
+
+def _help_on(topic: str, command: str, summary: str) -> str:
+    """Return the short help of a subcommand, or with a topic the settings of the class of this name."""
+    if topic:
+        from lora_lightning.config.class_help import class_help
+
+        return class_help(topic)
+    from lora_lightning.config.short_help import short_help
+
+    return short_help(command, summary)
 
 
 def _mistake(error: BaseException) -> str | None:

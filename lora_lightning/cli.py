@@ -187,6 +187,7 @@ class AdapterCLI(LightningCLI):
         """Build a parser that reads strict YAML, takes no abbreviations and raises instead of exiting."""
         settings: dict[str, Any] = {
             "prog": PROG,
+            "usage": f"{PROG} {self.chosen} [--config FILE] [--name value ...]",
             "exit_on_error": False,
             "allow_abbrev": False,
             "parser_mode": PARSER_MODE,

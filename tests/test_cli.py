@@ -143,7 +143,7 @@ import sys
 import lightning.pytorch.cli
 before = {name for name in sys.modules if name.split(".")[0] in ("transformers", "datasets", "sklearn", "peft")}
 from lora_lightning.__main__ import main
-status = main(["fit", "--help"])
+status = main(["fit", "--help", "all"])
 after = {name for name in sys.modules if name.split(".")[0] in ("transformers", "datasets", "sklearn", "peft")}
 print("new:", sorted(after - before), status)
 """
