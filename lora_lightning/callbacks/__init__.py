@@ -9,7 +9,9 @@ from lora_lightning.callbacks.metric_curve import MetricCurve
 from lora_lightning.callbacks.non_finite_guard import NonFiniteGuard
 from lora_lightning.callbacks.out_of_memory_guard import OutOfMemoryGuard
 from lora_lightning.callbacks.paced_progress_bar import PacedProgressBar
+from lora_lightning.callbacks.plain_progress import PlainProgress
 from lora_lightning.callbacks.rank_watch import RankWatch
+from lora_lightning.callbacks.run_report import RunReport
 from lora_lightning.callbacks.sample_generations import SampleGenerations
 from lora_lightning.callbacks.signal_guard import SignalGuard
 from lora_lightning.callbacks.throughput import Throughput
@@ -26,7 +28,9 @@ __all__ = [
     "NonFiniteGuard",
     "OutOfMemoryGuard",
     "PacedProgressBar",
+    "PlainProgress",
     "RankWatch",
+    "RunReport",
     "SampleGenerations",
     "SignalGuard",
     "Throughput",
