@@ -18,7 +18,9 @@ from lora_lightning.callbacks.metric_curve import MetricCurve as MetricCurve
 from lora_lightning.callbacks.non_finite_guard import NonFiniteGuard as NonFiniteGuard
 from lora_lightning.callbacks.out_of_memory_guard import OutOfMemoryGuard as OutOfMemoryGuard
 from lora_lightning.callbacks.paced_progress_bar import PacedProgressBar as PacedProgressBar
+from lora_lightning.callbacks.plain_progress import PlainProgress as PlainProgress
 from lora_lightning.callbacks.rank_watch import RankWatch as RankWatch
+from lora_lightning.callbacks.run_report import RunReport as RunReport
 from lora_lightning.callbacks.sample_generations import SampleGenerations as SampleGenerations
 from lora_lightning.callbacks.signal_guard import SignalGuard as SignalGuard
 from lora_lightning.callbacks.throughput import Throughput as Throughput

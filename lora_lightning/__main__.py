@@ -12,6 +12,7 @@ from typing import NoReturn
 from lora_lightning import __version__
 from lora_lightning.commands import LIGHTNING_COMMANDS, all_commands, load_command
 from lora_lightning.errors import ConfigError, UserError, trouble_of_disk
+from lora_lightning.run.quiet import hide_bars
 from lora_lightning.trust import be_strict
 
 PROG = "lora-lightning"
@@ -175,6 +176,7 @@ def script() -> NoReturn:
     One rank of several ends itself: in torch 2.13 a thread of gloo may drop the tensors of its last broadcast while the
     interpreter ends, which aborts a run that has succeeded (`terminate called without an active exception`).
     """
+    hide_bars()
     status = main()
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
@@ -15,6 +12,7 @@ from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning import __version__
 from lora_lightning import data as _data  # noqa: F401 - its classes are known by their short names
@@ -25,7 +23,9 @@ from lora_lightning.callbacks import (
     MetricCurve,
     OutOfMemoryGuard,
     PacedProgressBar,
+    PlainProgress,
     RankWatch,
+    RunReport,
     Throughput,
 )
 from lora_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
@@ -48,7 +48,10 @@ from lora_lightning.config.signatures import (
 )
 from lora_lightning.config.strict_yaml import PARSER_MODE, register
 from lora_lightning.errors import ConfigError
-from lora_lightning.tasks import AdapterTask
+from lora_lightning.run.ending import ending
+from lora_lightning.run.quiet import tidy_output
+from lora_lightning.run.trainer import LogInterval, RunTrainer
+from lora_lightning.tasks import AdapterTask, CausalLM, Seq2SeqLM
 
 PROG = "lora-lightning"
 DEFAULT_SEED = 42
@@ -73,12 +76,7 @@ def run_lightning(subcommand: str, arguments: Sequence[str]) -> AdapterCLI:
     """
     register()
     set_import_policy()
-    with _progress_on_stdout(), warnings.catch_warnings():
-        # Lightning calls a function that torch deprecates, and texts tokenized beforehand need no workers.
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        if subcommand != "fit":  # said of a run's checkpoints, which an evaluation does not continue
-            warnings.filterwarnings("ignore", message="The dirpath has changed from")
+    with tidy_output(is_fit=subcommand == "fit"):
         return AdapterCLI(subcommand, arguments)
 
 
@@ -104,12 +102,16 @@ def default_callbacks(
         callbacks.append(AdapterCheckpoint())
     if wanted(ModelSummary, "enable_model_summary"):
         callbacks.append(AdapterSummary())
-    if wanted(ProgressBar, "enable_progress_bar"):
-        callbacks.append(PacedProgressBar())
-    if wanted(MetricCurve):
-        callbacks.append(MetricCurve())
+    if wanted(LogInterval):
+        callbacks.append(LogInterval())
     if wanted(Throughput):
         callbacks.append(Throughput())
+    if wanted(ProgressBar, "enable_progress_bar"):  # after Throughput, whose figures it shows
+        callbacks.append(PacedProgressBar() if sys.stdout.isatty() else PlainProgress())
+    if wanted(MetricCurve):
+        callbacks.append(MetricCurve())
+    if wanted(RunReport):
+        callbacks.append(RunReport())
     if wanted(RankWatch):
         callbacks.append(RankWatch())
     return callbacks + [guard for guard in (guards or Guards()).callbacks() if wanted(type(guard))]
@@ -170,6 +172,7 @@ class AdapterCLI(LightningCLI):
         super().__init__(
             model_class=AdapterTask,
             datamodule_class=L.LightningDataModule,
+            trainer_class=RunTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=RunConfig,
@@ -280,7 +283,7 @@ class AdapterCLI(LightningCLI):
             {
                 "model": AdapterTask,
                 "data": L.LightningDataModule,
-                "trainer": parameters_of(L.Trainer),
+                "trainer": parameters_of(RunTrainer),
                 "guards": parameters_of(Guards),
                 "seed_everything": Union[bool, int],  # noqa: UP007 - as Lightning declares it
                 **{name: hint for name, hint in method.items() if name not in skipped},
@@ -341,6 +344,10 @@ class AdapterCLI(LightningCLI):
         Raises:
             TrainingError: Memory ran out.
         """
+        trainer = self.trainer
+        device = type(trainer.accelerator).__name__.removesuffix("Accelerator").lower()
+        processes = "1 process" if trainer.world_size == 1 else f"{trainer.world_size} processes"
+        rank_zero_info(f"Running {subcommand} on {device} in {processes}, precision {trainer.precision}.")
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
@@ -350,22 +357,6 @@ class AdapterCLI(LightningCLI):
             if told is None:
                 raise
             raise told from error
-
-
-@contextmanager
-def _progress_on_stdout() -> Iterator[None]:
-    """Send what Lightning reports of its progress to stdout, so that stderr holds warnings and errors alone."""
-    handlers = [
-        handler
-        for name in ("lightning", "lightning.pytorch", "lightning.fabric")
-        for handler in logging.getLogger(name).handlers
-        if type(handler) is logging.StreamHandler
-    ]
-    streams = [handler.stream for handler in handlers]
-    try:
-        for handler in handlers:
-            handler.setStream(sys.stdout)
-        yield
-    finally:
-        for handler, stream in zip(handlers, streams, strict=True):
-            handler.setStream(stream)
+        if subcommand == "fit":
+            lines = ending(trainer, is_language_model=isinstance(self.model, CausalLM | Seq2SeqLM))
+            rank_zero_info("\n".join(lines))

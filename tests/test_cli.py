@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 
 import lightning as L
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -22,7 +23,9 @@ from lora_lightning.callbacks import (
     NonFiniteGuard,
     OutOfMemoryGuard,
     PacedProgressBar,
+    PlainProgress,
     RankWatch,
+    RunReport,
     SignalGuard,
     Throughput,
 )
@@ -30,6 +33,7 @@ from lora_lightning.cli import default_callbacks, run_lightning
 from lora_lightning.errors import DataError
 from lora_lightning.methods import LoRA
 from lora_lightning.optim import Optim
+from lora_lightning.run.trainer import LogInterval
 from tests.cli_toys import ToyData, ToyTask
 
 pytestmark = [
@@ -94,7 +98,10 @@ def write(text, name="bad.yaml"):
 
 
 def metrics_of(folder):
-    return {path.name: path.read_text() for path in Path(folder).glob("metrics.csv")}
+    """Return what a run logged, but for how long it took."""
+    metrics = pd.read_csv(Path(folder) / "metrics.csv")
+    counted = metrics.drop(columns=[name for name in metrics if name.endswith("per_second")])
+    return counted.fillna(-1.0).to_dict("list")  # an empty cell equals another
 
 
 # Commands. What most mistakes are told as is in the table of tests/faults.
@@ -346,7 +353,7 @@ def test_several_methods_and_a_task_with_its_own_data():
 def test_switched_off_parts_stay_off():
     off = ["--trainer.enable_checkpointing=false", "--trainer.logger=false"]
     assert main(["fit", "--config", "good.yaml", *off]) == 0
-    assert {path.name for path in Path("runs").rglob("*")} == {"config.yaml", "curve.png"}
+    assert {path.name for path in Path("runs").rglob("*")} == {"config.yaml", "curve.png", "report.html"}
 
 
 def test_fast_dev_run_writes_nothing():
@@ -360,20 +367,21 @@ def test_print_config(capsys):
     assert not Path("runs").exists()
 
 
-def test_default_callbacks_give_way_to_the_users():
+def test_default_callbacks_give_way_to_the_users(monkeypatch):
     guards = [NonFiniteGuard, IdleParameterGuard, OutOfMemoryGuard, SignalGuard]
-    kinds = [AdapterCheckpoint, AdapterSummary, PacedProgressBar, MetricCurve, Throughput, RankWatch, *guards]
+    others = [MetricCurve, RunReport, RankWatch, *guards]
+    kinds = [AdapterCheckpoint, AdapterSummary, LogInterval, Throughput, PlainProgress, *others]
     assert [type(callback) for callback in default_callbacks([], {})] == kinds
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     mine = [ModelCheckpoint(), Throughput()]
     assert [type(callback) for callback in default_callbacks(mine, {})] == [
         AdapterSummary,
+        LogInterval,
         PacedProgressBar,
-        MetricCurve,
-        RankWatch,
-        *guards,
+        *others,
     ]
     off = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    assert [type(callback) for callback in default_callbacks([], off)] == [MetricCurve, Throughput, RankWatch, *guards]
+    assert [type(callback) for callback in default_callbacks([], off)] == [LogInterval, Throughput, *others]
     assert default_callbacks([], {"barebones": True}) == []
 
 

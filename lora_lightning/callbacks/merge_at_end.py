@@ -14,7 +14,7 @@ from lora_lightning.callbacks.places import adapted_model, is_trial, run_folder
 from lora_lightning.errors import ConfigError, NotMergeable
 from lora_lightning.merging.merge import merge_checkpoint, refuse_taken
 from lora_lightning.merging.precision import DTYPES
-from lora_lightning.merging.report import UpdateLost
+from lora_lightning.merging.report import MergeReport, UpdateLost
 
 __all__ = ["MergeAtEnd"]
 
@@ -54,6 +54,7 @@ class MergeAtEnd(L.Callback):
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.which = which
         self.merged_dir: Path | None = None
+        self.report: MergeReport | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a folder that is taken before any training is done."""
@@ -91,7 +92,7 @@ class MergeAtEnd(L.Callback):
         except UpdateLost as error:
             rank_zero_warn(f"MergeAtEnd: {error}")
             return
-        self.merged_dir = report.output_dir
+        self.merged_dir, self.report = report.output_dir, report
         rank_zero_info(f"Merged {path.name} into {report.output_dir}. {report.loss.lines()[0]}")
 
     def _folder(self, trainer: L.Trainer) -> Path:

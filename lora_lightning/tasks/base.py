@@ -50,6 +50,8 @@ from lora_lightning.tasks.step_output import StepOutput, batch_size_of
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
+    from lora_lightning.tasks.tables import Table, TableMetric
+
 __all__ = ["AdapterTask"]
 
 T = TypeVar("T")
@@ -84,6 +86,7 @@ class AdapterTask(CheckpointState):
     Attributes:
         model: The adapted model; None before `configure_model`.
         label_names: Names of the classes by index, or None for tasks without classes.
+        evaluation_table: Table of the last evaluation, of all its sets together; None where the task has none.
     """
 
     auto_class: ClassVar[str] = "AutoModel"
@@ -121,6 +124,7 @@ class AdapterTask(CheckpointState):
         self._is_calibrated = False
         self._log_pace = LogPace()
         self._measures_of: dict[str, Measures] = {}
+        self.evaluation_table: Table | None = None
         specs = [class_config(one) for one in self.methods]
         self.keep_settings(
             backbone=backbone,
@@ -181,6 +185,10 @@ class AdapterTask(CheckpointState):
 
     def configure_metrics(self) -> MetricCollection | None:
         """Return the metrics of validation and test, or None."""
+        return None
+
+    def configure_table(self) -> TableMetric | None:
+        """Return a table of validation and test for the run's report, or None."""
         return None
 
     def predict(self, batch: Any) -> Any:  # noqa: ANN401 - the task's own type
@@ -361,6 +369,7 @@ class AdapterTask(CheckpointState):
         """Log after the last batch; figures of all sets together cannot be logged in the step of one loader."""
         if sets.names:
             self._log_measures(sets)
+        self.evaluation_table = self._measures(sets.stage).take_table()
 
     def _log_measures(self, sets: EvaluationSets) -> None:
         for prefix in sets.prefixes:
@@ -375,7 +384,8 @@ class AdapterTask(CheckpointState):
 
     def _add_measures(self, prefix: str, attribute: str) -> None:
         metrics = self.configure_metrics()
-        measures = Measures(None if metrics is None else metrics.clone()).to(self.device)
+        table = self.configure_table() if prefix in ("val", "test") else None
+        measures = Measures(None if metrics is None else metrics.clone(), table).to(self.device)
         self._measures_of[prefix] = measures
         self.add_module(attribute, measures)
 

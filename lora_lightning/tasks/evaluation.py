@@ -16,6 +16,8 @@ from lora_lightning.tasks.step_output import StepOutput
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
+    from lora_lightning.tasks.tables import Table, TableMetric
+
 Stage = Literal["val", "test"]
 
 
@@ -104,22 +106,34 @@ class MeanLoss(Metric):
 
 
 class Measures(nn.Module):
-    """What is measured of a set: its mean loss, and the task's metrics.
+    """What is measured of a set: its mean loss, the task's metrics and its table.
 
     Args:
         metrics: The metrics, or None.
+        table: The table, or None.
     """
 
-    def __init__(self, metrics: MetricCollection | None) -> None:
+    def __init__(self, metrics: MetricCollection | None, table: TableMetric | None = None) -> None:
         super().__init__()
         self.loss = MeanLoss()
         self.metrics = metrics
+        self.table = table
 
     def update(self, output: StepOutput, num_rows: int) -> None:
         """Count a batch."""
         self.loss.update(output.loss, num_rows)
         if self.metrics is not None:
             self.metrics.update(output.predictions, output.targets)
+        if self.table is not None:
+            self.table.update(output.predictions, output.targets)
+
+    def take_table(self) -> Table | None:
+        """Return the table of all ranks, and start a new one."""
+        if self.table is None:
+            return None
+        table = self.table.table()
+        self.table.reset()
+        return table
 
     def named(self) -> Iterator[tuple[str, Metric]]:
         """Return the metrics by the names that they are logged under."""

@@ -19,9 +19,12 @@ from lora_lightning.tasks.step_output import StepOutput
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
+    from lora_lightning.tasks.tables import TableMetric
+
 __all__ = ["SequenceClassification"]
 
 log = logging.getLogger(__name__)
+MAX_CLASSES_OF_TABLE = 100
 
 
 class SequenceClassification(LabelledTask):
@@ -126,6 +129,15 @@ class SequenceClassification(LabelledTask):
     def configure_metrics(self) -> MetricCollection:
         """Return the problem's metrics."""
         return self._problem.metrics(len(self.label_names or []))
+
+    def configure_table(self) -> TableMetric | None:
+        """Return the confusion matrix where each text has one of at most a hundred labels."""
+        from lora_lightning.tasks.tables import ConfusionTable
+
+        names = self.label_names or []
+        if self._problem.name != "single_label" or len(names) > MAX_CLASSES_OF_TABLE:
+            return None
+        return ConfusionTable(names)
 
     def predict(self, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         """Return the label, the labels or the numbers of each text of a batch; see the class."""

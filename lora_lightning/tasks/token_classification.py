@@ -18,6 +18,8 @@ from lora_lightning.tasks.token_loss import IGNORED
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
 
+    from lora_lightning.tasks.tables import TableMetric
+
 __all__ = ["TokenClassification"]
 
 _NOT_FOR_THE_MODEL = ("labels", "words", "sentences")
@@ -77,6 +79,12 @@ class TokenClassification(LabelledTask):
                 "recall": EntityRecall(names),
             }
         )
+
+    def configure_table(self) -> TableMetric:
+        """Return the counts of entities by type."""
+        from lora_lightning.tasks.tables import EntityTable
+
+        return EntityTable(self.label_names or [])
 
     def predict(self, batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
         """Return the words of each text with their tags, and the entities.

@@ -48,7 +48,7 @@ def run_ranks(folder: Path, task: type, num_workers: int, stops: tuple[int, ...]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(240)
+        process.join(840)  # less than a test may take
         if process.is_alive():
             process.kill()
     assert [process.exitcode for process in ranks] == [0, 0]

@@ -2,61 +2,25 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
-from string import Template
 
+from lora_lightning import page
 from lora_lightning.checkpoint.manifest import library_versions
 from lora_lightning.commands._compare.charts import COSTS
 from lora_lightning.commands._compare.study import Study
 from lora_lightning.commands._compare.table import Column, Row, cell, to_markdown
 
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --text: #1c1e21; --ground: #fff; --line: #d5d8dc; --head: #f1f3f5; --soft: #5f6670; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e4e6e9; --ground: #16181b; --line: #363a40; --head: #22252a; --soft: #9aa1ab; }
-}
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--ground); margin: 2rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-code, pre { font-family: ui-monospace, monospace; font-size: .9em; }
-pre { white-space: pre-wrap; background: var(--head); padding: .7rem; border-radius: 6px; }
-.wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; }
-table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { background: var(--head); vertical-align: bottom; } th button { all: unset; cursor: pointer; }
+_STYLE = """
+th button { all: unset; cursor: pointer; }
 th button:focus-visible { outline: 2px solid currentColor; }
 th button::after { content: " \\2195"; color: var(--soft); }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
-td.text, th.text { text-align: left; } td.notes { white-space: normal; min-width: 18rem; }
-td:first-child, th:first-child { position: sticky; left: 0; background: var(--ground); font-weight: 600; }
-th:first-child { background: var(--head); }
+td.notes { white-space: normal; min-width: 18rem; }
 tr.end td { font-style: italic; }
-img { max-width: 100%; height: auto; background: #fff; border-radius: 6px; margin: .5rem 0; }
-.soft { color: var(--soft); }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p>$intro</p>
-<p class="soft">Click a heading to sort by it.</p>
-<div class="wide"><table>
-<thead><tr>$head</tr></thead>
-<tbody>
-$body
-</tbody>
-</table></div>
-$charts
-<h2>How this was made</h2>
-$details
-<script>
+"""
+_SORT = """<script>
 document.querySelectorAll("th button").forEach(function (button) {
   button.addEventListener("click", function () {
     var head = button.parentElement, place = head.cellIndex, body = document.querySelector("tbody");
@@ -74,10 +38,7 @@ document.querySelectorAll("th button").forEach(function (button) {
     rows.forEach(function (row) { body.appendChild(row); });
   });
 });
-</script>
-</body>
-</html>
-""")
+</script>"""
 _TEXTS = ("method", "size", "principle", "suits", "difficulty", "notes", "merges", "steps_to_reach")
 _CAPTIONS = {
     **{cost.name: f"Test metric against {cost.title}" for cost in COSTS},
@@ -113,20 +74,16 @@ def html(
         for column in columns
     )
     body = "\n".join(_table_row(row, columns) for row in rows)
-    charts = "\n".join(
-        f'<h2>{escape(_CAPTIONS[name])}</h2>\n<img alt="{escape(_CAPTIONS[name])}" '
-        f'src="data:image/png;base64,{base64.b64encode(picture).decode()}">'
-        for name, picture in pictures.items()
-    )
     details = "".join(f"<li>{escape(line)}</li>" for line in _details(study))
-    return _PAGE.substitute(
-        title=escape(_title(study)),
-        intro=escape(_intro(study)),
-        head=head,
-        body=body,
-        charts=charts,
-        details=f"<pre>{escape(command)}</pre>\n<ul>{details}</ul>",
-    )
+    parts = [
+        f"<p>{escape(_intro(study))}</p>",
+        '<p class="soft">Click a heading to sort by it.</p>',
+        f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>',
+        *(page.section(_CAPTIONS[name], page.picture(_CAPTIONS[name], picture)) for name, picture in pictures.items()),
+        page.section("How this was made", page.verbatim(command), f"<ul>{details}</ul>"),
+        _SORT,
+    ]
+    return page.page(_title(study), parts, _STYLE)
 
 
 def _table_row(row: Row, columns: Sequence[Column]) -> str:
