@@ -214,6 +214,27 @@ def _unknown(model: nn.Module, what: str) -> TargetError:
     )
 
 
+def input_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the token embedding that a transformers model names, None where it names none."""
+    return _named_by(model, "get_input_embeddings")
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """Return the output layer that a transformers model names, None where it names none."""
+    return _named_by(model, "get_output_embeddings")
+
+
+def _named_by(model: nn.Module, question: str) -> nn.Module | None:
+    find = getattr(model, question, None)
+    if find is None:
+        return None
+    try:
+        found = find()
+    except (AttributeError, NotImplementedError):  # what transformers raises where its usual names do not fit
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def is_shared(model: nn.Module, host: nn.Module, parameter: nn.Parameter) -> bool:
     """Tell whether another module of `model` than `host` holds the very same parameter."""
     return any(

@@ -140,8 +140,13 @@ def check_writable(host: nn.Module) -> None:
         )
 
 
-def _copy_into(parameter: Tensor, weight: Tensor) -> None:
-    parameter.data.copy_(weight)
+@torch.no_grad()
+def overwrite(tensor: Tensor, values: Tensor) -> None:
+    """Write values into a tensor, cast to its dtype, so that torch counts the write.
+
+    What is kept of a weight (DoRA's norm) follows its version, which a write through `.data` leaves as it is.
+    """
+    tensor.copy_(values)
 
 
 register_codec(
@@ -150,7 +155,7 @@ register_codec(
         kind=HostKind.LINEAR,
         shape=lambda host: (host.out_features, host.in_features),
         read=lambda host: host.weight,
-        write=lambda host, weight: _copy_into(host.weight, weight),
+        write=lambda host, weight: overwrite(host.weight, weight),
     ),
 )
 register_codec(
@@ -159,7 +164,7 @@ register_codec(
         kind=HostKind.EMBEDDING,
         shape=lambda host: (host.embedding_dim, host.num_embeddings),
         read=lambda host: host.weight.t(),
-        write=lambda host, weight: _copy_into(host.weight, weight.t()),
+        write=lambda host, weight: overwrite(host.weight, weight.t()),
     ),
 )
 for _conv in ("Conv1d", "Conv2d"):
@@ -169,6 +174,6 @@ for _conv in ("Conv1d", "Conv2d"):
             kind=HostKind.CONV,
             shape=lambda host: (host.weight.shape[0], host.weight[0].numel()),
             read=lambda host: host.weight.flatten(1),
-            write=lambda host, weight: _copy_into(host.weight, weight.view_as(host.weight)),
+            write=lambda host, weight: overwrite(host.weight, weight.view_as(host.weight)),
         ),
     )

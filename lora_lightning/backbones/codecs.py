@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lightning.adapters.weights import Codec, Host, HostKind, register_codec
+from lora_lightning.adapters.weights import Codec, Host, HostKind, overwrite, register_codec
 
 
 def _write_transposed(host: Host, weight: Tensor) -> None:
-    host.weight.data.copy_(weight.t())
+    overwrite(host.weight, weight.t())
 
 
 def _read_4bit(host: Host) -> Tensor:

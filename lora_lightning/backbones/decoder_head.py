@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import unwrap
 from lora_lightning.adapters.sharded import is_sharded
+from lora_lightning.adapters.view import output_embeddings
 from lora_lightning.backbones.output_head import without_cache
 
 log = logging.getLogger(__name__)
@@ -60,8 +61,8 @@ def decoder_states(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any])
 
 def _try(model: nn.Module) -> nn.Module | str:
     bare: Any = unwrap(model)
-    head = bare.get_output_embeddings() if hasattr(bare, "get_output_embeddings") else None
-    if not isinstance(head, nn.Module):
+    head = output_embeddings(bare)
+    if head is None:
         return "it does not say which module is its output head"
     if bare is not model:
         return "it is compiled, so what enters its output head cannot be seen"

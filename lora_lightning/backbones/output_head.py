@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import unwrap
 from lora_lightning.adapters.sharded import is_sharded
+from lora_lightning.adapters.view import output_embeddings
 from lora_lightning.adapters.weights import RESERVED
 
 log = logging.getLogger(__name__)
@@ -96,8 +97,8 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
 
 def _try(model: Any) -> OutputHead | str:  # noqa: ANN401 - a transformers model
     """Return the parts, or the reason why the logits cannot be taken apart."""
-    bodies, head = _bodies(model), model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if not bodies or not isinstance(head, nn.Module):
+    bodies, head = _bodies(model), output_embeddings(model)
+    if not bodies or head is None:
         return "it does not say which module is its output head"
     if RESERVED in model._modules:
         return "an adapter hangs on the whole model"

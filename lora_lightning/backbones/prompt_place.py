@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.host import hang, unhang
 from lora_lightning.adapters.selection.state import Selector
-from lora_lightning.adapters.view import PromptPlace
+from lora_lightning.adapters.view import PromptPlace, input_embeddings
 from lora_lightning.backbones.trial import (
     NUM_FRONT,
     Call,
@@ -23,7 +23,6 @@ from lora_lightning.backbones.trial import (
     first_tensor,
     has_values,
     is_same,
-    known_embedding,
     path_of,
     quiet,
     recording,
@@ -52,7 +51,7 @@ def find_prompt_place(model: Any) -> PromptPlace:  # noqa: ANN401 - a transforme
         rows = trial.rows(with_front=True, with_mask=compares)
         with recording(model) as calls:
             outer = trial.call(model, rows)
-        looked_up = _lookup(calls, known_embedding(model), rows)
+        looked_up = _lookup(calls, input_embeddings(model), rows)
         if looked_up is None:
             raise _refusal(model, "called with token ids alone, it looks up no token embeddings", outer.problem)
         body = _body(looked_up, rows)

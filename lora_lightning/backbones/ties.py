@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.view import output_embeddings
 from lora_lightning.backbones.read_past import trial_inputs
 from lora_lightning.errors import NotMergeable
 
@@ -116,7 +117,7 @@ def _is_forced(config: Any) -> bool:  # noqa: ANN401 - transformers' configs dif
 def _head_input(model: Any) -> Tensor:  # noqa: ANN401 - a transformers model
     """Return what enters the output head in a trial call."""
     seen: list[Tensor] = []
-    head = model.get_output_embeddings()
+    head = output_embeddings(model)
     if head is None:
         raise _cannot_untie(model, "it has no output head")
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from lora_lightning.adapters.view import input_embeddings
 from lora_lightning.backbones.reasons import reason_of
 
 NUM_FRONT = 2
@@ -81,7 +82,7 @@ class Trial:
     @classmethod
     def of(cls, model: Any) -> Trial:  # noqa: ANN401 - a transformers model
         """Return the trial of a model, whose config or embedding says how many token ids it has."""
-        embedding = known_embedding(model)
+        embedding = input_embeddings(model)
         weight = None if embedding is None else next(embedding.parameters(), None)
         rows = len(weight) if weight is not None and weight.dim() == 2 else None
         sizes = [one for one in (getattr(text_config(model), "vocab_size", None), rows) if one]
@@ -134,15 +135,6 @@ class Trial:
 
     def _tensor(self, values: Any) -> Tensor:  # noqa: ANN401 - nested lists
         return torch.tensor(values, device=next(self.model.parameters()).device)
-
-
-def known_embedding(model: Any) -> nn.Module | None:  # noqa: ANN401 - a transformers model
-    """Return the input embedding that a model names, None where it names none."""
-    try:
-        embedding: nn.Module | None = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return embedding
 
 
 def path_of(model: nn.Module, wanted: nn.Module) -> str:

@@ -8,7 +8,14 @@ from typing import Any
 from torch import nn
 
 from lora_lightning.adapters.targets import ends_with_any
-from lora_lightning.adapters.view import AttentionPlace, BlockPlaces, ModelView, PlainView, PromptPlace
+from lora_lightning.adapters.view import (
+    AttentionPlace,
+    BlockPlaces,
+    ModelView,
+    PlainView,
+    PromptPlace,
+    output_embeddings,
+)
 from lora_lightning.backbones import attention, ties
 from lora_lightning.backbones.blocks import BLOCKS
 from lora_lightning.backbones.defaults import USUAL_TARGETS
@@ -39,8 +46,7 @@ class TransformersView(PlainView):
         if prefix in dict(self.model.named_children()):
             beside = [(name, child) for name, child in self.model.named_children() if name != prefix]
             return [name for name, child in beside if any(True for _ in child.parameters())]
-        find: Any = getattr(self.model, "get_output_embeddings", lambda: None)
-        output = find()
+        output = output_embeddings(self.model)
         return [path for path, module in self.model.named_modules() if output is not None and module is output]
 
     def prompt_place(self) -> PromptPlace:

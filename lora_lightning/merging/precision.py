@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters import iter_hosts
 from lora_lightning.adapters.targets import is_within
+from lora_lightning.adapters.weights import overwrite
 from lora_lightning.errors import CheckpointError
 from lora_lightning.merging.spool import Spool
 
@@ -79,7 +80,7 @@ def round_to(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
         dtype = dtypes[name]
         if dtype == parameter.dtype:
             continue
-        parameter.data.copy_(parameter.data.to(dtype))
+        overwrite(parameter, parameter.to(dtype))
         if dtype is torch.float16 and not bool(torch.isfinite(parameter).all()):
             raise CheckpointError(
                 f"{name!r} has values that float16 cannot hold (above 65,504); write bfloat16 or float32."

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import disabled
+from lora_lightning.adapters.view import input_embeddings
 from lora_lightning.merging.report import LogitMove
 
 _NUM_SEQUENCES, _LENGTH = 4, 16
@@ -57,18 +58,18 @@ def sample_batch(
         token ids.
     """
     config: Any = getattr(model, "config", None)
-    find: Any = getattr(model, "get_input_embeddings", None)
-    if config is None or find is None or getattr(model, "main_input_name", None) != "input_ids":
+    embedding: Any = input_embeddings(model)
+    if config is None or not hasattr(embedding, "weight") or getattr(model, "main_input_name", None) != "input_ids":
         return None
     if text is not None and tokenizer is not None:
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
     else:
-        vocabulary = find().weight.shape[0]
+        vocabulary = embedding.weight.shape[0]
         length = min(_LENGTH, (getattr(config, "max_position_embeddings", None) or _LENGTH + 2) - 2)
         generator = torch.Generator().manual_seed(0)
         # Ids below 3 are usually special ones, at which some models stop looking.
         ids = torch.randint(min(3, vocabulary - 1), vocabulary, (_NUM_SEQUENCES, max(length, 1)), generator=generator)
-    ids = ids.to(find().weight.device)
+    ids = ids.to(embedding.weight.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "is_encoder_decoder", False):
         batch["decoder_input_ids"] = ids

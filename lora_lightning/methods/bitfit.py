@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters.base import About, Adapter, Method, OutputAdapter, Role
 from lora_lightning.adapters.targets import find_modules, has_suffix, is_within
 from lora_lightning.adapters.view import ModelView
-from lora_lightning.adapters.weights import RESERVED, Host, HostKind, codec_of, find_codec, original_class
+from lora_lightning.adapters.weights import RESERVED, Host, HostKind, codec_of, find_codec, original_class, overwrite
 from lora_lightning.errors import ConfigError, NotMergeable, TargetError
 
 __all__ = ["BitFit"]
@@ -138,7 +138,7 @@ class BiasAdapter(OutputAdapter):
 
     def merge_into(self, host: Host) -> None:
         """Add the delta to the host's bias."""
-        host.bias.data.copy_(host.bias.to(self.delta.dtype) + self.delta)
+        overwrite(host.bias, host.bias.to(self.delta.dtype) + self.delta)
 
 
 def _bias_names(module: nn.Module) -> list[str]:

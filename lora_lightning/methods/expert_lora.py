@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from lora_lightning.adapters.base import ForwardAdapter, Role
 from lora_lightning.adapters.experts import by_expert, check_experts, expert_bias, read_experts
 from lora_lightning.adapters.functional import draw_seed, lora_linear
-from lora_lightning.adapters.weights import Host
+from lora_lightning.adapters.weights import Host, overwrite
 
 EXPERT_INITS = ("kaiming", "gaussian", "gaussian_sqrt")
 _Projection = Callable[[int, Tensor], Tensor]
@@ -140,7 +140,7 @@ class ExpertLoRAAdapter(ForwardAdapter):
     def merge_into(self, host: Host) -> None:
         """Write W_e + s B_e A_e into each adapted parameter, cast once."""
         for name, _, merged in self.merged_weights(host):
-            host._parameters[name].data.copy_(merged)
+            overwrite(host._parameters[name], merged)
 
     def check_mergeable(self, host: nn.Module) -> None:
         """Do nothing: experts are adapted only where they are stored dense, and then they merge."""

@@ -14,7 +14,7 @@ from lora_lightning.adapters.arguments import by_position
 from lora_lightning.adapters.base import About, Adapter, InputAdapter, OutputAdapter, Role, TargetedMethod
 from lora_lightning.adapters.targets import select_hosts
 from lora_lightning.adapters.view import ModelView
-from lora_lightning.adapters.weights import Host, HostKind, codec_of
+from lora_lightning.adapters.weights import Host, HostKind, codec_of, overwrite
 from lora_lightning.errors import ConfigError, TargetError
 
 __all__ = ["IA3"]
@@ -125,7 +125,7 @@ class ScaledOutput(OutputAdapter):
         """Scale the weight's rows and the bias."""
         super().merge_into(host)
         if host.bias is not None:
-            host.bias.data.copy_(host.bias.to(self.ia3_l.dtype) * self.scales())
+            overwrite(host.bias, host.bias.to(self.ia3_l.dtype) * self.scales())
 
 
 class ScaledInput(InputAdapter):

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from lora_lightning.adapters.attach import adapters_of
 from lora_lightning.adapters.base import About, Adapter, Role, check_choice, check_positive, check_positive_int
 from lora_lightning.adapters.sharded import is_sharded
-from lora_lightning.adapters.weights import Host
+from lora_lightning.adapters.weights import Host, overwrite
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.methods.lora import LoRA
 from lora_lightning.methods.low_rank import LowRankAdapter
@@ -297,7 +297,7 @@ def _restored(model: nn.Module, except_for: set[int]) -> Iterator[None]:
         yield
     finally:
         for tensor, value in zip(tensors, values, strict=True):
-            tensor.data.copy_(value)
+            overwrite(tensor, value)
         for module, mode in modes:
             module.training = mode
         for parameter in trained:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import ForwardAdapter, Role
 from lora_lightning.adapters.parameters import with_parameters
-from lora_lightning.adapters.weights import Host
+from lora_lightning.adapters.weights import Host, overwrite
 
 
 class ParameterLoRAAdapter(ForwardAdapter):
@@ -85,7 +85,7 @@ class ParameterLoRAAdapter(ForwardAdapter):
     def merge_into(self, host: Host) -> None:
         """Write P + s B A into each adapted parameter, cast once."""
         for name, _, merged in self.merged_weights(host):
-            host._parameters[name].data.copy_(merged)
+            overwrite(host._parameters[name], merged)
 
     def check_mergeable(self, host: nn.Module) -> None:
         """Do nothing: parameters are adapted only where they are stored dense, and then they merge."""

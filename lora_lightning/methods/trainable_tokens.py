@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lora_lightning.adapters.base import About, Adapter, ForwardAdapter, Method, Role
 from lora_lightning.adapters.targets import find_modules
-from lora_lightning.adapters.view import ModelView
+from lora_lightning.adapters.view import ModelView, input_embeddings
 from lora_lightning.adapters.weights import RESERVED, Host, HostKind, codec_of, find_codec, read_weight
 from lora_lightning.errors import ConfigError, TargetError
 
@@ -181,8 +181,7 @@ class TrainableTokens(Method):
         if self.target_modules is not None:
             paths = find_modules(view.model, self.target_modules, "target_modules")
         else:
-            find: Any = getattr(view.model, "get_input_embeddings", lambda: None)
-            embedding = find()
+            embedding = input_embeddings(view.model)
             paths = [path for path, module in modules.items() if embedding is not None and module is embedding]
         if not paths:
             raise TargetError(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
-from lora_lightning.adapters.view import ModelView
+from lora_lightning.adapters.view import ModelView, output_embeddings
 from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec
 from lora_lightning.errors import CheckpointError
 from lora_lightning.peft_format.differences import SHARED, shared_modules, why_another_convolution
@@ -112,8 +111,7 @@ def _module_at(model: nn.Module, path: str) -> nn.Module | None:
 
 def _all_linear(modules: Mapping[str, nn.Module], config: TargetConfig, view: ModelView) -> list[str]:
     """Return what PEFT means by `all-linear`: every linear layer but the output one."""
-    find: Any = getattr(view.model, "get_output_embeddings", lambda: None)
-    output = find()
+    output = output_embeddings(view.model)
     left_out = [path for path, module in modules.items() if output is not None and module is output]
     if output is None and config.task_type == "SEQ_CLS":
         left_out = [name for name in CLASSIFIER_NAMES if name in modules][:1]

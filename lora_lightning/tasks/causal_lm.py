@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import unwrap
+from lora_lightning.adapters.view import input_embeddings, output_embeddings
 from lora_lightning.backbones.output_head import OutputHead, find_output_head, without_cache
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.tasks.generation import examples_of, generate, max_positions
@@ -106,7 +107,7 @@ class CausalLM(PerTokenTask):
     def _output_head(self) -> OutputHead | None:
         """Return the model's parts around the logits; found out once, and again where the head was replaced."""
         model: Any = unwrap(self.adapted)
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = output_embeddings(model)
         if self._parts is None or self._parts[0] is not head:
             self._parts = (head, find_output_head(model))
         return self._parts[1]
@@ -128,9 +129,9 @@ def check_batch(batch: Mapping[str, Any], model: nn.Module) -> None:
     if labels is not None and labels.shape != ids.shape:
         raise DataError(f"labels {list(labels.shape)} must have the shape of input_ids {list(ids.shape)}.")
     bare: Any = unwrap(model)
-    find = getattr(bare, "get_input_embeddings", None)
-    size = len(find().weight) if find is not None else None
-    if size is not None:
+    embedding: Any = input_embeddings(bare)
+    if hasattr(embedding, "weight"):
+        size = len(embedding.weight)
         _check_range("input_ids", ids, size)
         if labels is not None:
             _check_range("labels", labels[labels != IGNORED], size)

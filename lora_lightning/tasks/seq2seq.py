@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import unwrap
+from lora_lightning.adapters.view import output_embeddings
 from lora_lightning.backbones.decoder_head import decoder_states, find_decoder_head
 from lora_lightning.backbones.output_head import without_cache
 from lora_lightning.errors import ConfigError, DataError
@@ -131,7 +132,7 @@ class Seq2SeqLM(PerTokenTask):
     def _output_head(self) -> nn.Module | None:
         """Return the model's output head; found out once, and again where it was replaced."""
         model: Any = unwrap(self.adapted)
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        head = output_embeddings(model)
         if self._found is None or self._found[0] is not head:
             self._found = (head, find_decoder_head(self.adapted))
         return self._found[1]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_lightning import attach, refresh
+from lora_lightning import attach, merge, refresh
 from lora_lightning.adapters import adapter_state_dict, load_adapter_state_dict
 from lora_lightning.adapters.functional import norms
 from lora_lightning.adapters.functional.norms import Stamp
@@ -108,6 +108,18 @@ def test_changes_are_followed(change, host, axis):
     answer = model(X)
     assert gap(answer, expected(model)) < 1e-6
     assert gap(answer, before) > 1e-3
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_merging_is_followed_by_the_next_adapter(host):
+    model = adapted(host)
+    model(X)  # keeps the norm of the weight before the merge
+    before = model[0].weight.clone()
+    merge(model)
+    assert gap(model[0].weight, before) > 1e-3
+    attach(model, DoRA(r=2, target_modules=["0"]))
+    perturb(model)
+    assert gap(model(X), expected(model)) < 1e-6
 
 
 @pytest.mark.parametrize("host", HOSTS)

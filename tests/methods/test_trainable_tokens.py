@@ -131,3 +131,12 @@ def test_a_model_that_does_not_say_where_its_embeddings_are() -> None:
         attach(model, TrainableTokens(token_indices=[1]))
     attach(model, TrainableTokens(token_indices=[1], target_modules=["0"]))
     assert model(torch.tensor([1])).requires_grad
+
+
+def test_a_model_that_raises_where_it_is_asked_for_its_embeddings() -> None:
+    class Asked(nn.Sequential):
+        def get_input_embeddings(self) -> nn.Module:
+            raise NotImplementedError("`get_input_embeddings` not auto-handled for Asked")
+
+    with pytest.raises(TargetError, match="does not say which module its input embeddings are"):
+        attach(Asked(nn.Embedding(8, 4)), TrainableTokens(token_indices=[1]))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.targets import has_suffix
+from lora_lightning.adapters.view import input_embeddings
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import TrainableTokens
 from lora_lightning.methods.trainable_tokens import TrainableTokensAdapter
@@ -143,8 +144,7 @@ def read_listed_tokens(
 
 def input_path(model: nn.Module) -> str | None:
     """Return the path of a model's input embeddings, or None where it does not say."""
-    find: Any = getattr(model, "get_input_embeddings", lambda: None)
-    embedding = find()
+    embedding = input_embeddings(model)
     return next((path for path, module in own_modules(model).items() if module is embedding), None)
 
 
