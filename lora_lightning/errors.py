@@ -37,6 +37,10 @@ class CheckpointError(UserError):
     """A checkpoint or adapter folder is missing, damaged, or belongs to another model."""
 
 
+class UploadError(UserError):
+    """The Hub did not take what was written; the files stay where they are."""
+
+
 class TrainingError(UserError):
     """A run cannot go on: its loss or its gradients are not finite, or its memory is full."""
 

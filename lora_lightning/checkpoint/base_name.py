@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lora_lightning.backbones.gguf import cache_root
 
+_HUB_NAME = re.compile(r"(?:[\w-][\w.-]*/)?[\w-][\w.-]*")
 _HUB_CACHE = re.compile(r"(?:^|[\\/])models--([^\\/]+)[\\/]snapshots[\\/]")
 
 
@@ -29,3 +30,16 @@ def public_name(name: str) -> str | None:
     if match is not None:
         return match[1].replace("--", "/")
     return None if Path(name).is_absolute() and Path(name).is_relative_to(cache_root()) else name
+
+
+def name_for_others(name: str | None) -> str | None:
+    """Return the name by which anybody may load a base: a Hub name or a `pkg://` path, None for a local folder.
+
+    Args:
+        name: Hub name, folder, or path inside a cache.
+    """
+    public = None if name is None else public_name(name)
+    if public is None or public.startswith("pkg://"):
+        return public
+    is_local = Path(public).is_absolute() or Path(public).exists()
+    return public if _HUB_NAME.fullmatch(public) and not is_local else None

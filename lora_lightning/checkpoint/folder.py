@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_lightning.adapters import Method, attached_methods, folded_state_dict, load_adapter_state_dict
+from lora_lightning.adapters.attach import unwrap
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
-from lora_lightning.checkpoint.base_name import public_name
+from lora_lightning.checkpoint.base_name import name_for_others, public_name
 from lora_lightning.checkpoint.base_sample import BASE_SAMPLE_NAME, base_sample_of, read_base_sample
 from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import check_base, fingerprint
@@ -37,7 +38,8 @@ from lora_lightning.peft_format.adapter import PeftAdapter
 from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
 from lora_lightning.peft_format.encode import to_peft
 from lora_lightning.peft_format.lora.decode import from_peft, method_of
-from lora_lightning.texts.saved_tokenizer import SavedTokenizer
+from lora_lightning.texts.model_card import CARD_NAME, CardFacts, head_of, keep_edited, model_card
+from lora_lightning.texts.saved_tokenizer import TOKENIZER_CONFIG, SavedTokenizer
 
 __all__ = ["load_adapter"]
 
@@ -89,7 +91,9 @@ def write_adapter_folder(
     refuse_foreign(folder)
     with atomic_folder(folder) as temporary:
         settings: dict[str, Any] = {"base_fingerprint": base_fingerprint, "state": state, "peft": peft, "extra": extra}
-        return fill_adapter_folder(temporary, model, facts, **settings)
+        manifest = fill_adapter_folder(temporary, model, facts, **settings)
+        keep_edited(folder, temporary)
+        return manifest
 
 
 def fill_adapter_folder(
@@ -144,8 +148,42 @@ def fill_adapter_folder(
         files={path.name: FileRecord.of(path) for path in sorted(folder.iterdir())},
         checkpoint=checkpoint,
     )
+    num_parameters = sum(tensor.numel() for tensor in state.values())
+    write_card(folder, unwrap(model), manifest, num_parameters, is_for_peft=peft is not None)
     write_manifest(folder, manifest)
     return manifest
+
+
+def write_card(
+    folder: Path, model: nn.Module, manifest: Manifest, num_parameters: int, *, is_for_peft: bool = False
+) -> None:
+    """Write the model card of a folder; it is not in the manifest, so that it may be edited.
+
+    Args:
+        folder: The folder.
+        model: The model, without a wrapper.
+        manifest: The folder's manifest.
+        num_parameters: Number of trained parameters.
+        is_for_peft: Whether PEFT reads the folder.
+    """
+    auto_class, pipeline_tag = head_of(model)
+    facts = CardFacts(
+        adapter_format=manifest.adapter_format,
+        is_for_peft=is_for_peft,
+        base=name_for_others(manifest.base),
+        model_class=type(model).__name__,
+        auto_class=auto_class,
+        pipeline_tag=pipeline_tag,
+        methods=manifest.methods,
+        num_parameters=num_parameters,
+        label_names=manifest.label_names,
+        metrics=plain(manifest.metrics),
+        epoch=manifest.epoch,
+        step=manifest.step,
+        versions=manifest.versions,
+        has_tokenizer=(folder / TOKENIZER_CONFIG).is_file(),
+    )
+    (folder / CARD_NAME).write_bytes(model_card(facts))
 
 
 def _write_peft(folder: Path, peft: PeftAdapter, facts: RunFacts | None) -> None:

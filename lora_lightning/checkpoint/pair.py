@@ -27,6 +27,7 @@ from lora_lightning.checkpoint.files import (
     writing_in,
 )
 from lora_lightning.checkpoint.manifest import MANIFEST_NAME, FileRecord
+from lora_lightning.texts.model_card import keep_edited
 
 SUFFIX = ".ckpt"
 
@@ -66,6 +67,7 @@ def write_pair(path: Path, checkpoint: Mapping[str, Any], fill: Fill | None = No
                 return
             folder.mkdir()
             fill(folder, record)
+            keep_edited(folder_of(path), folder)
             sync_tree(folder)
             file.replace(path)
             sync(path.parent)

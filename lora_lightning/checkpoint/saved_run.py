@@ -25,12 +25,10 @@ from lora_lightning.checkpoint.task_class import (
     settings_in,
 )
 from lora_lightning.errors import BackboneError, CheckpointError
-from lora_lightning.texts.saved_tokenizer import SavedTokenizer
+from lora_lightning.texts.saved_tokenizer import TOKENIZER_CONFIG, SavedTokenizer
 
 if TYPE_CHECKING:
     import lightning as L
-
-_TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +95,7 @@ class SavedRun:
         """
         if not is_adapter_folder(folder):
             files = read_peft_files(folder)
-            has_tokenizer = (folder / _TOKENIZER_CONFIG).is_file()
+            has_tokenizer = (folder / TOKENIZER_CONFIG).is_file()
             return cls(
                 path=folder,
                 facts=RunFacts(base=files.config.base, tokenizer=SavedTokenizer(name=files.config.base)),
@@ -295,7 +293,7 @@ def _tokenizer_folder(folder: Path, manifest: Manifest | None) -> Path | None:
     Raises:
         CheckpointError: They differ.
     """
-    if manifest is None or _TOKENIZER_CONFIG not in manifest.files:
+    if manifest is None or TOKENIZER_CONFIG not in manifest.files:
         return None
     files = {name: record for name, record in manifest.files.items() if not _is_of_adapter(name)}
     check_files(folder, replace(manifest, files=files))

@@ -18,10 +18,18 @@ from lora_lightning.backbones.quantized import is_quantized
 from lora_lightning.checkpoint.folder import is_adapter_folder
 from lora_lightning.checkpoint.manifest import read_manifest
 from lora_lightning.checkpoint.saved_run import SavedRun
+from lora_lightning.commands._sampling import Sampling, StopWriter, before_stop
 from lora_lightning.errors import BackboneError, CheckpointError, ConfigError
 from lora_lightning.paths import resolve
 from lora_lightning.tasks import AdapterTask, CausalLM, Seq2SeqLM
-from lora_lightning.tasks.generation import generate, has_encoder, max_positions
+from lora_lightning.tasks.generation import (
+    Batching,
+    batching_of,
+    generate,
+    has_encoder,
+    max_positions,
+    searches_with_beams,
+)
 from lora_lightning.texts.chat_templates import TEMPLATE_NAMES, begins_with_bos, chat_template
 from lora_lightning.texts.saved_tokenizer import stop_ids
 
@@ -29,43 +37,7 @@ log = logging.getLogger(__name__)
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Message = dict[str, str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are chosen.
-
-    Args:
-        max_new_tokens: How many to add at most.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
-        top_p: Draw from the likeliest tokens that make up this share of the probability, in (0, 1].
-        top_k: Draw from this many of the likeliest tokens; 0 means all.
-
-    Raises:
-        ConfigError: A value is out of its range, or has no effect.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    top_k: int
-
-    def __post_init__(self) -> None:
-        """Check every value."""
-        ranges = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
-            "temperature": (0 <= self.temperature < float("inf"), "at least 0"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "top_k": (self.top_k >= 0, "at least 0"),
-        }
-        for name, (is_right, expected) in ranges.items():
-            if not is_right:
-                raise ConfigError(f"{name} is {getattr(self, name)}: expected {expected}.")
-        if self.temperature == 0 and (self.top_p < 1 or self.top_k > 0):
-            raise ConfigError(
-                "top_p and top_k choose among tokens that are drawn, and at temperature 0 none is drawn; set "
-                "temperature above 0, or leave them out."
-            )
+_ROOM_OF_TRIAL = 6
 
 
 @dataclass(frozen=True)
@@ -134,9 +106,16 @@ class LanguageModel:
             raise ConfigError(f"The chat template of {self.name} refuses these messages: {error}") from error
         return list(ids)
 
-    def stops(self, *, is_chat: bool) -> list[int]:
-        """Return the tokens that end an answer: the tokenizer's end token, and in a chat what ends a turn."""
-        return stop_ids(self.tokenizer, is_chat=is_chat)
+    def stops(self, *, is_chat: bool, texts: Sequence[str] = ()) -> list[int]:
+        """Return the tokens that end an answer.
+
+        Args:
+            is_chat: Whether a turn ends it too.
+            texts: Stop texts; those that are a special token, which an answer's text does not show, count.
+        """
+        special = set(self.tokenizer.all_special_ids)
+        named = [index for text in texts if (index := self.tokenizer.get_vocab().get(text)) in special]
+        return [*stop_ids(self.tokenizer, is_chat=is_chat), *named]
 
     def go_on(
         self,
@@ -156,21 +135,97 @@ class LanguageModel:
             is_chat: Whether the tokens are a conversation.
             write: Is given the words as they come.
         """
-        room = self.context - (0 if self.has_encoder else len(ids))
-        if 0 < room < sampling.max_new_tokens:
-            log.warning("After these %d tokens the model has room for %d more.", len(ids), room)
+        if write is None:
+            return self._answers([ids], sampling, seed, is_chat)[0]
+        if sampling.temperature == 0 and searches_with_beams(self.model):  # no word is certain before the last
+            text = self._answers([ids], sampling, seed, is_chat)[0]
+            write(text)
+            return text
+        writer = StopWriter(sampling.stop, write)
+        text = self._answers([ids], sampling, seed, is_chat, _streamer(self.tokenizer, writer.write))[0]
+        writer.close()
+        return text
+
+    def go_on_all(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, is_chat: bool = False
+    ) -> list[str]:
+        """Return what the model says after each of some prompts, computed in batches where that changes nothing.
+
+        Prompts whose answers have less room than others go into batches of their own, and so do prompts of different
+        lengths where the model does not leave out padding; a model that mixes the rows of a batch gets one at a time.
+
+        Args:
+            prompts: The tokens of each prompt.
+            sampling: How to choose the next ones.
+            seed: Seed of the draws; each prompt starts from it.
+            is_chat: Whether the tokens are conversations.
+        """
+        batching = self._batching(prompts)
+        groups: dict[tuple[float, int], list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            same = {"any": 0, "same length": len(prompt), "alone": index}[batching]
+            groups.setdefault((min(sampling.max_new_tokens, self._room(prompt)), same), []).append(index)
+        texts = [""] * len(prompts)
+        for members in groups.values():
+            answers = self._answers([prompts[index] for index in members], sampling, seed, is_chat)
+            for index, text in zip(members, answers, strict=True):
+                texts[index] = text
+        return texts
+
+    def _batching(self, prompts: Sequence[Sequence[int]]) -> Batching:
+        """Return which of some prompts go into one batch; the model is tried with the shortest."""
+        shortest = min(prompts, key=len)
+        if len(prompts) == 1 or self._room(shortest) <= _ROOM_OF_TRIAL:
+            return "alone"
+        batching = batching_of(self.model, shortest)
+        if batching != "any":
+            what = {"same length": "prompts of the same length", "alone": "one prompt at a time"}[batching]
+            log.warning("Other prompts of a batch change what %s answers: it gets %s.", self.name, what)
+        return batching
+
+    def _room(self, prompt: Sequence[int]) -> float:
+        return self.context - (0 if self.has_encoder else len(prompt))
+
+    def _answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seed: int,
+        is_chat: bool,
+        streamer: Any = None,  # noqa: ANN401 - transformers' streamers have no public base class with types
+    ) -> list[str]:
+        longest = max(prompts, key=len)
+        if 0 < self._room(longest) < sampling.max_new_tokens:
+            log.warning("After these %d tokens the model has room for %d more.", len(longest), self._room(longest))
         answers = generate(
             self.model,
-            [ids],
+            prompts,
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            stop=self.stops(is_chat=is_chat),
+            repetition_penalty=sampling.repetition_penalty,
+            stop=self.stops(is_chat=is_chat, texts=sampling.stop),
+            is_complete=self._completeness(sampling.stop),
             seed=seed,
-            streamer=None if write is None else _streamer(self.tokenizer, write),
+            streamer=streamer,
         )
-        return str(self.tokenizer.decode(answers[0], skip_special_tokens=True))
+        return [before_stop(self._decode(answer), sampling.stop) for answer in answers]
+
+    def _completeness(self, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+        """Return a function that tells whether an answer holds a stop text; it reads only the answer's end."""
+        if not stops:
+            return None
+        num_last = 4 * max(map(len, stops)) + 16  # a character takes up to four bytes, and so up to four tokens
+
+        def is_complete(ids: Sequence[int]) -> bool:
+            text = self._decode(ids[-num_last:])
+            return any(stop in text for stop in stops)
+
+        return is_complete
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def load_language_model(

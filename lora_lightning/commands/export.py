@@ -14,6 +14,7 @@ from lora_lightning.adapters.attach import unwrap
 from lora_lightning.checkpoint.own_state import own_file, warn_of_own_file
 from lora_lightning.checkpoint.peft_folder import export_peft
 from lora_lightning.checkpoint.saved_run import SavedRun, generation_settings_of
+from lora_lightning.commands._push import Target, push
 from lora_lightning.errors import BackboneError, CheckpointError, ConfigError
 from lora_lightning.merging.merge import merge_checkpoint, refuse_taken
 from lora_lightning.merging.report import UpdateLost
@@ -33,6 +34,8 @@ def export(
     force: bool = False,
     sample: str | None = None,
     backbone: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> None:
     """Write a checkpoint's adapter for other tools, in PEFT's format or merged into its base.
 
@@ -52,14 +55,19 @@ def export(
         force: For merged: write even where the cast loses most of the update.
         sample: For merged: a text on which the outputs before and after are compared; left out, random tokens.
         backbone: The base, where it lies elsewhere than in the training; its weights must be the same.
+        push_to_hub: A repository of the Hugging Face Hub to upload the folder to, owner/name; it is created if missing.
+        private: Upload to a private repository alone.
     """
+    target = Target.of(push_to_hub, private)
     if to == "merged":
         write_merged(ckpt_path, output_dir, task_class, dtype, max_shard_size, dequantize, force, sample, backbone)
+        push(target, output_dir)
         return
     for name, is_given in {"dtype": dtype, "dequantize": dequantize, "force": force, "sample": sample}.items():
         if is_given:
             raise ConfigError(f"--{name} is for --to merged; an adapter is written as it was trained.")
     write_peft(Path(ckpt_path), Path(output_dir), task_class, backbone)
+    push(target, output_dir)
 
 
 def write_peft(ckpt_path: Path, output_dir: Path, task_class: str | None, backbone: str | None = None) -> None:

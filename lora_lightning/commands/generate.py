@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lora_lightning.adapters import disabled
 from lora_lightning.checkpoint.files import write_atomically
 from lora_lightning.commands._columns import Columns
-from lora_lightning.commands._language_model import Device, LanguageModel, Sampling, load_language_model
+from lora_lightning.commands._language_model import Device, LanguageModel, load_language_model
 from lora_lightning.commands._prompts import read_prompts
+from lora_lightning.commands._sampling import Sampling
 from lora_lightning.errors import ConfigError
 
 MIN_WIDTH = 60
+STDOUT = "-"
 
 
 def generate(
@@ -27,6 +31,9 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    repetition_penalty: float = 1.0,
+    stop: list[str] | str | None = None,
+    batch_size: int = 1,
     seed: int = 0,
     compare_base: bool = False,
     chat: bool | None = None,
@@ -37,28 +44,43 @@ def generate(
 ) -> None:
     """Write on from a prompt, or from each prompt of a file, with a fine-tuned language model.
 
-    The words appear as they come. With --compare-base, what the base alone says stands on the left.
+    The words of one prompt appear as they come, those of a batch when the batch is done. With --compare-base, what the
+    base alone says stands on the left.
 
     Args:
         ckpt_path: The .ckpt file, such as runs/version_0/checkpoints/last.ckpt.
         adapter_dir: An adapter folder instead, ours or PEFT's.
         backbone: The base, where it is not the one that the adapter was trained on; alone, the model to use.
         prompt: The prompt.
-        prompts_file: A file with a prompt on each line; in a .jsonl file, JSON strings or objects with `prompt`.
+        prompts_file: A file with a prompt on each line; in a .jsonl file, JSON strings or objects with `prompt`; in
+            .csv, .tsv and .parquet files, a column `prompt`.
         max_new_tokens: How many tokens to add at most.
         temperature: 0 takes the likeliest token each time; above, tokens are drawn.
         top_p: Draw from the likeliest tokens that make up this share of the probability.
         top_k: Draw from this many of the likeliest tokens; 0 means all.
+        repetition_penalty: Above 1 makes tokens less likely that prompt or answer hold already.
+        stop: A text, or a list of texts, that ends an answer; the answer does not hold it.
+        batch_size: Prompts that are answered at a time; each gets the answer that it gets alone.
         seed: Seed of the draws; each prompt, and the base as well, starts from it.
         compare_base: Show the base's answer beside the adapter's.
         chat: Whether the prompt is a message to answer, laid out with a chat template; where it is not given, if
             the training used one.
-        output_file: A .jsonl file to write as well, an object for each prompt; it must not exist.
+        output_file: A .jsonl file to write as well, an object for each prompt; it must not exist. `-` writes these
+            lines to standard output, and nothing else.
         template: A chat template to use instead of the training's: its name (chatml, gemma, ...) or a .jinja file.
         device: Where to run: auto, cpu, cuda or mps.
         task_class: Import path of the task, for a checkpoint of a task of your own.
     """
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        stop=[stop] if isinstance(stop, str) else stop or [],
+    )
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}: expected at least 1.")
     prompts = read_prompts(prompt, prompts_file)
     output = _output(output_file)
     speaker = load_language_model(
@@ -68,16 +90,24 @@ def generate(
         raise ConfigError("compare_base needs an adapter to compare with its base; give --ckpt_path or --adapter_dir.")
     is_chat = speaker.answers if chat is None else chat
     tokens = [_encode(speaker, text, is_chat=is_chat) for text in prompts]  # mistakes show before the first answer
+    asked = _Asked(speaker, sampling, seed, is_chat, compare_base)
     rows: list[dict[str, str]] = []
     try:
-        for text, ids in zip(prompts, tokens, strict=True):
-            if len(prompts) > 1:
-                print(f"{'' if not rows else chr(10)}> {text}", flush=True)
-            rows.append({"prompt": text, **_answers(speaker, ids, sampling, seed, is_chat, compare_base)})
+        _answer_all(asked, prompts, tokens, batch_size, rows, is_quiet=output_file == STDOUT)
     finally:  # what was written so far is kept, also after Ctrl-C
         if output is not None and rows:
-            lines = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
-            write_atomically(output, lines.encode())
+            write_atomically(output, "".join(f"{_json(row)}\n" for row in rows).encode())
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What every prompt is answered with."""
+
+    speaker: LanguageModel
+    sampling: Sampling
+    seed: int
+    is_chat: bool
+    compare_base: bool
 
 
 def _encode(speaker: LanguageModel, text: str, *, is_chat: bool) -> list[int]:
@@ -90,24 +120,87 @@ def _encode(speaker: LanguageModel, text: str, *, is_chat: bool) -> list[int]:
     return ids
 
 
-def _answers(
-    speaker: LanguageModel, ids: list[int], sampling: Sampling, seed: int, is_chat: bool, compare_base: bool
-) -> dict[str, str]:
-    """Print the answer to one prompt, beside the base's where asked, and return both."""
-    if not compare_base:
-        text = speaker.go_on(ids, sampling, seed=seed, is_chat=is_chat, write=_write)
+def _answer_all(
+    asked: _Asked,
+    prompts: list[str],
+    tokens: list[list[int]],
+    batch_size: int,
+    rows: list[dict[str, str]],
+    *,
+    is_quiet: bool,
+) -> None:
+    """Answer every prompt and print the answers; add a row for each to `rows` as soon as it is there."""
+    for start in range(0, len(prompts), batch_size):
+        if batch_size == 1 and not is_quiet:
+            _show_prompt(prompts, start)
+            rows.append({"prompt": prompts[start], **_stream(asked, tokens[start])})
+            continue
+        for index, answer in enumerate(_answer_batch(asked, tokens[start : start + batch_size]), start):
+            rows.append({"prompt": prompts[index], **answer})
+            if is_quiet:
+                _print(_json(rows[-1]))
+            else:
+                _show_prompt(prompts, index)
+                _show(answer)
+
+
+def _stream(asked: _Asked, ids: list[int]) -> dict[str, str]:
+    """Print the answer to one prompt as it comes, beside the base's where asked, and return both."""
+    speaker = asked.speaker
+    settings: dict[str, Any] = {"seed": asked.seed, "is_chat": asked.is_chat}
+    if not asked.compare_base:
+        text = speaker.go_on(ids, asked.sampling, **settings, write=_write)
         print(flush=True)
         return {"generated": text}
     with disabled(speaker.model):
-        base = speaker.go_on(ids, sampling, seed=seed, is_chat=is_chat)
+        base = speaker.go_on(ids, asked.sampling, **settings)
+    columns = _columns(base)
+    text = speaker.go_on(ids, asked.sampling, **settings, write=columns.write)
+    columns.close()
+    return {"generated": text, "base": base}
+
+
+def _answer_batch(asked: _Asked, prompts: list[list[int]]) -> list[dict[str, str]]:
+    """Return the answers to some prompts, with the base's where asked."""
+    speaker = asked.speaker
+    settings: dict[str, Any] = {"seed": asked.seed, "is_chat": asked.is_chat}
+    bases: list[str] = []
+    if asked.compare_base:
+        with disabled(speaker.model):
+            bases = speaker.go_on_all(prompts, asked.sampling, **settings)
+    texts = speaker.go_on_all(prompts, asked.sampling, **settings)
+    if not asked.compare_base:
+        return [{"generated": text} for text in texts]
+    return [{"generated": text, "base": base} for text, base in zip(texts, bases, strict=True)]
+
+
+def _show_prompt(prompts: list[str], index: int) -> None:
+    """Print a prompt above its answer, where there are several."""
+    if len(prompts) > 1:
+        _print(f"{chr(10) if index else ''}> {prompts[index]}")
+
+
+def _show(answer: dict[str, str]) -> None:
+    """Print a finished answer, beside the base's where there is one."""
+    if "base" not in answer:
+        _print(answer["generated"])
+        return
+    columns = _columns(answer["base"])
+    columns.write(answer["generated"])
+    columns.close()
+
+
+def _columns(base: str) -> Columns:
+    """Return columns with the base's answer on the left, their headings printed."""
     width = max(shutil.get_terminal_size().columns - 1, MIN_WIDTH)
     heading = Columns("base", width, _print)
     heading.write("with the adapter")
     heading.close()
-    columns = Columns(base, width, _print)
-    text = speaker.go_on(ids, sampling, seed=seed, is_chat=is_chat, write=columns.write)
-    columns.close()
-    return {"generated": text, "base": base}
+    return Columns(base, width, _print)
+
+
+def _json(row: dict[str, str]) -> str:
+    return json.dumps(row, ensure_ascii=False)
 
 
 def _output(name: str | None) -> Path | None:
@@ -116,7 +209,7 @@ def _output(name: str | None) -> Path | None:
     Raises:
         ConfigError: The file is there already, or its folder is not.
     """
-    if name is None:
+    if name is None or name == STDOUT:
         return None
     path = Path(name).expanduser()
     if path.exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora_lightning.commands._push import Target, push
 from lora_lightning.commands.export import write_merged
 
 
@@ -15,6 +16,8 @@ def merge(
     force: bool = False,
     sample: str | None = None,
     backbone: str | None = None,
+    push_to_hub: str | None = None,
+    private: bool = False,
 ) -> None:
     """Merge a checkpoint's adapter into its base and write a plain Hugging Face folder.
 
@@ -32,5 +35,9 @@ def merge(
         force: Write even where the cast loses most of the update.
         sample: A text on which the outputs before and after are compared; left out, random tokens.
         backbone: The base, where it lies elsewhere than in the training; its weights must be the same.
+        push_to_hub: A repository of the Hugging Face Hub to upload the folder to, owner/name; it is created if missing.
+        private: Upload to a private repository alone.
     """
+    target = Target.of(push_to_hub, private)
     write_merged(ckpt_path, output_dir, task_class, dtype, max_shard_size, dequantize, force, sample, backbone)
+    push(target, output_dir)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters import attached_methods, is_attached, iter_adapters
+from lora_lightning.adapters import adapter_state_dict, attached_methods, is_attached, iter_adapters
 from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.merge import check_mergeable, refuse_unmergeable_kinds
 from lora_lightning.backbones.attach import merge
@@ -96,6 +96,7 @@ def merge_checkpoint(
         refuse_taken(output_dir)
     task, model = _load(run, task_class, backbone, dequantize=dequantize)
     manifest = _describe(run, task, model)
+    num_parameters = sum(tensor.numel() for tensor in adapter_state_dict(model).values())
     if dequantize and not dequantize_base(model):
         raise CheckpointError(f"{ckpt_path} stands on a base that is not quantized; leave dequantize out.")
     tokenizer = _tokenizer_of(run, backbone)
@@ -115,6 +116,7 @@ def merge_checkpoint(
                     generation_settings=generation_settings_of(task),
                     max_shard_size=max_shard_size,
                     own_state=run.own_state,
+                    num_parameters=num_parameters,
                 )
                 check_written(folder, model, batch, WEIGHTS_NAME)
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -10,11 +10,12 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_lightning.checkpoint.folder import is_adapter_folder
+from lora_lightning.checkpoint.folder import is_adapter_folder, write_card
 from lora_lightning.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, read_manifest, write_manifest
 from lora_lightning.checkpoint.own_state import own_file
 from lora_lightning.errors import CheckpointError
 from lora_lightning.texts.generation_config import generation_config_for
+from lora_lightning.texts.model_card import CARD_NAME, is_untouched
 from lora_lightning.texts.saved_tokenizer import tokenizer_files
 
 WEIGHTS_NAME = "model.safetensors"
@@ -30,6 +31,7 @@ def write_merged_folder(
     generation_settings: Mapping[str, Any],
     max_shard_size: str,
     own_state: Mapping[str, Tensor],
+    num_parameters: int,
 ) -> None:
     """Fill an empty folder with a merged model; the manifest goes in last.
 
@@ -44,6 +46,7 @@ def write_merged_folder(
         max_shard_size: Largest size of one weight file, such as `1GB` (transformers models).
         own_state: What the task holds beside its model: a file of its own beside a transformers model, which other
             tools load alone, and part of the weights of any other one.
+        num_parameters: Number of trained parameters.
 
     Raises:
         CheckpointError: Two weights would have one name.
@@ -69,7 +72,9 @@ def write_merged_folder(
         tensors = {name: one.detach().clone().contiguous() for name, one in {**state, **own_state}.items()}
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     files = {path.name: FileRecord.of(path) for path in sorted(folder.iterdir()) if path.is_file()}
-    write_manifest(folder, replace(manifest, files=files))
+    manifest = replace(manifest, files=files)
+    write_card(folder, model, manifest, num_parameters)
+    write_manifest(folder, manifest)
 
 
 def merged_before(folder: Path) -> FileRecord | None:
@@ -77,8 +82,9 @@ def merged_before(folder: Path) -> FileRecord | None:
     if not is_adapter_folder(folder):
         return None
     manifest = read_manifest(folder)
-    names = {path.name for path in folder.iterdir()} - {MANIFEST_NAME}
-    is_whole = names == manifest.files.keys()
+    card = folder / CARD_NAME
+    names = {path.name for path in folder.iterdir()} - {MANIFEST_NAME, CARD_NAME}
+    is_whole = names == manifest.files.keys() and (is_untouched(card) or not card.exists())
     is_unchanged = is_whole and all(
         (folder / name).stat().st_size == record.num_bytes for name, record in manifest.files.items()
     )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,15 @@ from torch import Tensor, nn
 from lora_lightning.adapters import iter_acting
 from lora_lightning.adapters.attach import unwrap
 from lora_lightning.errors import ConfigError
+from lora_lightning.tasks.decoding import Draws, RepetitionPenalty, StopAt
 from lora_lightning.tasks.token_loss import IGNORED
 from lora_lightning.texts.generation_config import own_ends
+
+Batching = Literal["any", "same length", "alone"]
+"""Which prompts a model may be given in one batch."""
+_NUM_PADDED = 4
+_NUM_TRIED = 2
+"""Tokens of padding, and new tokens, with which a model is tried."""
 
 
 class Example(NamedTuple):
@@ -73,13 +80,16 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    repetition_penalty: float = 1.0,
     stop: Sequence[int] = (),
+    is_complete: Callable[[Sequence[int]], bool] | None = None,
     seed: int = 0,
     streamer: Any = None,  # noqa: ANN401 - transformers' streamers have no public base class with types
 ) -> list[list[int]]:
     """Go on from prompts, all in one batch, padded on the left; a model with an encoder answers them.
 
-    The model is in evaluation mode meanwhile, and neither its modes nor the global random state change.
+    Each prompt gets what it gets alone, but for the rounding of a batch. The model is in evaluation mode meanwhile, and
+    neither its modes nor the global random state change.
 
     Args:
         model: A model of transformers that generates, with or without adapters.
@@ -88,9 +98,12 @@ def generate(
         temperature: 0 takes the likeliest token each time; above, tokens are drawn.
         top_p: Draw from the likeliest tokens that make up this share of the probability.
         top_k: Draw from this many of the likeliest tokens; 0 means all.
+        repetition_penalty: Above 1 makes tokens less likely that prompt or answer hold already.
         stop: Tokens that end an answer, beside the model's own end tokens.
-        seed: Seed of the draws.
-        streamer: Is given each token as soon as it is there, as transformers' `TextStreamer` is; for one prompt only.
+        is_complete: Is asked after each token whether the answer so far needs no more.
+        seed: Seed of the draws; each prompt starts from it.
+        streamer: Is given each token as soon as it is there, as transformers' `TextStreamer` is; for one prompt only,
+            and not for a model whose settings search with beams.
 
     Returns:
         The new tokens of each prompt, without the one that ended it.
@@ -111,24 +124,72 @@ def generate(
     ends = list(dict.fromkeys([*own_ends(bare), *stop]))
     pad = ends[0] if ends else 0
     device = next(bare.parameters()).device
-    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k} if temperature > 0 else {}
-    )
+    ids, mask = _padded(prompts, pad, device, on_the_left=not reads)
+    start = 1 if reads else longest
     # An encoder-decoder's own settings name the token that its answers start with, and those that it is forced to take.
     config = _without_sampling(bare.generation_config) if reads else GenerationConfig()
     config.update(
-        **{"do_sample": False, **sampling},
-        max_new_tokens=min(max_new_tokens, int(min(room, 2**31))),
-        eos_token_id=ends or None,
+        do_sample=False, max_new_tokens=min(max_new_tokens, int(min(room, 2**31))), eos_token_id=ends or None,
         pad_token_id=pad,
-    )
-    with _evaluating(bare), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        output = bare.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
-    start = 1 if reads else longest
+    )  # fmt: skip
+    processors: list[Any] = []
+    if repetition_penalty != 1:
+        config.repetition_penalty = None
+        processors.append(RepetitionPenalty(repetition_penalty, None if reads else mask))
+    if temperature > 0:
+        config.num_beams = 1  # beams follow what is likeliest
+        draws = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "device": device}
+        processors.append(Draws(len(prompts), seed, **draws))
+    criteria = [] if is_complete is None else [StopAt(start, is_complete)]
+    with _evaluating(bare):
+        output = bare.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=processors,
+            stopping_criteria=criteria,
+            streamer=streamer,
+        )
     return [_until(row[start:].tolist(), ends) for row in output]
+
+
+@torch.no_grad()
+def batching_of(model: nn.Module, prompt: Sequence[int]) -> Batching:
+    """Try which prompts a model may be given in one batch so that each gets what it gets alone.
+
+    Some models ignore the mask or count positions without it, and some mix the rows of a batch.
+
+    Args:
+        model: A model of transformers that generates, with or without adapters.
+        prompt: Token ids, at least one.
+    """
+    room = max_positions(model) - len(prompt) - _NUM_TRIED
+    longer = [*prompt, *list(prompt[:1]) * int(min(_NUM_PADDED, room))]
+    alone = _first_logits(model, [prompt])
+    dtype = next(unwrap(model).parameters()).dtype
+    tolerance = torch.finfo(dtype).eps ** 0.5 * float(alone.abs().max())
+
+    def is_as_alone(companion: Sequence[int]) -> bool:
+        return torch.allclose(_first_logits(model, [prompt, companion]), alone, rtol=0, atol=tolerance)
+
+    if not is_as_alone([*prompt[:-1], prompt[0]]):
+        return "alone"
+    return "any" if is_as_alone(longer) else "same length"
+
+
+def _first_logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Return the logits after the first of some prompts and after its next tokens, `[steps, vocabulary]`."""
+    from transformers import GenerationConfig
+
+    bare: Any = unwrap(model)
+    reads = has_encoder(bare)
+    ids, mask = _padded(prompts, 0, next(bare.parameters()).device, on_the_left=not reads)
+    config = _without_sampling(bare.generation_config) if reads else GenerationConfig()
+    settings = {"output_logits": True, "return_dict_in_generate": True}
+    config.update(do_sample=False, num_beams=1, max_new_tokens=_NUM_TRIED, pad_token_id=0, **settings)
+    with _evaluating(bare):
+        output = bare.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    return torch.stack([step[0] for step in output.logits])
 
 
 @torch.no_grad()
@@ -166,9 +227,33 @@ def max_positions(model: Any) -> float:  # noqa: ANN401 - a transformers model
     return (getattr(config, "max_position_embeddings", None) or float("inf")) - max(virtual, default=0)
 
 
+def searches_with_beams(model: Any) -> bool:  # noqa: ANN401 - a transformers model
+    """Return whether a model's own settings, which those with an encoder follow, search with several beams."""
+    config: Any = getattr(unwrap(model), "generation_config", None)
+    return has_encoder(model) and (getattr(config, "num_beams", None) or 1) > 1
+
+
 def has_encoder(model: Any) -> bool:  # noqa: ANN401 - a transformers model
     """Return whether a model reads its input with an encoder, and writes with a decoder."""
     return bool(getattr(getattr(unwrap(model), "config", None), "is_encoder_decoder", False))
+
+
+def _padded(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device, *, on_the_left: bool
+) -> tuple[Tensor, Tensor]:
+    """Return ids and mask of a batch, `[batch, length]`.
+
+    A decoder goes on from the last position, so its prompts end there. An encoder's start at the first position, since
+    some count positions from there whatever the mask says (BART).
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), pad, device=device)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        where = slice(longest - len(prompt), longest) if on_the_left else slice(len(prompt))
+        ids[row, where] = torch.tensor(prompt, device=device)
+        mask[row, where] = 1
+    return ids, mask
 
 
 def _without_sampling(config: Any) -> Any:  # noqa: ANN401 - transformers' GenerationConfig

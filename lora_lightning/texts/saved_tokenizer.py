@@ -19,6 +19,8 @@ from lora_lightning.texts.chat_templates import begins_with_bos, chat_template
 PLAINLY_JOINED = "plain"
 """The template's name under which prompts and completions are joined without any frame."""
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKEN_OPTIONS = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
 _FILES: WeakKeyDictionary[Any, tuple[str | None, dict[str, bytes]]] = WeakKeyDictionary()

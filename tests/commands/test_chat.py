@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lora_lightning.commands import chat as command
-from lora_lightning.commands._language_model import Sampling, load_language_model
+from lora_lightning.commands._language_model import load_language_model
+from lora_lightning.commands._sampling import Sampling
 from lora_lightning.commands.chat import HELP, Conversation, chat
 from lora_lightning.errors import ConfigError
 from tests.commands.language_models import save_language_model, save_lm_checkpoint

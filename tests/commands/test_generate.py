@@ -16,7 +16,8 @@ from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint
 from lora_lightning.checkpoint import write_adapter_folder
 from lora_lightning.checkpoint.folder import RunFacts
 from lora_lightning.commands._columns import Columns
-from lora_lightning.commands._language_model import Sampling, load_language_model
+from lora_lightning.commands._language_model import load_language_model
+from lora_lightning.commands._sampling import Sampling
 from lora_lightning.commands.generate import generate
 from lora_lightning.errors import BackboneError, CheckpointError, ConfigError
 from lora_lightning.methods import LoRA
@@ -285,7 +286,7 @@ def test_answers_so_far_are_kept_when_interrupted(lm, tmp_path, monkeypatch):
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    monkeypatch.setattr("lora_lightning.commands.generate._answers", answer)
+    monkeypatch.setattr("lora_lightning.commands.generate._stream", answer)
     (tmp_path / "p.txt").write_text("w1\nw2\n")
     output = Path(tmp_path / "out.jsonl")
     files = [f"--prompts_file={tmp_path / 'p.txt'}", f"--output_file={output}"]

@@ -10,7 +10,8 @@ from lora_lightning.__main__ import main
 from lora_lightning.adapters import disabled, iter_roles
 from lora_lightning.checkpoint import write_adapter_folder
 from lora_lightning.checkpoint.folder import RunFacts
-from lora_lightning.commands._language_model import Sampling, load_language_model
+from lora_lightning.commands._language_model import load_language_model
+from lora_lightning.commands._sampling import Sampling
 from lora_lightning.commands.chat import chat
 from lora_lightning.commands.generate import generate
 from lora_lightning.data import Seq2SeqData
@@ -97,6 +98,20 @@ def test_draws_start_from_their_seed(runs):
     sampling = Sampling(max_new_tokens=8, temperature=2.0, top_p=1.0, top_k=0)
     drawn = [speaker.go_on(speaker.encode(PROMPT), sampling, seed=seed) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_base_whose_settings_search_with_beams_shows_the_best_of_them(runs):
+    folder, task, tokenizer = runs
+    speaker = load_language_model(str(folder / "x.ckpt"), None, None)
+    speaker.model.generation_config.num_beams = 8
+    sampling = Sampling(max_new_tokens=6, temperature=0.0, top_p=1.0, top_k=0)
+    texts, prompts = [], [f"w{index} w{index + 3}" for index in range(1, 9)]
+    for prompt in prompts:
+        shown: list[str] = []
+        texts.append(speaker.go_on(speaker.encode(prompt), sampling, seed=0, write=shown.append))
+        assert shown == [texts[-1]]
+    assert texts == [expected(task, tokenizer, f"w9 {prompt}", num_beams=8) for prompt in prompts]
+    assert texts != [expected(task, tokenizer, f"w9 {prompt}") for prompt in prompts]  # negative control
 
 
 def test_it_holds_no_conversation(runs):
