@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_lightning.backbones.quantization import Quantization
     from lora_lightning.callbacks import (
         AdapterCheckpoint,
+        AdapterFinetuning,
         AdapterSummary,
         Guards,
         IdleParameterGuard,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         TextClassificationData,
         TokenClassificationData,
     )
+    from lora_lightning.finetuning import finetune, load_finetuned, merge_finetuned
     from lora_lightning.merging import merge_checkpoint
     from lora_lightning.methods import (
         IA3,
@@ -80,6 +82,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AdaLoRA": "methods",
     "AdapterCheckpoint": "callbacks",
+    "AdapterFinetuning": "callbacks",
     "AdapterSummary": "callbacks",
     "AdapterTask": "tasks",
     "BitFit": "methods",
@@ -129,8 +132,11 @@ _HOME = {
     "detach": "adapters",
     "disabled": "adapters",
     "export_peft": "checkpoint",
+    "finetune": "finetuning",
     "load_adapter": "checkpoint",
     "load_adapter_state_dict": "adapters",
+    "load_finetuned": "finetuning",
+    "merge_finetuned": "finetuning",
     "refresh": "adapters",
     "load_peft": "checkpoint",
     "merge": "backbones.attach",
@@ -144,6 +150,7 @@ __all__ = [
     "IA3",
     "AdaLoRA",
     "AdapterCheckpoint",
+    "AdapterFinetuning",
     "AdapterSummary",
     "AdapterTask",
     "BitFit",
@@ -193,11 +200,14 @@ __all__ = [
     "detach",
     "disabled",
     "export_peft",
+    "finetune",
     "load_adapter",
     "load_adapter_state_dict",
+    "load_finetuned",
     "load_peft",
     "merge",
     "merge_checkpoint",
+    "merge_finetuned",
     "param_groups",
     "preflight",
     "recompute_activations",

@@ -1,6 +1,7 @@
 """Callbacks, one a file."""
 
 from lora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint
+from lora_lightning.callbacks.adapter_finetuning import AdapterFinetuning
 from lora_lightning.callbacks.adapter_summary import AdapterSummary
 from lora_lightning.callbacks.guards import Guards
 from lora_lightning.callbacks.idle_parameter_guard import IdleParameterGuard
@@ -17,6 +18,7 @@ from lora_lightning.resume import ExactResume
 
 __all__ = [
     "AdapterCheckpoint",
+    "AdapterFinetuning",
     "AdapterSummary",
     "ExactResume",
     "Guards",

@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lora_lightning.adapters import is_attached
+from lora_lightning.adapters.attach import was_attached_to
 
 if TYPE_CHECKING:
     import lightning as L
 
 
 def adapted_model(module: L.LightningModule) -> nn.Module | None:
-    """Return the model with adapters inside a LightningModule, or None where there is none.
+    """Return the model with adapters inside a LightningModule, or None if there is none.
 
     Args:
-        module: An `AdapterTask`, or any LightningModule that calls `attach` itself: the model is looked for in its
-            attribute `model`, then the module itself is taken.
+        module: An `AdapterTask`, or any LightningModule to a submodule of which adapters were attached. If adapters
+            were attached to several, the LightningModule itself is returned.
     """
-    model = getattr(module, "model", None)
-    if isinstance(model, nn.Module) and is_attached(model):
-        return model
+    models = [model for model in module.modules() if was_attached_to(model)]
+    if len(models) == 1:
+        return models[0]
     return module if is_attached(module) else None
 
 
