@@ -40,6 +40,15 @@ def log_interval(trainer: L.Trainer) -> int:
     return max(int(trainer.log_every_n_steps), 1)  # type: ignore[attr-defined]  # set by Lightning's logger connector
 
 
+def passed_interval(trainer: L.Trainer, last_step: int) -> bool:
+    """Return whether a multiple of the logging interval was reached since `last_step`.
+
+    One batch may count for several steps, with as many optimizers, so that the count skips multiples.
+    """
+    interval = log_interval(trainer)
+    return trainer.global_step // interval > last_step // interval
+
+
 def is_trial(trainer: L.Trainer) -> bool:
     """Tell whether this is a `fast_dev_run`, which leaves no files behind."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by Lightning's debugging setup
