@@ -25,6 +25,7 @@ from lora_lightning.finetuning.record import Part, attached_parts, record_of
 from lora_lightning.finetuning.state import note_start
 from lora_lightning.finetuning.steps import MethodSteps
 from lora_lightning.strategies.facts import facts_of
+from lora_lightning.tasks import AdapterTask
 from lora_lightning.tasks.settings import methods_from
 
 
@@ -86,6 +87,8 @@ class AdapterFinetuning(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Attach the adapters, or have them attached once `configure_model` has created the submodule."""
+        if isinstance(pl_module, AdapterTask):
+            raise ConfigError("An AdapterTask attaches its own `method`; leave AdapterFinetuning out.")
         self._refuse_strategy(trainer, pl_module)
         self._refuse_order(trainer)
         if stage == "fit":
