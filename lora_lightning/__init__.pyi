@@ -10,6 +10,7 @@ from lora_lightning.backbones.attach import attach as attach
 from lora_lightning.backbones.attach import merge as merge
 from lora_lightning.backbones.quantization import Quantization as Quantization
 from lora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
+from lora_lightning.callbacks.adapter_finetuning import AdapterFinetuning as AdapterFinetuning
 from lora_lightning.callbacks.adapter_summary import AdapterSummary as AdapterSummary
 from lora_lightning.callbacks.guards import Guards as Guards
 from lora_lightning.callbacks.idle_parameter_guard import IdleParameterGuard as IdleParameterGuard
@@ -32,6 +33,9 @@ from lora_lightning.data.multiple_choice import MultipleChoiceData as MultipleCh
 from lora_lightning.data.seq2seq import Seq2SeqData as Seq2SeqData
 from lora_lightning.data.text_classification import TextClassificationData as TextClassificationData
 from lora_lightning.data.token_classification import TokenClassificationData as TokenClassificationData
+from lora_lightning.finetuning.attaching import finetune as finetune
+from lora_lightning.finetuning.loading import load_finetuned as load_finetuned
+from lora_lightning.finetuning.merging import merge_finetuned as merge_finetuned
 from lora_lightning.merging.merge import merge_checkpoint as merge_checkpoint
 from lora_lightning.methods.adalora import AdaLoRA as AdaLoRA
 from lora_lightning.methods.bitfit import BitFit as BitFit

@@ -200,6 +200,11 @@ def is_attached(model: nn.Module) -> bool:
     return any(True for _ in iter_hosts(model))
 
 
+def was_attached_to(model: nn.Module) -> bool:
+    """Return whether `attach` was called with this very module, and its adapters are there."""
+    return _RECORD in model.__dict__
+
+
 def attached_methods(model: nn.Module) -> tuple[Method, ...]:
     """Return the methods that were attached to a model, in order; empty where there are none."""
     record: _Attachment | None = getattr(unwrap(model), _RECORD, None)

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lora_lightning.adapters import adapter_state_dict, folded_state_dict, gathered
+from lora_lightning.adapters import adapter_state_dict, attached_methods, folded_state_dict, gathered
+from lora_lightning.adapters.attach import unwrap
 from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint, tokenizer_of
 from lora_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
@@ -27,6 +28,8 @@ from lora_lightning.checkpoint.own_state import own_entries, own_file
 from lora_lightning.checkpoint.pair import Fill, folder_of, replace_link
 from lora_lightning.checkpoint.saved_run import generation_settings_of
 from lora_lightning.errors import CheckpointError
+from lora_lightning.finetuning import is_finetuned
+from lora_lightning.finetuning.state import own_state, reduced
 from lora_lightning.keywords import ForwardsSettings
 from lora_lightning.tasks.averaging import averaged_task
 from lora_lightning.texts.files import text_files
@@ -86,6 +89,11 @@ class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
         model = adapted_model(pl_module)
         if model is None:
             rank_zero_warn("The module has no adapters attached, so AdapterCheckpoint saves plain .ckpt files only.")
+        elif not attached_methods(model):
+            rank_zero_warn(
+                "Several submodules have adapters, which one adapter folder cannot hold, so AdapterCheckpoint saves "
+                "plain .ckpt files only."
+            )
         elif not writes_folders(pl_module, model):
             rank_zero_warn(
                 "The model is sharded over processes, and nobody took its base's fingerprint before (an AdapterTask "
@@ -283,16 +291,26 @@ def _extra_files(trainer: L.Trainer, model: nn.Module) -> dict[str, bytes]:
     """Return the files that make other tools ask the model as this run trains it, and what the task holds beside it."""
     module = trainer.lightning_module
     texts = text_files(model, tokenizer_of(trainer), run_facts(trainer).tokenizer, generation_settings_of(module))
-    own = {} if model is module else own_entries((averaged_task(trainer) or module).state_dict())
-    return {**texts, **own_file(own)}
+    return {**texts, **own_file(_own_tensors(averaged_task(trainer) or module, model))}
+
+
+def _own_tensors(module: Any, model: nn.Module) -> dict[str, Tensor]:  # noqa: ANN401 - a LightningModule
+    """Return what a module holds beside its adapted model, and would be lost without it."""
+    if is_finetuned(module):
+        return own_state(module, reduced(module, module.state_dict()))
+    is_task = getattr(module, "model", None) is not None and model is unwrap(module.model)
+    return own_entries(module.state_dict()) if is_task else {}
 
 
 def writes_folders(module: L.LightningModule, model: nn.Module) -> bool:
     """Tell whether adapter folders can be written: of a sharded base, the fingerprint must have been taken before.
 
+    A folder holds the adapters of one model, and not those of several submodules.
     What DeepSpeed's third stage partitions (it marks each parameter with an id) is never whole.
     """
     parameters = list(model.parameters())
+    if not attached_methods(model):
+        return False
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         return False
     return not is_sharded(model) or getattr(module, "base_fingerprint", None) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -9,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lora_lightning.callbacks.gradients import bit_sum, largest, local, over_ranks, quoted, trained
+from lora_lightning.callbacks.gradients import bit_sum, largest, local, optimized, over_ranks, quoted, trained
 from lora_lightning.callbacks.places import adapted_model
 from lora_lightning.errors import ConfigError
 
@@ -24,7 +25,8 @@ class IdleParameterGuard(L.Callback):
     `AdapterTask`); a run that is shorter than `num_steps` is not judged.
 
     Args:
-        num_steps: Optimizer steps to watch; at least 2, since LoRA's A has no gradient in the first one.
+        num_steps: Steps to watch, of each optimizer that holds adapters; at least 2, since LoRA's A has no gradient in
+            the first one.
 
     Raises:
         ConfigError: `num_steps` is below 2.
@@ -40,13 +42,15 @@ class IdleParameterGuard(L.Callback):
         self._watched: list[tuple[str, Tensor]] = []
         self._largest = torch.empty(0)
         self._start = torch.empty(0)
-        self._first_step = 0
+        self._num_steps: dict[int, int] = {}  # by optimizer
+        self._indices: dict[int, list[int]] = {}  # the watched parameters to look at when it steps
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take note of where the parameters start."""
         model = adapted_model(pl_module)
         self._watched = [] if model is None else trained(model)
-        self._first_step = trainer.global_step
+        self._indices = self._indices_by_optimizer(trainer.optimizers)
+        self._num_steps = dict.fromkeys(self._indices, 0)
         if self._watched:
             self._start = self._position()
             self._largest = torch.zeros(len(self._watched), device=self._start.device)
@@ -54,12 +58,18 @@ class IdleParameterGuard(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Take note of which parameters have a gradient."""
-        del trainer, pl_module, optimizer
+        """Take note of which of an optimizer's parameters have a gradient.
+
+        Those of other optimizers may have one of a loss that is not theirs.
+        """
+        del trainer, pl_module
+        if not self._watched or id(optimizer) not in self._indices:
+            return
+        self._num_steps[id(optimizer)] += 1
         gradients = {
             index: gradient
-            for index, (_, parameter) in enumerate(self._watched)
-            if (gradient := parameter.grad) is not None and local(gradient).numel()
+            for index in self._indices[id(optimizer)]
+            if (gradient := self._watched[index][1].grad) is not None and local(gradient).numel()
         }
         if gradients:
             sizes = torch.stack(largest(gradients.values())).to(self._largest)
@@ -76,7 +86,7 @@ class IdleParameterGuard(L.Callback):
     ) -> None:
         """Judge after the first steps."""
         del pl_module, outputs, batch, batch_idx
-        if self._watched and trainer.global_step - self._first_step >= self.num_steps:
+        if self._watched and min(self._num_steps.values(), default=0) >= self.num_steps:
             self._judge(trainer)
             self._watched = []
 
@@ -99,6 +109,20 @@ class IdleParameterGuard(L.Callback):
                 "not hold them, or its learning rate for them (model.init_args.optim) is 0 or too small for their "
                 "precision."
             )
+
+    def _indices_by_optimizer(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, list[int]]:
+        """Return which of the watched parameters each optimizer holds, with those that none holds.
+
+        An optimizer without watched parameters is left out, unless no optimizer has any.
+        """
+        held = {id(optimizer): {id(parameter) for parameter in optimized(optimizer)} for optimizer in optimizers}
+        watched = [id(parameter) for _, parameter in self._watched]
+        stray = [index for index, key in enumerate(watched) if not any(key in keys for keys in held.values())]
+        found = {
+            optimizer: [index for index, key in enumerate(watched) if key in keys] for optimizer, keys in held.items()
+        }
+        holding = {optimizer: indices for optimizer, indices in found.items() if indices} or found
+        return {optimizer: indices + stray for optimizer, indices in holding.items()}
 
     def _position(self) -> Tensor:
         """Return a sum over each watched parameter's bits, `[parameters]`."""

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lora_lightning.adapters.merge import refuse_unmergeable_kinds
 from lora_lightning.callbacks.places import adapted_model, is_trial, run_folder
 from lora_lightning.errors import ConfigError, NotMergeable
+from lora_lightning.finetuning import is_finetuned
 from lora_lightning.merging.merge import merge_checkpoint, refuse_taken
 from lora_lightning.merging.precision import DTYPES
 from lora_lightning.merging.report import MergeReport, UpdateLost
@@ -35,7 +36,8 @@ class MergeAtEnd(L.Callback):
             written.
 
     Raises:
-        ConfigError: `which` or `dtype` is something else; when `fit` starts, that the run trains what cannot be merged.
+        ConfigError: `which` or `dtype` is something else; when `fit` starts, that the run trains what cannot be merged,
+            or uses `AdapterFinetuning`, whose `merge_to` does this.
     """
 
     def __init__(
@@ -65,6 +67,10 @@ class MergeAtEnd(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse adapters that cannot be merged before any training is done."""
         del trainer
+        if is_finetuned(pl_module):
+            raise ConfigError(
+                "MergeAtEnd merges the checkpoints of tasks. Use AdapterFinetuning(merge_to=...) instead."
+            )
         model = adapted_model(pl_module)
         if model is None:
             return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from torch import Tensor
 
-from lora_lightning.callbacks.places import is_trial, log_interval, run_folder
+from lora_lightning.callbacks.places import is_trial, passed_interval, run_folder
 from lora_lightning.checkpoint.files import write_atomically
 
 if TYPE_CHECKING:
@@ -39,11 +39,17 @@ class MetricCurve(L.Callback):
         self.filename = filename
         self.curves: dict[str, Curve] = {}
         self._path: Path | None = None
+        self._last_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find out where the picture goes; all ranks take part, which they could not after a failure."""
         del pl_module
         self._path = run_folder(trainer) / self.filename
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Note the step from which training goes on."""
+        del pl_module
+        self._last_step = trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -55,7 +61,9 @@ class MetricCurve(L.Callback):
     ) -> None:
         """Read the training metrics at the log interval."""
         del pl_module, outputs, batch, batch_idx
-        if trainer.is_global_zero and trainer.global_step % log_interval(trainer) == 0:
+        is_due = passed_interval(trainer, self._last_step)
+        self._last_step = trainer.global_step
+        if trainer.is_global_zero and is_due:
             self._read(trainer, "train")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lora_lightning.adapters import is_attached
+from lora_lightning.adapters.attach import was_attached_to
 
 if TYPE_CHECKING:
     import lightning as L
 
 
 def adapted_model(module: L.LightningModule) -> nn.Module | None:
-    """Return the model with adapters inside a LightningModule, or None where there is none.
+    """Return the model with adapters inside a LightningModule, or None if there is none.
 
     Args:
-        module: An `AdapterTask`, or any LightningModule that calls `attach` itself: the model is looked for in its
-            attribute `model`, then the module itself is taken.
+        module: An `AdapterTask`, or any LightningModule to a submodule of which adapters were attached. If adapters
+            were attached to several, the LightningModule itself is returned.
     """
-    model = getattr(module, "model", None)
-    if isinstance(model, nn.Module) and is_attached(model):
-        return model
+    models = [model for model in module.modules() if was_attached_to(model)]
+    if len(models) == 1:
+        return models[0]
     return module if is_attached(module) else None
 
 
@@ -37,6 +38,15 @@ def run_folder(trainer: L.Trainer) -> Path:
 def log_interval(trainer: L.Trainer) -> int:
     """Return after how many optimizer steps the trainer logs."""
     return max(int(trainer.log_every_n_steps), 1)  # type: ignore[attr-defined]  # set by Lightning's logger connector
+
+
+def passed_interval(trainer: L.Trainer, last_step: int) -> bool:
+    """Return whether a multiple of the logging interval was reached since `last_step`.
+
+    One batch may count for several steps, with as many optimizers, so that the count skips multiples.
+    """
+    interval = log_interval(trainer)
+    return trainer.global_step // interval > last_step // interval
 
 
 def is_trial(trainer: L.Trainer) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from lora_lightning.callbacks.places import log_interval
+from lora_lightning.callbacks.places import passed_interval
 
 __all__ = ["Throughput"]
 
@@ -61,10 +61,9 @@ class Throughput(L.Callback):
         num_tokens = count_tokens(batch)
         if num_tokens is not None:
             self._num_tokens = num_tokens if self._num_tokens is None else self._num_tokens + num_tokens
-        step = trainer.global_step
-        if step == self._last_step or step % log_interval(trainer):
+        if not passed_interval(trainer, self._last_step):
             return
-        self._last_step = step
+        self._last_step = trainer.global_step
         self._log(pl_module)
         self._restart()
 

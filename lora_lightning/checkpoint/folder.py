@@ -341,7 +341,7 @@ def _check_saved_modules(config: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path}: modules_to_save must be a list of names or null; use another checkpoint.")
 
 
-def check_methods(attached: Sequence[Method], stored: Sequence[Mapping[str, Any]], folder: Path) -> None:
+def check_methods(attached: Sequence[Method], stored: Sequence[Mapping[str, Any]], folder: Path | str) -> None:
     """Refuse methods that compute something else from the same tensors, such as another alpha.
 
     A setting that the folder does not name, since it is newer than the folder, counts as its default.
@@ -349,7 +349,7 @@ def check_methods(attached: Sequence[Method], stored: Sequence[Mapping[str, Any]
     Args:
         attached: The methods of the model.
         stored: Those of the folder, as `class_config` gives them.
-        folder: Where it is, for the message.
+        folder: Where it is, or what was read, for the message.
 
     Raises:
         CheckpointError: They differ in more than how they were trained or found their hosts.

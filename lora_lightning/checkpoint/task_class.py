@@ -143,6 +143,12 @@ def build_task(
     Raises:
         CheckpointError: The settings do not fit the class, or the weights or the base do not fit the model.
     """
+    entry = content.get("lora_lightning")
+    if isinstance(entry, Mapping) and "parts" in entry:
+        raise CheckpointError(
+            f"{path} was written with AdapterFinetuning. Load it with lora_lightning.load_finetuned, and merge it with "
+            "lora_lightning.merge_finetuned."
+        )
     arguments = {**constructor_arguments(cls, settings_in(content), given_in(content)), **changes}
     try:
         task = cls(**arguments)

@@ -26,7 +26,7 @@ from lora_lightning.resume.loops import (
 )
 from lora_lightning.resume.position import Position
 from lora_lightning.resume.random_state import RandomState
-from lora_lightning.resume.unfinished import load_unfinished, unfinished_state
+from lora_lightning.resume.unfinished import PendingGradients, load_unfinished, unfinished_state
 
 __all__ = ["ExactResume"]
 
@@ -64,6 +64,7 @@ class ExactResume(L.Callback):
         self._epoch_start: dict[str, Any] | None = None  # only for loaders that cannot seek
         self._usual_length: Lengths | None = None
         self._unfinished: list[dict[str, Any] | None] | None = None
+        self._pending: PendingGradients | None = None  # only for modules that optimize manually
 
     # Saving.
 
@@ -78,7 +79,7 @@ class ExactResume(L.Callback):
         mine = {
             "random": now.plain(),
             "epoch_start": None if data.is_seekable else self._start_of_epoch(data, position, now),
-            "unfinished": self._unfinished_step(trainer, pl_module) if position.passed else None,
+            "unfinished": self._unfinished_step(trainer, pl_module, position),
         }
         checkpoint[KEY] = {
             "position": position.plain(),
@@ -92,11 +93,17 @@ class ExactResume(L.Callback):
             return data.epoch_start(now)
         return {**self._epoch_start, "base_seeds": data.base_seeds()}
 
-    def _unfinished_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any] | None:
-        if not is_amid_step(trainer):
+    def _unfinished_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, position: Position
+    ) -> dict[str, Any] | None:
+        # Automatic optimization steps at the end of an epoch at the latest; a module that steps itself may not.
+        names = None if self._pending is None else self._pending.of(pl_module)
+        is_unfinished = bool(position.passed) and is_amid_step(trainer) if names is None else bool(names)
+        was_changed = is_amid_batch(trainer) and self._is_in_backward
+        if not is_unfinished and not (was_changed and names is not None):
             return None
-        if not (is_amid_batch(trainer) and self._is_in_backward):
-            return unfinished_state(pl_module)
+        if not was_changed:
+            return unfinished_state(pl_module, names)
         rank_zero_warn(
             "The checkpoint is written amid a batch, whose gradients are partly added to those of the batches before "
             "it. It holds none of them, so a run that is resumed from it does not go on exactly."
@@ -131,7 +138,7 @@ class ExactResume(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Bring data and random numbers to their place."""
-        del pl_module
+        self._pending = None if pl_module.automatic_optimization else PendingGradients(trainer.optimizers)
         self._usual_length, self._is_before_first = None, True
         data, loaded, self._loaded = FitData(trainer), self._loaded, None
         if loaded is None:
@@ -232,8 +239,10 @@ class ExactResume(L.Callback):
         del batch, batch_idx
         self._is_before_first = self._is_in_backward = False
         if self._unfinished is not None:
-            load_unfinished(pl_module, self._unfinished, trainer.global_rank, trainer.world_size)
+            loaded = load_unfinished(pl_module, self._unfinished, trainer.global_rank, trainer.world_size)
             self._unfinished = None
+            if self._pending is not None:
+                self._pending.add(loaded)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Note that gradients change from now on."""
@@ -251,6 +260,20 @@ class ExactResume(L.Callback):
         """Note the random numbers, before a validation or an interrupted batch can draw more."""
         del pl_module, outputs, batch, batch_idx
         self._after_batch = RandomState.now(_device(trainer))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let go of the optimizers."""
+        del trainer, pl_module
+        self._let_go()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizers."""
+        del trainer, pl_module, exception
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._pending is not None:
+            self._pending.end()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take back what validation drew."""

@@ -1,0 +1,239 @@
+"""Fine-tune adapters in a LightningModule of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lora_lightning.adapters import Method, iter_roles
+from lora_lightning.adapters.frozen import restore_after_conversion
+from lora_lightning.callbacks.gradients import optimized, quoted
+from lora_lightning.callbacks.merge_at_end import checkpoint_path
+from lora_lightning.callbacks.places import is_trial
+from lora_lightning.errors import ConfigError
+from lora_lightning.finetuning import finetune, is_finetuned
+from lora_lightning.finetuning.merging import refuse_taken_file, refuse_unmergeable, write_merged
+from lora_lightning.finetuning.parts import SHARDS_ITSELF, was_taken_off
+from lora_lightning.finetuning.record import Part, attached_parts, record_of
+from lora_lightning.finetuning.state import note_start
+from lora_lightning.finetuning.steps import MethodSteps
+from lora_lightning.strategies.facts import facts_of
+from lora_lightning.tasks import AdapterTask
+from lora_lightning.tasks.settings import methods_from
+
+__all__ = ["AdapterFinetuning"]
+
+
+class AdapterFinetuning(L.Callback):
+    """Attach adapters to a LightningModule that exists, freeze what they stand on, and train them.
+
+    The module's code stays as it is: `L.Trainer(callbacks=[AdapterFinetuning(LoRA(r=8), module="backbone")])`. The
+    submodule is frozen and gets its adapters before the optimizers are built; whatever else of the LightningModule
+    trains goes on training. Checkpoints hold the adapters, all that trains, and the module's own buffers, and load
+    strictly. Training resumes from them, and `validate`, `test` and `predict` load them, with the same callback.
+    Without a Trainer, `load_finetuned` loads them.
+
+    For LoRA+, build the optimizer in `configure_optimizers` over `param_groups(self, Optim(lora_plus_ratio=16))`.
+
+    Several of these callbacks adapt several submodules. One device, or DDP.
+
+    Args:
+        method: The method, or a list of methods.
+        module: Path of the submodule to adapt, such as `backbone` or `model.encoder`; None takes the whole
+            LightningModule, whose own layers are then frozen too. It may be created in `__init__`, `setup` or
+            `configure_model`.
+        modules_to_save: Names of modules inside the submodule to train as full copies, such as its head.
+        train_norm_statistics: Let batch norms inside the submodule compute with, and learn, the statistics of the
+            training batches; otherwise those of the base stay in use.
+        merge_to: File to write when `fit` ends: a checkpoint with the adapters merged into the weights, which the
+            module's own class loads without this library. None merges nothing.
+        merge_which: `best` merges the best checkpoint of the run's `ModelCheckpoint`, `last` the weights at the end.
+
+    Raises:
+        ConfigError: A setting does not fit; when `fit` starts, that the optimizers hold none of the adapters.
+    """
+
+    def __init__(
+        self,
+        method: Method | list[Method],
+        module: str | None = None,
+        *,
+        modules_to_save: Sequence[str] | None = None,
+        train_norm_statistics: bool = False,
+        merge_to: str | Path | None = None,
+        merge_which: Literal["best", "last"] = "best",
+    ) -> None:
+        if isinstance(modules_to_save, str):
+            raise ConfigError(f"modules_to_save takes a list of names; write [{modules_to_save!r}].")
+        if merge_which not in ("best", "last"):
+            raise ConfigError(f"merge_which must be best or last, got {merge_which!r}.")
+        self.methods = methods_from(method)
+        self.module = module
+        self.modules_to_save = tuple(modules_to_save or ())
+        self.train_norm_statistics = train_norm_statistics
+        self.merge_to = None if merge_to is None else Path(merge_to)
+        self.merge_which = merge_which
+        self._steps: MethodSteps | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Tell several of these callbacks apart, by their submodule."""
+        return self._generate_state_key(module=self.module)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Attach the adapters, or have them attached once `configure_model` has created the submodule."""
+        if isinstance(pl_module, AdapterTask):
+            raise ConfigError("An AdapterTask attaches its own `method`; leave AdapterFinetuning out.")
+        self._refuse_strategy(trainer, pl_module)
+        self._refuse_order(trainer)
+        if stage == "fit":
+            refuse_methods(self.methods, pl_module)
+            if self.merge_to is not None:
+                refuse_taken_file(self.merge_to)
+        finetune(
+            pl_module,
+            self.methods,
+            self.module,
+            modules_to_save=self.modules_to_save,
+            train_norm_statistics=self.train_norm_statistics,
+        )
+        if stage == "fit" and was_taken_off(pl_module, self._part(pl_module)):
+            raise ConfigError(
+                f"The adapters of {self._part(pl_module).name} were merged or taken off, and would not train. Build "
+                "the LightningModule anew, or leave AdapterFinetuning out."
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse optimizers that would not train the adapters, and say what trains."""
+        part, submodule = self._attached(pl_module)
+        restore_after_conversion(submodule)  # a Trainer's sync_batchnorm has replaced norms by now
+        adapters = [(name, parameter) for name, parameter, _ in iter_roles(submodule) if parameter.requires_grad]
+        held = {id(parameter) for optimizer in trainer.optimizers for parameter in optimized(optimizer)}
+        left_out = [name for name, parameter in adapters if id(parameter) not in held]
+        if len(left_out) == len(adapters):
+            raise ConfigError(
+                f"The optimizers of {type(pl_module).__name__} hold none of the {len(adapters)} adapter parameters of "
+                f"{part.name}, so they would not train. In configure_optimizers, use self.parameters(), or "
+                "lora_lightning.param_groups(self, Optim(...))."
+            )
+        if left_out:
+            rank_zero_warn(
+                f"The optimizers hold {len(adapters) - len(left_out)} of the {len(adapters)} adapter parameters of "
+                f"{part.name}; {quoted(left_out)} will not train."
+            )
+        if self.merge_to is not None:
+            refuse_unmergeable(pl_module)
+        note_start(pl_module)
+        _announce(pl_module, part)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Have methods act around the steps of the optimizers that hold their adapters."""
+        part, _ = self._attached(pl_module)
+        self._steps = MethodSteps(pl_module, part, trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Let methods act on the gradients."""
+        del trainer, pl_module
+        if self._steps is not None:
+            self._steps.before(optimizer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let go of the optimizers."""
+        del trainer, pl_module
+        self._let_go()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizers."""
+        del trainer, pl_module, exception
+        self._let_go()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the merged checkpoint, on rank 0."""
+        if self.merge_to is None or is_trial(trainer):
+            return
+        path = checkpoint_path(trainer, "best") if self.merge_which == "best" else None
+        if self.merge_which == "best" and path is None:
+            rank_zero_warn("AdapterFinetuning found no best checkpoint, so it merges the weights at the end.")
+        if trainer.is_global_zero:
+            write_merged(pl_module, self.merge_to, path)
+            rank_zero_info(f"Wrote the merged checkpoint {self.merge_to}.")
+        trainer.strategy.barrier("AdapterFinetuning.merge")
+
+    # Helpers.
+
+    def _let_go(self) -> None:
+        if self._steps is not None:
+            self._steps.end()
+        self._steps = None
+
+    def _part(self, module: L.LightningModule) -> Part:
+        record = record_of(module)
+        assert record is not None
+        return next(part for part in record.parts if part.path == (self.module or ""))
+
+    def _attached(self, module: L.LightningModule) -> tuple[Part, torch.nn.Module]:
+        return next(pair for pair in attached_parts(module) if pair[0].path == (self.module or ""))
+
+    def _refuse_strategy(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        facts = facts_of(trainer)
+        if not facts.keeps_whole:
+            raise ConfigError(
+                f"AdapterFinetuning runs on one device or with DDP, not with {facts.name}. {SHARDS_ITSELF}"
+            )
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not is_finetuned(module):
+            raise ConfigError(
+                "This strategy starts processes that get a copy of the module, so the adapters would be lost with "
+                'them. Use strategy="ddp", or call lora_lightning.finetune(module, method, submodule) before the '
+                "Trainer starts."
+            )
+
+    def _refuse_order(self, trainer: L.Trainer) -> None:
+        """Refuse callbacks that copy the module before it has its adapters."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
+        before = callbacks[: next(index for index, one in enumerate(callbacks) if one is self)]
+        copying = [one for one in before if isinstance(one, WeightAveraging | StochasticWeightAveraging)]
+        if copying:
+            raise ConfigError(
+                f"{type(copying[0]).__name__} copies the module before it has its adapters. Put AdapterFinetuning "
+                "before it in the list of callbacks."
+            )
+
+
+def refuse_methods(methods: Sequence[Method], module: L.LightningModule) -> None:
+    """Refuse methods that need more of a module than its steps.
+
+    Raises:
+        ConfigError: A method looks at data before the first step, or adds to the loss of a module that optimizes by
+            itself.
+    """
+    calibrating = [type(method).__name__ for method in methods if method.calibrates]
+    if calibrating:
+        raise ConfigError(
+            f"{calibrating[0]} with these settings looks at training data before the first step, which "
+            "AdapterFinetuning does not offer. Use an AdapterTask, or another init."
+        )
+    penalizing = [type(method).__name__ for method in methods if type(method).extra_loss is not Method.extra_loss]
+    if penalizing and not module.automatic_optimization:
+        raise ConfigError(
+            f"{penalizing[0]} adds a penalty to the loss that training_step returns, and {type(module).__name__} "
+            "optimizes manually. Use another method, or automatic optimization."
+        )
+
+
+def _announce(module: L.LightningModule, part: Part) -> None:
+    """Say how much of the module trains."""
+    num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    num_all = sum(parameter.numel() for parameter in module.parameters())
+    names = " and ".join(type(method).__name__ for method in part.methods)
+    rank_zero_info(
+        f"{names} on {part.name}: {num_trained:,} of {num_all:,} parameters of {type(module).__name__} train."
+    )
