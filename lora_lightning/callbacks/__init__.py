@@ -9,6 +9,7 @@ from lora_lightning.callbacks.metric_curve import MetricCurve
 from lora_lightning.callbacks.non_finite_guard import NonFiniteGuard
 from lora_lightning.callbacks.out_of_memory_guard import OutOfMemoryGuard
 from lora_lightning.callbacks.paced_progress_bar import PacedProgressBar
+from lora_lightning.callbacks.prediction_writer import PredictionWriter
 from lora_lightning.callbacks.rank_watch import RankWatch
 from lora_lightning.callbacks.sample_generations import SampleGenerations
 from lora_lightning.callbacks.signal_guard import SignalGuard
@@ -26,6 +27,7 @@ __all__ = [
     "NonFiniteGuard",
     "OutOfMemoryGuard",
     "PacedProgressBar",
+    "PredictionWriter",
     "RankWatch",
     "SampleGenerations",
     "SignalGuard",

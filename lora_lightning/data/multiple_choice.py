@@ -16,6 +16,7 @@ from lora_lightning.data.batches.batching import PadToLongest
 from lora_lightning.data.column_data import ColumnData, joined, parts_of
 from lora_lightning.data.notices import warn
 from lora_lightning.data.rows.cells import Cell, cell_of, is_bracketed, parsed_list, text_of
+from lora_lightning.data.rows.inputs import InputRow
 from lora_lightning.data.rows.pool import kind_of
 from lora_lightning.data.rows.row import Row, StoredRow
 from lora_lightning.data.sources import Record, Source
@@ -162,6 +163,12 @@ class MultipleChoiceData(ColumnData):
         """Return the question and the right choice."""
         text, choices, label = content
         return text, choices[label] if label != _UNKNOWN else None
+
+    def complete_prediction(self, row: InputRow, prediction: Any) -> Any:  # noqa: ANN401 - the task's own type
+        """Return the prediction with the text of the chosen answer."""
+        if not isinstance(prediction, Mapping) or "choice" not in prediction:
+            return prediction
+        return {**prediction, "answer": row.content[1][prediction["choice"]]}
 
     def _collate(self) -> ChoiceBatch:
         return ChoiceBatch(self._pad())

@@ -16,6 +16,7 @@ from lora_lightning.data.rows.plan import Plan
 from lora_lightning.data.rows.pool import About, SplitRows, kind_of
 from lora_lightning.data.sources import source_files
 from lora_lightning.errors import CheckpointError, ConfigError, DataError
+from lora_lightning.texts.saved_tokenizer import PLAINLY_JOINED
 
 SOURCES = ("train", "val", "test", "predict")
 """The settings that name sources."""
@@ -53,8 +54,8 @@ class PredictedRows(TokenizedData, abc.ABC):
                 f"{checkpoint_path} was not trained with a {cls.__name__}, so it holds no settings of one; build the "
                 "data module with its constructor."
             )
-        if any(settings.get(name) is not None for name in SOURCES):
-            saved = without_sources(saved)
+        names_source = any(settings.get(name) is not None for name in SOURCES)
+        saved = settings_to_use(saved, run.facts, names_source=names_source)
         data = cls(**{**saved, **settings})
         data.expect_run(run.facts)
         return data
@@ -154,12 +155,17 @@ class PredictedRows(TokenizedData, abc.ABC):
         return list(names or [])
 
 
-def without_sources(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings without those of sources and their division.
+def settings_to_use(settings: Mapping[str, Any], facts: RunFacts, *, names_source: bool) -> dict[str, Any]:
+    """Return the settings of a training's data module with which its model is used.
 
-    Example:
-        >>> without_sources({"train": "a.csv", "test_size": 0.2, "max_length": 64})
-        {'train': None, 'max_length': 64}
+    Args:
+        settings: The settings.
+        facts: What is known of the run. It holds the chat template itself, whose file may be gone.
+        names_source: Whether another source is named, so that those of the training are left out.
     """
-    divided = {*SOURCES, "train_size", "val_size", "test_size"}
-    return {"train": None, **{name: value for name, value in settings.items() if name not in divided}}
+    left_out = {*SOURCES, "train_size", "val_size", "test_size"} if names_source else set()
+    used = {name: value for name, value in settings.items() if name not in left_out}
+    has_template = facts.tokenizer is not None and facts.tokenizer.chat_template is not None
+    if has_template and used.get("template") not in (None, PLAINLY_JOINED):
+        used["template"] = None
+    return used

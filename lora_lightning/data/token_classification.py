@@ -19,6 +19,7 @@ from lora_lightning.data.batches.packing import UNSUPERVISED
 from lora_lightning.data.column_data import ColumnData, joined, parts_of
 from lora_lightning.data.notices import warn
 from lora_lightning.data.rows.cells import Cell, cell_of, is_bracketed, is_integer, name_by_number, parsed_list, text_of
+from lora_lightning.data.rows.inputs import InputRow
 from lora_lightning.data.rows.pool import kind_of
 from lora_lightning.data.rows.row import Row, StoredRow
 from lora_lightning.data.sources import Record, Source
@@ -252,8 +253,25 @@ class TokenClassificationData(ColumnData):
         """Return the words, joined by spaces, and the tags."""
         return " ".join(content[0]), tuple(content[1])
 
+    def complete_prediction(self, row: InputRow, prediction: Any) -> Any:  # noqa: ANN401 - the task's own type
+        """Return tags and entities by the words of the input; words without a token have the tag None."""
+        if not isinstance(prediction, Mapping) or not {"tags", "entities", "words"} <= prediction.keys():
+            return prediction
+        words, indices = row.content[0], prediction["words"]
+        tags: list[str | None] = [None] * len(words)
+        for index, tag in zip(indices, prediction["tags"], strict=True):
+            tags[index] = tag
+        entities = [_by_words(entity, words, indices) for entity in prediction["entities"]]
+        return {"tags": tags, "entities": entities}
+
     def _collate(self) -> SentenceBatch:
         return SentenceBatch(self._pad())
+
+
+def _by_words(entity: Mapping[str, Any], words: Sequence[str], indices: Sequence[int]) -> dict[str, Any]:
+    """Return an entity whose start and end count tagged words, by all words."""
+    start, end = indices[entity["start"]], indices[entity["end"] - 1] + 1
+    return {"type": entity["type"], "start": start, "end": end, "text": " ".join(words[start:end])}
 
 
 def runs_of_words(num_tokens: Sequence[int], is_inside: Sequence[bool], room: int) -> list[range]:

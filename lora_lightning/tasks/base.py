@@ -43,6 +43,7 @@ from lora_lightning.tasks.evaluation import EvaluationSets, Measures, sets_of
 from lora_lightning.tasks.fusing import may_fuse
 from lora_lightning.tasks.loading import class_path_for_cli, refuse_unread_adapter
 from lora_lightning.tasks.log_pace import LogPace
+from lora_lightning.tasks.prediction_columns import columns_of
 from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
 from lora_lightning.tasks.settings import Recomputing, is_plain, labels, methods_from, plain, refuse_packing
 from lora_lightning.tasks.step_output import StepOutput, batch_size_of
@@ -85,6 +86,8 @@ class AdapterTask(CheckpointState):
     """
 
     auto_class: ClassVar[str] = "AutoModel"
+    predictions_format: ClassVar[str] = ".jsonl"
+    """Ending of a file of predictions for which no name is given."""
 
     def __init__(
         self,
@@ -184,6 +187,14 @@ class AdapterTask(CheckpointState):
         """Return the predictions for a batch without targets."""
         return self(batch)
 
+    def prediction_columns(self, prediction: Any) -> Mapping[str, Any]:  # noqa: ANN401 - the task's own type
+        """Return the columns that a file of predictions has for what `predict` says of one row.
+
+        Args:
+            prediction: What `predict` returned for the row, in plain types.
+        """
+        return columns_of(prediction)
+
     def forward(self, batch: Mapping[str, Any]) -> Any:  # noqa: ANN401 - the model's own output
         """Call the adapted model with a batch's entries."""
         return self.adapted(**batch)
@@ -221,6 +232,7 @@ class AdapterTask(CheckpointState):
         if self.quantization is not None and self._trainer is not None:
             refuse_unfit_trainer(self._trainer)  # before minutes go into loading
         model: Any = self.configure_backbone()
+        self.check_trained(self._new_modules)
         if is_attached(model):
             raise ConfigError("configure_backbone returned a model with adapters; return the bare model.")
         check_quantization(model, self.quantization, self._trainer)
@@ -294,9 +306,9 @@ class AdapterTask(CheckpointState):
         """Log what is known only after the last batch of the test."""
         self._end_evaluation(sets_of(self._trainer, "test"))
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Any:  # noqa: ANN401 - the data module's own type
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:  # noqa: ANN401 - the data module's own type
         """Return the task's predictions for a batch."""
-        del batch_idx
+        del batch_idx, dataloader_idx
         return self.predict(batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
