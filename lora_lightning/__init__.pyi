@@ -20,6 +20,7 @@ from lora_lightning.callbacks.non_finite_guard import NonFiniteGuard as NonFinit
 from lora_lightning.callbacks.out_of_memory_guard import OutOfMemoryGuard as OutOfMemoryGuard
 from lora_lightning.callbacks.paced_progress_bar import PacedProgressBar as PacedProgressBar
 from lora_lightning.callbacks.plain_progress import PlainProgress as PlainProgress
+from lora_lightning.callbacks.prediction_writer import PredictionWriter as PredictionWriter
 from lora_lightning.callbacks.rank_watch import RankWatch as RankWatch
 from lora_lightning.callbacks.run_report import RunReport as RunReport
 from lora_lightning.callbacks.sample_generations import SampleGenerations as SampleGenerations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Union
 
@@ -24,6 +24,7 @@ from lora_lightning.callbacks import (
     OutOfMemoryGuard,
     PacedProgressBar,
     PlainProgress,
+    PredictionWriter,
     RankWatch,
     RunReport,
     Throughput,
@@ -31,11 +32,13 @@ from lora_lightning.callbacks import (
 from lora_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
 from lora_lightning.callbacks.run_config import RunConfig
 from lora_lightning.callbacks.run_logger import RunLogger
-from lora_lightning.checkpoint.saved_run import SavedRun, newest_run
+from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.config.config_option import StrictConfigFile
 from lora_lightning.config.diagnosis import explain
 from lora_lightning.config.import_policy import set_import_policy
+from lora_lightning.config.last_run import DEFAULT_ROOT, last_of_runs, require_requeued
 from lora_lightning.config.parser_errors import own_message, reduce_error, unknown_options
+from lora_lightning.config.saved_data import data_of_run, named_checkpoint, saved_data_class
 from lora_lightning.config.saved_model import KEYWORDS, refuse_conflict, saved_model
 from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect
 from lora_lightning.config.signatures import (
@@ -47,6 +50,7 @@ from lora_lightning.config.signatures import (
     subclasses,
 )
 from lora_lightning.config.strict_yaml import PARSER_MODE, register
+from lora_lightning.data.record_data import RecordData
 from lora_lightning.errors import ConfigError
 from lora_lightning.run.ending import ending
 from lora_lightning.run.quiet import tidy_output
@@ -55,7 +59,6 @@ from lora_lightning.tasks import AdapterTask, CausalLM, Seq2SeqLM
 
 PROG = "lora-lightning"
 DEFAULT_SEED = 42
-DEFAULT_ROOT = "runs"
 DATALOADER_HOOKS = {
     "fit": "train_dataloader",
     "validate": "val_dataloader",
@@ -117,46 +120,6 @@ def default_callbacks(
     return callbacks + [guard for guard in (guards or Guards()).callbacks() if wanted(type(guard))]
 
 
-def last_of_runs(trainer: Mapping[str, Any]) -> SavedRun:
-    """Read the newest complete checkpoint of all runs, for a process that starts a new one to go on from.
-
-    Lightning would look in the folder of the new run, find nothing there, and start anew.
-
-    Args:
-        trainer: The trainer's settings.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    root, callbacks = Path(trainer.get("default_root_dir") or DEFAULT_ROOT), trainer.get("callbacks") or []
-    given = [one.get(INIT_ARGS) or {} for one in (callbacks if isinstance(callbacks, list) else [callbacks])]
-    folders = [*root.glob("*/checkpoints"), *(Path(one["dirpath"]) for one in given if one.get("dirpath"))]
-    newest = newest_run(folders)
-    if newest is None:
-        raise ConfigError(
-            f"--ckpt_path last: there is no complete checkpoint in {root} to go on from; name the .ckpt file, or leave "
-            "the option out to start anew."
-        )
-    return newest
-
-
-def require_requeued(trainer: dict[str, Any]) -> None:
-    """Make sure that there is a checkpoint of a job that Lightning requeued, which `--ckpt_path hpc` means.
-
-    Args:
-        trainer: The trainer's settings.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    root = Path(trainer.get("default_root_dir") or DEFAULT_ROOT)
-    if not any(root.glob("hpc_ckpt_*.ckpt")):
-        raise ConfigError(
-            f"--ckpt_path hpc: no requeued job left a hpc_ckpt_*.ckpt in {root}; name the .ckpt file, or leave the "
-            "option out to start anew."
-        )
-
-
 class AdapterCLI(LightningCLI):
     """LightningCLI for adapter tasks: strict files, one-line errors, a new folder for each run.
 
@@ -208,6 +171,17 @@ class AdapterCLI(LightningCLI):
         parser.add_lightning_class_args(self._datamodule_class, "data", subclass_mode=True, required=False)
         parser.add_class_arguments(Guards, "guards")
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:  # noqa: ANN401 - Lightning's own signature
+        """Add what only commands without training have."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            text = "Use a model whose head was never trained, with random weights."
+            parser.add_argument("--untrained", action="store_true", help=text)
+        if subcommand == "predict":
+            text = "File of the predictions: .csv, .jsonl or .parquet; see PredictionWriter."
+            parser.add_argument("--output", type=Union[str, None], default=None, help=text)  # noqa: UP007 - as Lightning declares types
+        return parser
+
     # Reading the settings.
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:  # noqa: ANN401 - Lightning's own signature
@@ -217,9 +191,21 @@ class AdapterCLI(LightningCLI):
             ConfigError: It, or a file that it names, is not right.
         """
         try:
-            self.config = parser.parse_args(args)
+            self.config = parser.parse_args(self._with_saved_data(args))
         except ArgumentError as error:
             raise ConfigError(self._explain(error)) from error
+
+    def _with_saved_data(self, args: list[str]) -> list[str]:
+        """Name the data module of the checkpoint, where a command that does not train names none."""
+        path = None if self.chosen == "fit" else named_checkpoint(self.arguments)
+        if path is None or not Path(path).is_file():
+            return args
+        self.saved_run = SavedRun.of_checkpoint(path)
+        class_path = saved_data_class(self.saved_run)
+        if class_path is None:
+            return args
+        self.arguments.insert(0, f"--data={class_path}")
+        return [self.chosen, *self.arguments]
 
     def _parse_ckpt_path(self) -> None:
         """Take the model's settings from the checkpoint, where one is given, and check that there is a model."""
@@ -238,9 +224,11 @@ class AdapterCLI(LightningCLI):
             self.saved_run = last_of_runs(config["trainer"])
             config["ckpt_path"] = str(self.saved_run.path)
         elif ckpt_path is not None and ckpt_path not in KEYWORDS:
-            self.saved_run = SavedRun.of_checkpoint(ckpt_path)
+            self.saved_run = self.saved_run or SavedRun.of_checkpoint(ckpt_path)
         if self.saved_run is not None:
             self._take_model_from(self.saved_run)
+            if self.chosen != "fit" and config.get("data") is not None:
+                self._take_data_from(self.saved_run)
         elif config.get("model") is None:
             known = ", ".join(sorted(subclasses(AdapterTask).keys() - {AdapterTask.__name__}))
             raise ConfigError(f"no model is given; name one under `model:` in a config or with --model ({known}).")
@@ -266,6 +254,19 @@ class AdapterCLI(LightningCLI):
         if backbone is not None:
             self.config[self.chosen]["model"][INIT_ARGS]["backbone"] = backbone
 
+    def _take_data_from(self, run: SavedRun) -> None:
+        """Take the data settings that the user left open from a checkpoint of the same data module."""
+        given = self.parser.parse_args([self.chosen, *self.arguments], defaults=False)[self.chosen]["data"]
+        data = data_of_run(run, given.as_dict())
+        if data is None:
+            return
+        try:
+            self.config = self.parser.parse_object({self.chosen: {"data": data}}, self.config)
+        except ArgumentError as error:
+            raise ConfigError(
+                f"the data settings in {run.path} do not fit this version: {reduce_error(str(error))}"
+            ) from error
+
     def _explain(self, error: Exception) -> str:
         """Return one line that says what is wrong with the command line."""
         text, schema = str(error), self._schema()
@@ -285,6 +286,8 @@ class AdapterCLI(LightningCLI):
                 "data": L.LightningDataModule,
                 "trainer": parameters_of(RunTrainer),
                 "guards": parameters_of(Guards),
+                **({} if self.chosen == "fit" else {"untrained": bool}),
+                **({"output": Union[str, None]} if self.chosen == "predict" else {}),  # noqa: UP007 - as below
                 "seed_everything": Union[bool, int],  # noqa: UP007 - as Lightning declares it
                 **{name: hint for name, hint in method.items() if name not in skipped},
             }
@@ -303,6 +306,8 @@ class AdapterCLI(LightningCLI):
         if config.get("data") is None and getattr(task, hook) is getattr(L.LightningModule, hook):
             known = ", ".join(sorted(subclasses(L.LightningDataModule).keys() - {L.LightningDataModule.__name__}))
             raise ConfigError(f"no data are given; name them under `data:` in a config or with --data ({known}).")
+        if self.chosen == "predict" and config.get("return_predictions") is None:
+            config["return_predictions"] = False  # they go into a file, and would fill the memory
 
     def instantiate_classes(self) -> None:
         """Build data module, task and trainer.
@@ -316,6 +321,10 @@ class AdapterCLI(LightningCLI):
             self.model = self._get(self.config_init, "model")
             if self.config[self.chosen].get("ckpt_path") not in (None, *KEYWORDS):
                 self.model.expect_checkpoint()
+            elif self.chosen != "fit" and not self.config[self.chosen]["untrained"]:
+                self.model.refuse_untrained()
+            if self.saved_run is not None and isinstance(self.datamodule, RecordData) and self.chosen != "fit":
+                self.datamodule.expect_run(self.saved_run.facts)
             self.trainer = self.instantiate_trainer()
             self._hand_over_checkpoint()
         except ValueError as error:
@@ -333,10 +342,18 @@ class AdapterCLI(LightningCLI):
         configured = config.get("callbacks") or []
         configured = list(configured) if isinstance(configured, list | tuple) else [configured]
         guards = self._get(self.config_init, "guards")
-        config["callbacks"] = configured + default_callbacks(configured, config, guards)
+        config["callbacks"] = configured + default_callbacks(configured, config, guards) + self._writer(configured)
         if config.get("logger") in (None, True) and not config.get("barebones"):
             config["logger"] = RunLogger(config["default_root_dir"] or DEFAULT_ROOT)
         return super()._instantiate_trainer(config, callbacks)
+
+    def _writer(self, configured: list[L.Callback]) -> list[L.Callback]:
+        """Return what writes predictions, unless the user configured it himself."""
+        output = self.config[self.chosen].get("output")
+        has_writer = any(isinstance(one, PredictionWriter) for one in configured)
+        if output is not None and has_writer:
+            raise ConfigError("--output and a PredictionWriter are given; name the file in one of them.")
+        return [PredictionWriter(output)] if self.chosen == "predict" and not has_writer else []
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it.

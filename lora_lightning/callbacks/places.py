@@ -52,3 +52,9 @@ def passed_interval(trainer: L.Trainer, last_step: int) -> bool:
 def is_trial(trainer: L.Trainer) -> bool:
     """Tell whether this is a `fast_dev_run`, which leaves no files behind."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by Lightning's debugging setup
+
+
+def free_name(path: Path) -> Path:
+    """Return the path, or where it is taken the same with `-2`, `-3`, … before the suffix."""
+    candidates = (path.with_stem(f"{path.stem}-{number}") for number in range(2, 10_000))
+    return path if not path.exists() else next(one for one in candidates if not one.exists())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.cli import SaveConfigCallback
 
-from lora_lightning.callbacks.places import run_folder
+from lora_lightning.callbacks.places import free_name, run_folder
 from lora_lightning.callbacks.run_logger import RunLogger
 from lora_lightning.errors import UserError, trouble_of_disk
 
@@ -45,9 +44,3 @@ class RunConfig(SaveConfigCallback):
                 path.unlink(missing_ok=True)
             trouble = trouble_of_disk(error) or error.strerror
             raise UserError(f"{path} could not be written: {trouble}; nothing was trained.") from error
-
-
-def free_name(path: Path) -> Path:
-    """Return the path, or where it is taken the same with `-2`, `-3`, … before the suffix."""
-    candidates = (path.with_stem(f"{path.stem}-{number}") for number in range(2, 10_000))
-    return path if not path.exists() else next(one for one in candidates if not one.exists())

@@ -19,6 +19,7 @@ from lora_lightning.checkpoint.reading import read_checkpoint
 from lora_lightning.checkpoint.task_class import (
     build_task,
     class_path_in,
+    class_path_of,
     constructor_arguments,
     find_task_class,
     given_in,
@@ -128,6 +129,28 @@ class SavedRun:
         return constructor_arguments(cls, settings_in(content), given_in(content))
 
     @property
+    def data_class_path(self) -> str | None:
+        """The import path of the data module that trained a checkpoint; None if it does not say."""
+        entry = self._required_content().get("lora_lightning")
+        found = entry.get("data") if isinstance(entry, Mapping) else None
+        return found if isinstance(found, str) else None
+
+    def data_settings(self, cls: type[L.LightningDataModule]) -> dict[str, Any] | None:
+        """Return the settings of the data module that trained a checkpoint.
+
+        Args:
+            cls: The class that is going to take them.
+
+        Returns:
+            The settings; None if there are none, or they are those of another class.
+        """
+        trained_with = self.data_class_path or class_path_of(cls)
+        settings = self._required_content().get("datamodule_hyper_parameters")
+        if not isinstance(settings, Mapping) or trained_with != class_path_of(cls):
+            return None
+        return constructor_arguments(cls, {name: value for name, value in settings.items() if name[:1] != "_"})
+
+    @property
     def own_state(self) -> dict[str, Tensor]:
         """What the task of a checkpoint, or of a folder of this library, held beside its model."""
         return dict(self.own) if self.content is None else own_entries(self.content["state_dict"])
@@ -207,7 +230,7 @@ class SavedRun:
         return replace(
             self.facts,
             base=backbone if isinstance(backbone, str) else None,
-            task=f"{type(task).__module__}.{type(task).__qualname__}",
+            task=class_path_of(type(task)),
             label_names=[str(name) for name in names] if names else None,
         )
 

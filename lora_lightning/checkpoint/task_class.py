@@ -28,6 +28,11 @@ def class_path_in(content: Mapping[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
+def class_path_of(cls: type[Any]) -> str:
+    """Return the import path of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 def settings_in(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of the task that wrote a checkpoint, without what is no setting."""
     return {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}

@@ -135,10 +135,10 @@ def _add_config(settings: Settings, value: str) -> None:
 
 
 def _flags(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yield name and value of each flag; a flag at the end without a value is left to the parser."""
+    """Yield name and value of each flag; a flag without a value is left to the parser."""
     waiting: str | None = None
     for argument in arguments:
-        if waiting is not None:
+        if waiting is not None and not argument.startswith("--"):
             yield waiting, argument
             waiting = None
         elif argument.startswith("--"):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lora_lightning.data.batches.batching import LengthGroupedSampler, even_batch_size
+from lora_lightning.data.batches.batching import LengthGroupedSampler, WholeBatchSampler, even_batch_size
 from lora_lightning.data.batches.loaders import RowLoader, own_generator
 from lora_lightning.data.batches.mixing import Mixture
 from lora_lightning.data.model_facts import model_facts
+from lora_lightning.data.rows.pool import kind_of
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.keywords import ForwardsSettings
+from lora_lightning.strategies.facts import facts_of
 
 Batches = DataLoader[Any]
 
@@ -43,8 +45,6 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
     Raises:
         ConfigError: A setting is out of its range.
     """
-
-    predicted_split: ClassVar[str] = "predict"
 
     def __init__(
         self,
@@ -115,8 +115,7 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
         for kind in self._kinds_of(stage):
             splits = self._splits_of(kind)
             if not splits and stage in ("validate", "test", "predict"):
-                wanted = "val" if kind == "val" else "test"
-                raise DataError(f"There are no rows to {stage}: {wanted}_size is 0. Set it, or give a file as {kind}.")
+                raise self._no_rows(stage, kind)
             for split in splits:
                 if split not in self._encoded:
                     self._encoded[split] = self._encode(split)
@@ -150,20 +149,29 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
         """Return the test batches of this rank, the longest rows first; an empty list without such rows."""
         return self._evaluation_batches("test")
 
-    def predict_dataloader(self) -> Batches:
-        """Return the batches to predict, in the order of their file."""
-        return self._loader(self._encoded_rows(self.predicted_split), self.eval_batch_size or self.batch_size)
+    def predict_dataloader(self) -> Batches | dict[str, Batches]:
+        """Return the batches to predict of this rank, in the order of their file; each is the one of a single process.
+
+        With named sets it is a loader for each by its name.
+        """
+        splits = self._splits_of("predict") or ["predict"]
+        loaders = {split.removeprefix("predict/"): self._loader_to_predict(split) for split in splits}
+        return loaders["predict"] if splits == ["predict"] else loaders
 
     # Helpers.
 
     def _kinds_of(self, stage: str | None) -> tuple[str, ...]:
-        predicted = self.predicted_split
-        of_stage = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": (predicted,)}
-        return of_stage[stage] if stage else tuple(dict.fromkeys(("train", "val", "test", predicted)))
+        of_stage = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+        return of_stage[stage] if stage else ("train", "val", "test", "predict")
 
     def _splits_of(self, kind: str) -> list[str]:
         """Return the splits of a kind that have rows: several where a kind has more than one."""
-        return [split for split in self._splits_read if split.split("/")[0] == kind]
+        return [split for split in self._splits_read if kind_of(split) == kind]
+
+    def _no_rows(self, stage: str, kind: str) -> DataError:
+        """Return the error for a stage that has no rows."""
+        size = "val_size" if kind == "val" else "test_size"
+        return DataError(f"There are no rows to {stage}: {size} is 0. Set it, or give a file as {kind}.")
 
     def _require_at_least(self, **least: int) -> None:
         for name, bound in least.items():
@@ -187,7 +195,7 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
                 f"{most} or less."
             )
         num_ranks, _ = self._ranks()
-        if num_ranks > 1 and 0 < len(lengths) < num_ranks and split != "predict":
+        if num_ranks > 1 and 0 < len(lengths) < num_ranks and kind_of(split) != "predict":
             raise DataError(
                 f"{split} has {len(lengths)} rows for {num_ranks} ranks, so that some would have none of their own; "
                 "use as many devices as there are rows at most, or give more rows."
@@ -228,14 +236,37 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
         sampler = LengthGroupedSampler(rows.lengths, size, shuffle=False, num_replicas=num_replicas, rank=rank)
         return self._loader(rows, size, sampler)
 
+    def _loader_to_predict(self, split: str) -> Batches:
+        rows, (num_replicas, rank) = self._encoded_rows(split), self._ranks()
+        size = self.eval_batch_size or self.batch_size
+        if num_replicas == 1:
+            return self._loader(rows, size, collate=self._collate_to_predict())
+        # Ranks that gather a layer's weights together must all have a batch for it.
+        is_even = self.trainer is not None and not facts_of(self.trainer).keeps_whole
+        sampler = WholeBatchSampler(len(rows), size, num_replicas, rank, is_even=is_even)
+        return self._loader(rows, size, sampler, self._collate_to_predict())
+
+    def _collate_to_predict(self) -> Callable[[Any], dict[str, Tensor]]:
+        """Return what makes a batch of rows to predict."""
+        return self._collate()
+
     def _ranks(self) -> tuple[int, int]:
         """Return how many processes share the rows, and which of them this is."""
         shared = self.trainer.distributed_sampler_kwargs if self.trainer else None
         return (shared["num_replicas"], shared["rank"]) if shared else (1, 0)
 
-    def _loader(self, rows: Any, batch_size: int, sampler: LengthGroupedSampler | None = None) -> Batches:  # noqa: ANN401 - a torch dataset of any kind
+    def _loader(
+        self,
+        rows: Any,  # noqa: ANN401 - a torch dataset of any kind
+        batch_size: int,
+        sampler: LengthGroupedSampler | WholeBatchSampler | None = None,
+        collate: Callable[[Any], dict[str, Tensor]] | None = None,
+    ) -> Batches:
+        loading = self._loading()
+        if collate is not None:
+            loading["collate_fn"] = collate
         keeps = self.num_workers > 0
-        return RowLoader(rows, batch_size=batch_size, sampler=sampler, persistent_workers=keeps, **self._loading())
+        return RowLoader(rows, batch_size=batch_size, sampler=sampler, persistent_workers=keeps, **loading)
 
     def _loading(self) -> dict[str, Any]:
         pin = torch.cuda.is_available()

@@ -15,6 +15,7 @@ from lora_lightning.data.batches.batching import PadToLongest
 from lora_lightning.data.notices import warn
 from lora_lightning.data.record_data import RecordData
 from lora_lightning.data.rows.cells import Cell, cell_of, check_known, sorted_labels, text_of
+from lora_lightning.data.rows.pool import kind_of
 from lora_lightning.data.sources import Record, Source
 from lora_lightning.data.tokenizers import Tokens, padding_tokenizer, tell_too_long
 from lora_lightning.errors import DataError
@@ -54,7 +55,7 @@ class ColumnData(RecordData):
 
     def __init__(
         self,
-        train: Source,
+        train: Source | None = None,
         *,
         max_length: int = 128,
         **settings: Any,  # noqa: ANN401 - those of RecordData
@@ -68,12 +69,16 @@ class ColumnData(RecordData):
 
     def columns_read(self, split: str) -> dict[str, str]:
         """Return the columns that the settings name; rows to predict need no targets."""
-        settings = self.inputs if split == "predict" else (*self.inputs, *self.targets)
+        settings = self.inputs if kind_of(split) == "predict" else (*self.inputs, *self.targets)
         return {column: setting for setting in settings for column in self._columns_of(setting)}
 
     def _columns_of(self, setting: str) -> list[str]:
         named = getattr(self, setting)
         return [named] if isinstance(named, str) else named
+
+    def needs_training_rows(self) -> bool:
+        """Return whether only the training rows say which labels there are."""
+        return bool(self.label_word) and not (self._known_labels() or self._given_names)
 
     def _cell(self, record: Record, setting: str) -> Cell:
         """Return a cell that the record must have."""
@@ -119,7 +124,7 @@ class ColumnData(RecordData):
 
     def _settle_labels(self) -> None:
         """Take the model's names of labels if it has some, else those given, else those of the training source."""
-        saved = getattr(self._module(), "label_names", None) or []
+        saved = self._known_labels()
         found = sorted_labels(self._about.labels.get("train", {}))
         names = [*saved] or self._given_names or found
         given = f"{self.label_word}_names does" if self._given_names else "the training rows do"
@@ -145,7 +150,7 @@ class ColumnData(RecordData):
         """
         if len(pieces) == 1:
             return pieces
-        can_follow = split != "predict" or (self.too_long == "split" and self.joins_pieces)
+        can_follow = kind_of(split) != "predict" or (self.too_long == "split" and self.joins_pieces)
         way = self.too_long if can_follow else "cut"
         counts[_COUNTED_AS[way]] += 1
         return {"cut": pieces[:1], "drop": [], "split": pieces}[way]

@@ -18,17 +18,18 @@ from lora_lightning.data.base import Batches
 from lora_lightning.data.batches.columns import EncodedRows
 from lora_lightning.data.batches.mixing import Mixture
 from lora_lightning.data.batches.packing import UNSUPERVISED, DocumentBatch, DocumentRows, document_from
-from lora_lightning.data.batches.streaming import StreamedRows, StreamLoader, pass_over
+from lora_lightning.data.batches.streaming import StreamedRows, StreamLoader
 from lora_lightning.data.cache import temporary_folder
+from lora_lightning.data.keys import ends_of
 from lora_lightning.data.language.conversations import COLUMNS, sample_from, sample_of
 from lora_lightning.data.language.encoder_setup import build_encoder
 from lora_lightning.data.language.encoding import Encoder
+from lora_lightning.data.language.questions import LOOKED_AT_FIRST, QuestionRows
 from lora_lightning.data.model_facts import model_facts
-from lora_lightning.data.record_data import RecordData
 from lora_lightning.data.rows.pool import kind_of
 from lora_lightning.data.rows.reports import bad_rows_file, noted, write_bad_rows
 from lora_lightning.data.rows.row import Example, Row, StoredRow
-from lora_lightning.data.sources import Record, Source, describe, is_hub_name, is_in_memory, read_records, source_files
+from lora_lightning.data.sources import Record, Source, describe, is_hub_name, is_in_memory, source_files
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.paths import nearest
 from lora_lightning.texts.chat_templates import chat_template
@@ -37,10 +38,9 @@ __all__ = ["InstructionData"]
 
 _IGNORED = "ignored: "
 _DID = {"cut": "cut", "split": "split", "drop": "dropped"}
-_LOOKED_AT_FIRST = 100
 
 
-class InstructionData(RecordData):
+class InstructionData(QuestionRows):
     """Reads samples for `CausalLM`; see `RecordData` for sources and splits.
 
     Each record tells by its fields what it is: `messages` (role and content), `conversations` (from and value),
@@ -56,8 +56,11 @@ class InstructionData(RecordData):
     too long is cut at its end; one that would have no word of an answer left is left out. Both are counted, and a
     warning tells.
 
-    Batches hold `input_ids` and `labels` `[batch, length]`, labels -100 where nothing is learnt and not shifted, and
-    `attention_mask`, or with packing `position_ids`; see `DocumentBatch`.
+    Rows to predict need no answer (no `completion`, no `output`, no last turn of the assistant); one that is there is
+    left out. Their batches hold what stands before the answer, as `input_ids` and `attention_mask`.
+
+    Other batches hold `input_ids` and `labels` `[batch, length]`, labels -100 where nothing is learnt and not shifted,
+    and `attention_mask`, or with packing `position_ids`; see `DocumentBatch`.
 
     Args:
         batch_size: Rows in a training batch, on each device.
@@ -95,13 +98,12 @@ class InstructionData(RecordData):
         >>> data = InstructionData("talk.jsonl", template="chatml", max_length=1024, packing=True)
     """
 
-    predicted_split: ClassVar[str] = "test"
     shared: ClassVar[str] = "first question"
     needed: ClassVar[str] = "an answer or a text to learn from"
 
     def __init__(
         self,
-        train: Source,
+        train: Source | None = None,
         *,
         batch_size: int = 8,
         max_length: int | None = None,
@@ -149,16 +151,16 @@ class InstructionData(RecordData):
             near = nearest(unknown, COLUMNS, count=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"columns names the field {unknown!r}; expected {', '.join(COLUMNS)}.{hint}")
-        if self.plan.has_own_source("predict"):
-            raise ConfigError("predict is no source of conversations; give it as test.")
-        for source in self.plan.parts("train") if self.streaming else ():
+        if not self.streaming or not self.plan.has_own_source("train"):
+            return
+        for source in self.plan.parts("train"):
             if is_hub_name(source) or is_in_memory(source):
                 what = f"the Hub data set {source!r}" if is_hub_name(source) else describe(source)
                 raise ConfigError(f"streaming reads files, and train is {what}; save it as a file first.")
         sizes = self.plan.sizes
         is_divided = sizes["train"] is not None or sizes["test"]
         has_val = self.plan.has_own_source("val")
-        if self.streaming and (is_divided or (not has_val and sizes["val"] != 0)):
+        if is_divided or (not has_val and sizes["val"] != 0):
             raise ConfigError(
                 "streaming divides nothing: give files as val and test, or set val_size to 0, and leave train_size out."
             )
@@ -170,7 +172,9 @@ class InstructionData(RecordData):
         return {}
 
     def read_row(self, record: Record, split: str, ignored: Counter[str]) -> Row | None:
-        """Return a sample as a row, and count the fields that it ignores."""
+        """Return a sample as a row, and count the fields that it ignores; of a row to predict, what is asked."""
+        if kind_of(split) == "predict":
+            return self._question_row(record)
         sample = sample_from(record, self.columns, ignored)
         return None if sample is None else Row(sample.content, sample.group)
 
@@ -185,10 +189,10 @@ class InstructionData(RecordData):
             self.plan = replace(plan, sources={**plan.sources, "train": None})
         super()._read()
         self.plan = plan
-        if self.streaming:
+        if self._streams():
             digest = hashlib.sha256(self._as_drawn(self.fingerprint).encode())
             for path, _ in source_files(plan.sources["train"], plan.settings):
-                digest.update(_ends_of(path))
+                digest.update(ends_of(path))
             self.fingerprint = digest.hexdigest()
         self._tell_incomplete(self.counts)
 
@@ -202,13 +206,6 @@ class InstructionData(RecordData):
                 "left out: they have a blank answer or text, or are no question with an answer."
             )
 
-    def _holds_instructions(self) -> bool:
-        """Return whether some of the first records are instructions, for which there is a template of their own."""
-        streams = [read_records(source, self.plan.settings, on_bad=pass_over) for source in self.plan.parts("train")]
-        first = itertools.chain.from_iterable(itertools.islice(records, _LOOKED_AT_FIRST) for records in streams)
-        names = {self.columns.get(name, name) for name in ("instruction", "output")}
-        return any(record.fields.keys() >= names for record in first)
-
     # The tokenizer and what it makes of the samples.
 
     def load_tokenizer(self, name: str) -> Any:  # noqa: ANN401 - tokenizers share no public base class
@@ -217,6 +214,7 @@ class InstructionData(RecordData):
             name,
             model_facts(self._backbone() or name),
             template=self.template,
+            saved_template=self._saved_template(),
             template_arguments=self.template_arguments,
             train_on=self.train_on,
             max_length=self.max_length,
@@ -225,7 +223,7 @@ class InstructionData(RecordData):
             holds_instructions=self._holds_instructions,
         )
         self.tokenizer = self._encoder.tokenizer
-        if self.streaming:
+        if self._streams():
             self._try_stream()
         return self._encoder.tokenizer
 
@@ -237,6 +235,9 @@ class InstructionData(RecordData):
 
     def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
         """Encode samples, each into one document or several."""
+        if kind_of(split) == "predict":
+            yield from self._encode_questions(rows, counts)
+            return
         encoder = self._require_encoder()
         for row, (content, place) in enumerate(rows):
             encoded = encoder.encode(sample_of(content, place))
@@ -248,8 +249,10 @@ class InstructionData(RecordData):
                 counts["tokens_learnt"] += int((document.labels != UNSUPERVISED).sum())
                 yield {"row": row, "input_ids": document.ids, "labels": document.labels}
 
-    def _encode(self, split: str) -> DocumentRows:  # type: ignore[override]  # rows of documents
+    def _encode(self, split: str) -> EncodedRows | DocumentRows:  # type: ignore[override]  # rows of documents
         documents = super()._encode(split)
+        if kind_of(split) == "predict":
+            return documents
         max_length = self._require_encoder().max_length if self.packing else None
         mixture = self._mixture_of(documents) if self.packing and split == "train" else None
         rows = DocumentRows(documents, max_length=max_length, seed=self.seed, mixture=mixture)
@@ -260,8 +263,8 @@ class InstructionData(RecordData):
         return rows
 
     def _documents(self, split: str) -> EncodedRows:
-        rows: DocumentRows = self._encoded_rows(split)
-        return rows.documents
+        rows: EncodedRows | DocumentRows = self._encoded_rows(split)
+        return rows.documents if isinstance(rows, DocumentRows) else rows
 
     def _mixture(self) -> Mixture | None:
         # Packed rows hold the drawn samples already.
@@ -269,6 +272,9 @@ class InstructionData(RecordData):
 
     def tell_lost(self, split: str, lost: Mapping[str, int]) -> None:
         """Warn of samples that are too long; count the fields that the template leaves out."""
+        if kind_of(split) == "predict":
+            self._tell_cut_questions(split, lost.get("cut", 0))
+            return
         self._count_ignored({name.removeprefix(_IGNORED): lost[name] for name in lost if name.startswith(_IGNORED)})
         self._tell_too_long(split, len(self._rows(split)), lost)
 
@@ -304,7 +310,7 @@ class InstructionData(RecordData):
 
     def _example(self, columns: Mapping[str, Any], text: str, label: Any, source: str, line: int) -> Example:  # noqa: ANN401 - as RecordData has it
         decoded = self.tokenizer.decode(columns["input_ids"])
-        return Example(decoded, columns["input_ids"], columns["labels"], label, source, line)
+        return Example(decoded, columns["input_ids"], columns.get("labels"), label, source, line)
 
     # Streaming.
 
@@ -340,6 +346,9 @@ class InstructionData(RecordData):
         self._tell_too_long("train", lost["rows_read"], lost)
         self._tell_ignored()
 
+    def _streams(self) -> bool:
+        return self.streaming and self.plan.has_own_source("train") and not self._reads_alone
+
     def _stream(self) -> StreamedRows:
         return StreamedRows(
             self.plan.sources["train"],
@@ -354,7 +363,7 @@ class InstructionData(RecordData):
 
     def _try_stream(self) -> None:
         """Encode the first samples, so that mistakes in them are told before training starts."""
-        first = list(itertools.islice(self._stream().documents(), _LOOKED_AT_FIRST))
+        first = list(itertools.islice(self._stream().documents(), LOOKED_AT_FIRST))
         rank_zero_info(
             f"Data: {self.plan.source_name('train')} is streamed; its first {len(first)} samples have "
             f"{sum(len(document.ids) for document in first)} tokens."
@@ -387,12 +396,3 @@ class InstructionData(RecordData):
                 "false."
             )
         return False
-
-
-def _ends_of(path: Path, size: int = 1 << 20) -> bytes:
-    """Return what tells a large file apart: its name, its size, its first and its last bytes."""
-    total = path.stat().st_size
-    with path.open("rb") as file:
-        first = file.read(size)
-        file.seek(max(total - size, 0))
-        return f"{path.name} {total}".encode() + first + file.read(size)

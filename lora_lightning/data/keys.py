@@ -60,3 +60,12 @@ def rows_key(cls: type, plan: Plan, settings: list[Any]) -> str:
     versions = [version(name) for name in _VERSIONED]
     divided = repr(dataclasses.replace(plan, sources={}))
     return key_of(versions, code_digest(cls), divided, sources, settings)
+
+
+def ends_of(path: Path, size: int = 1 << 20) -> bytes:
+    """Return what tells a large file apart: its name, its size, its first and its last bytes."""
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        first = file.read(size)
+        file.seek(max(total - size, 0))
+        return f"{path.name} {total}".encode() + first + file.read(size)

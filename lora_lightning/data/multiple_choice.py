@@ -16,6 +16,8 @@ from lora_lightning.data.batches.batching import PadToLongest
 from lora_lightning.data.column_data import ColumnData, joined, parts_of
 from lora_lightning.data.notices import warn
 from lora_lightning.data.rows.cells import Cell, cell_of, is_bracketed, parsed_list, text_of
+from lora_lightning.data.rows.inputs import InputRow
+from lora_lightning.data.rows.pool import kind_of
 from lora_lightning.data.rows.row import Row, StoredRow
 from lora_lightning.data.sources import Record, Source
 from lora_lightning.data.tokenizers import tokenize
@@ -88,7 +90,7 @@ class MultipleChoiceData(ColumnData):
 
     def __init__(
         self,
-        train: Source,
+        train: Source | None = None,
         *,
         question_column: str = "question",
         choices_column: str | list[str] = "choices",
@@ -108,7 +110,7 @@ class MultipleChoiceData(ColumnData):
         columns = self._columns_of("choices_column")
         choices, names = _choices_of([cell_of(record, column, "choices_column") for column in columns])
         label = _UNKNOWN
-        if split != "predict":
+        if kind_of(split) != "predict":
             cell = self._cell(record, "label_column")
             label = _index_of(cell, choices, names)
             if str(cell.value) == str(label):
@@ -133,7 +135,7 @@ class MultipleChoiceData(ColumnData):
             tokens = tokenize(self.tokenizer, pairs, self.max_length, strategy="only_first")
             # The first pieces of all choices, and further ones if a choice is too long.
             pieces = list(itertools.zip_longest(*tokens))
-            target = {} if split == "predict" else {"labels": label}
+            target = {} if kind_of(split) == "predict" else {"labels": label}
             for firsts in self._shortened(pieces, split, counts):
                 yield {"row": index, **joined(list(map(self._token_columns, firsts))), **target}
 
@@ -150,7 +152,7 @@ class MultipleChoiceData(ColumnData):
         most = max((len(self.tokenizer(choice, add_special_tokens=False)["input_ids"]) for choice in long), default=0)
         if most < room:
             return True
-        if self.too_long == "drop" and split != "predict":
+        if self.too_long == "drop" and kind_of(split) != "predict":
             counts["dropped"] += 1
             return False
         raise DataError(
@@ -162,6 +164,12 @@ class MultipleChoiceData(ColumnData):
         """Return the question and the right choice."""
         text, choices, label = content
         return text, choices[label] if label != _UNKNOWN else None
+
+    def complete_prediction(self, row: InputRow, prediction: Any) -> Any:  # noqa: ANN401 - the task's own type
+        """Return the prediction with the text of the chosen answer."""
+        if not isinstance(prediction, Mapping) or "choice" not in prediction:
+            return prediction
+        return {**prediction, "answer": row.content[1][prediction["choice"]]}
 
     def _collate(self) -> ChoiceBatch:
         return ChoiceBatch(self._pad())

@@ -11,14 +11,15 @@ from typing import Any, ClassVar
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from lora_lightning.data.base import TokenizedData
 from lora_lightning.data.batches.columns import EncodedRows, write_columns
 from lora_lightning.data.batches.mixing import Mixture, drawn_fingerprint, mixture_of
 from lora_lightning.data.cache import built, key_of
 from lora_lightning.data.keys import code_digest, rows_key
 from lora_lightning.data.notices import keeping, noting, tell_noted
+from lora_lightning.data.predicted_rows import PredictedRows
 from lora_lightning.data.rows.cells import ignored_message, is_empty
 from lora_lightning.data.rows.conditions import parse_condition
+from lora_lightning.data.rows.inputs import predicted_message
 from lora_lightning.data.rows.named_sets import named_by_text, split_sources
 from lora_lightning.data.rows.plan import Plan
 from lora_lightning.data.rows.pool import About, SplitRows, kind_of, load_about, save_about
@@ -26,7 +27,7 @@ from lora_lightning.data.rows.reports import bad_rows_file, read_message, write_
 from lora_lightning.data.rows.row import Example, Row, StoredRow
 from lora_lightning.data.sources import ReadSettings, Record, Source, describe, download, is_hub_name, is_in_memory
 from lora_lightning.data.tokenizers import tokenizer_key
-from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.errors import DataError
 
 # A change of any other setting reads anew: that costs a little time, and rows read by other settings would be wrong.
 _NOT_FOR_READING = (
@@ -41,7 +42,7 @@ _NOT_FOR_READING = (
 )
 
 
-class RecordData(TokenizedData, abc.ABC):
+class RecordData(PredictedRows, abc.ABC):
     """Reads records, checks and divides them, encodes each split once, and makes batches of rows of like length.
 
     A source is a `.csv`, `.tsv`, `.jsonl` (`.ndjson`, `.json`), `.parquet` or `.yml` file (also compressed: `.gz`,
@@ -53,14 +54,16 @@ class RecordData(TokenizedData, abc.ABC):
     all ranks and by later runs.
 
     Args:
-        train: Source of the training rows, and of those to split off; or several with weights, such as
+        train: Source of the training rows, and of those to split off; None where a saved model is only used. Or
+            several with weights, such as
             `[{source: a.csv, weight: 0.7}, {source: b.csv, weight: 0.3}]`. An epoch then has as many rows as all of
             them together, each source's share by its weight: a source with more rows is seen in part, another part in
             each epoch, and one with fewer is repeated.
         val: Source of the validation rows; None splits them off `train`. A mapping of names to sources, such as
             `{reviews: a.csv, tweets: b.csv}`, is evaluated set by set: the split of each is `val/<name>`.
         test: Source of the test rows; None splits them off `train`.
-        predict: Source of the rows to predict, which need no target; None predicts the test rows.
+        predict: Source of the rows to predict, which need no target, or a mapping of names to sources; None predicts
+            the test rows. With a model that knows its labels, no other source is read to predict.
         batch_size: Rows in a training batch, on each device.
         eval_batch_size: Rows in any other batch; None means `batch_size`.
         encoding: Encoding of text files.
@@ -103,10 +106,10 @@ class RecordData(TokenizedData, abc.ABC):
 
     def __init__(
         self,
-        train: Source,
+        train: Source | None = None,
         val: dict[str, Source] | Source | None = None,
         test: Source | None = None,
-        predict: Source | None = None,
+        predict: dict[str, Source] | Source | None = None,
         *,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
@@ -263,6 +266,7 @@ class RecordData(TokenizedData, abc.ABC):
         """Read, divide and encode rows (see `TokenizedData`), and name the fields that nothing reads."""
         if stage == "fit":
             self.plan.check_trains()
+        self._choose_reading(stage)
         super().setup(stage)
         self._tell_ignored()
 
@@ -277,21 +281,18 @@ class RecordData(TokenizedData, abc.ABC):
     def _fields_read(self, split: str) -> Collection[str]:
         return {*self.columns_read("train"), *(one.column for one in self.plan.conditions)}
 
-    @property
-    def _splits_read(self) -> Collection[str]:
-        splits = list(self._about.num_rows)
-        is_test_predicted = "test" in splits and "predict" not in splits
-        return [*splits, "predict"] if is_test_predicted else splits
-
     def _read(self) -> None:
         """Read and divide the rows, or find them in the cache."""
         with keeping():  # reading the rows warns of the same
-            self._data_key = rows_key(type(self), self.plan, self.reading_key())
+            self._data_key = rows_key(type(self), self._plan_read, self.reading_key())
         self._folder = self._kept(f"rows-{self._data_key}", self._lay)
         self._about = load_about(self._folder)
         self.counts = dict(self._about.counts)
         self.fingerprint = self._as_drawn(self._about.fingerprint)
-        rank_zero_info(read_message(self.counts, self.needed))
+        is_alone = self._reads_alone
+        rank_zero_info(
+            predicted_message(self.plan, self._about.num_rows) if is_alone else read_message(self.counts, self.needed)
+        )
         if self._about.bad:
             write_bad_rows(self._about.bad, bad_rows_file(self.trainer))
 
@@ -303,12 +304,12 @@ class RecordData(TokenizedData, abc.ABC):
         # Not at the top: what only starts a parser does without Arrow.
         from lora_lightning.data.rows.road import lay
 
-        save_about(lay(self.plan, folder, self), folder)
+        save_about(lay(self._plan_read, folder, self), folder)
 
     def _tell_ignored(self) -> None:
         """Name the fields that nothing reads, each once."""
         new = {name: count for name, count in self.ignored_fields.items() if f"field {name}" not in self._told}
-        if new:
+        if new and not self._reads_alone:  # a file of predictions holds all fields
             self._announce(ignored_message(self.plan.source_name("train"), new))
             self._told.update(f"field {name}" for name in new)
 
@@ -368,16 +369,6 @@ class RecordData(TokenizedData, abc.ABC):
             f"All {num_rows} {split} rows of {self.plan.source_name(split)} are longer than the maximum and were "
             "dropped; set a larger max_length, or too_long to cut."
         )
-
-    def _rows(self, split: str) -> SplitRows:
-        if self._folder is None:
-            raise ConfigError(f"The {split} rows are not there: call setup() first (the Trainer does).")
-        found = "test" if split == "predict" and "predict" not in self._about.num_rows else split
-        return SplitRows(self._folder, found, self._about)
-
-    def _documents(self, split: str) -> EncodedRows:
-        """Return the encoded rows of a split, one by one."""
-        return self._encoded_rows(split)
 
     def _mixture(self) -> Mixture | None:
         return self._mixture_of(self._documents("train"))

@@ -9,6 +9,7 @@ from typing import Any
 from lora_lightning.data.column_data import ColumnData
 from lora_lightning.data.model_facts import model_facts
 from lora_lightning.data.rows.cells import text_of
+from lora_lightning.data.rows.pool import kind_of
 from lora_lightning.data.rows.row import Row, StoredRow
 from lora_lightning.data.sources import Record, Source
 from lora_lightning.data.tokenizers import padding_tokenizer, tell_too_long
@@ -50,7 +51,7 @@ class Seq2SeqData(ColumnData):
 
     def __init__(
         self,
-        train: Source,
+        train: Source | None = None,
         *,
         source_column: str = "source",
         target_column: str = "target",
@@ -73,7 +74,7 @@ class Seq2SeqData(ColumnData):
         Raises:
             DataError: One of them is missing.
         """
-        if split == "predict":
+        if kind_of(split) == "predict":
             source = self._text_to_predict(record, "source_column")
             return Row([source, ""], source)
         source, target = (self._needed_text(record, setting) for setting in ("source_column", "target_column"))
@@ -100,7 +101,7 @@ class Seq2SeqData(ColumnData):
 
     def encode(self, rows: list[StoredRow], split: str, counts: Counter[str]) -> Iterator[dict[str, Any]]:
         """Tokenize pairs."""
-        is_predicted = split == "predict"
+        is_predicted = kind_of(split) == "predict"
         sources = self._tokenize(self.max_length, [self.prefix + row.content[0] for row in rows])
         targets: list[tuple[list[int], bool]] = [([], False)] * len(rows)
         if not is_predicted:

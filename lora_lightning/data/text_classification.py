@@ -10,7 +10,7 @@ from typing import Any
 from lora_lightning.data.batches.batching import PadToLongest
 from lora_lightning.data.column_data import ColumnData
 from lora_lightning.data.rows.cells import Cell
-from lora_lightning.data.rows.pool import fingerprint
+from lora_lightning.data.rows.pool import fingerprint, kind_of
 from lora_lightning.data.rows.row import Row, StoredRow
 from lora_lightning.data.rows.targets import PROBLEMS, check_single_labels, target_of
 from lora_lightning.data.sources import Record, Source
@@ -62,7 +62,7 @@ class TextClassificationData(ColumnData):
 
     def __init__(
         self,
-        train: Source,
+        train: Source | None = None,
         *,
         text_column: str = "text",
         label_column: str | list[str] = "label",
@@ -86,8 +86,15 @@ class TextClassificationData(ColumnData):
 
     # Rows.
 
+    def needs_training_rows(self) -> bool:
+        """Return whether only the training rows say which labels there are; numbers need no names."""
+        return self._settled_problem() != "regression" and super().needs_training_rows()
+
+    def _settled_problem(self) -> str:
+        return self.problem or getattr(self._module(), "problem", None) or "single_label"
+
     def _read(self) -> None:
-        self.problem = self.problem or getattr(self._module(), "problem", None) or "single_label"
+        self.problem = self._settled_problem()
         self.plan = replace(self.plan, stratified=self.problem == "single_label")
         if self.problem == "single_label" and len(self.label_column) > 1:
             raise ConfigError(
@@ -105,7 +112,7 @@ class TextClassificationData(ColumnData):
     def row_of(self, record: Record, split: str) -> Row | None:
         """Return text and target, None where one of them is missing; texts to predict may be empty."""
         text = self._text_to_predict(record, "text_column")
-        if split == "predict":
+        if kind_of(split) == "predict":
             return Row([text, None], text)
         if not text.strip():
             return None
@@ -144,7 +151,7 @@ class TextClassificationData(ColumnData):
         """Tokenize texts."""
         tokens = tokenize(self.tokenizer, [row.content[0] for row in rows], self.max_length)
         for index, pieces in enumerate(tokens):
-            target = {} if split == "predict" else {"labels": self._learnt(rows[index].content[1])}
+            target = {} if kind_of(split) == "predict" else {"labels": self._learnt(rows[index].content[1])}
             for piece in self._shortened(pieces, split, counts):
                 yield {"row": index, **self._token_columns(piece), **target}
 

@@ -19,6 +19,8 @@ from lora_lightning.data.batches.packing import UNSUPERVISED
 from lora_lightning.data.column_data import ColumnData, joined, parts_of
 from lora_lightning.data.notices import warn
 from lora_lightning.data.rows.cells import Cell, cell_of, is_bracketed, is_integer, name_by_number, parsed_list, text_of
+from lora_lightning.data.rows.inputs import InputRow
+from lora_lightning.data.rows.pool import kind_of
 from lora_lightning.data.rows.row import Row, StoredRow
 from lora_lightning.data.sources import Record, Source
 from lora_lightning.data.sources.files import CONLL
@@ -97,7 +99,7 @@ class TokenClassificationData(ColumnData):
 
     def __init__(
         self,
-        train: Source,
+        train: Source | None = None,
         *,
         token_column: int | str | None = None,
         tag_column: int | str | None = None,
@@ -130,7 +132,7 @@ class TokenClassificationData(ColumnData):
             )
         self._most_words = max(self._most_words, len(words))
         group = " ".join(words).casefold()
-        if split == "predict":
+        if kind_of(split) == "predict":
             return Row([words, []], group)
         tags = [self._name_of_tag(tag, record.place) for tag in self._list(record, "tag_column")]
         if len(tags) != len(words):
@@ -181,7 +183,7 @@ class TokenClassificationData(ColumnData):
             DataError: Nothing else gives names to numbers, or a tag is not among the names.
         """
         super()._settle_labels()
-        has_names = self._given_names or getattr(self._module(), "label_names", None)
+        has_names = self._given_names or self._known_labels()
         if not has_names and all(map(is_integer, self.label_names)):
             raise DataError(
                 f"{self.plan.source_name('train')} has numbers for tags ({some_of(self.label_names)}), and it is not "
@@ -198,12 +200,12 @@ class TokenClassificationData(ColumnData):
             words, tags = row.content
             numbered = [self._columns_from(piece, first_word=0) for piece in pieces]
             if len(pieces) > 1 and self.too_long == "split":
-                numbered = self._split(words, tags if split != "predict" else [], pieces)
+                numbered = self._split(words, tags if kind_of(split) != "predict" else [], pieces)
             kept = self._shortened(numbered, split, counts)
             if not kept:
                 continue
             self._count_lost(row, kept, counts)
-            if split != "predict":
+            if kind_of(split) != "predict":
                 yield from ({"row": index, **one, "labels": self._labels_at(one["words"], tags)} for one in kept)
             elif self.too_long == "split":
                 yield {"row": index, **joined(kept)}
@@ -252,8 +254,25 @@ class TokenClassificationData(ColumnData):
         """Return the words, joined by spaces, and the tags."""
         return " ".join(content[0]), tuple(content[1])
 
+    def complete_prediction(self, row: InputRow, prediction: Any) -> Any:  # noqa: ANN401 - the task's own type
+        """Return tags and entities by the words of the input; words without a token have the tag None."""
+        if not isinstance(prediction, Mapping) or not {"tags", "entities", "words"} <= prediction.keys():
+            return prediction
+        words, indices = row.content[0], prediction["words"]
+        tags: list[str | None] = [None] * len(words)
+        for index, tag in zip(indices, prediction["tags"], strict=True):
+            tags[index] = tag
+        entities = [_by_words(entity, words, indices) for entity in prediction["entities"]]
+        return {"tags": tags, "entities": entities}
+
     def _collate(self) -> SentenceBatch:
         return SentenceBatch(self._pad())
+
+
+def _by_words(entity: Mapping[str, Any], words: Sequence[str], indices: Sequence[int]) -> dict[str, Any]:
+    """Return an entity whose start and end count tagged words, by all words."""
+    start, end = indices[entity["start"]], indices[entity["end"] - 1] + 1
+    return {"type": entity["type"], "start": start, "end": end, "text": " ".join(words[start:end])}
 
 
 def runs_of_words(num_tokens: Sequence[int], is_inside: Sequence[bool], room: int) -> list[range]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import reduce
-from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import lightning as L
 import torch
@@ -38,26 +38,21 @@ from lora_lightning.strategies.fsdp2 import shard_for_trainer
 from lora_lightning.tasks.averaging import copy_for_averages
 from lora_lightning.tasks.backward import check_offloading, offloaded, recompute
 from lora_lightning.tasks.calibration import calibrate_once
-from lora_lightning.tasks.checkpoint_state import CheckpointState
-from lora_lightning.tasks.evaluation import EvaluationSets, Measures, sets_of
+from lora_lightning.tasks.evaluated import EvaluatedTask
 from lora_lightning.tasks.fusing import may_fuse
 from lora_lightning.tasks.loading import class_path_for_cli, refuse_unread_adapter
 from lora_lightning.tasks.log_pace import LogPace
+from lora_lightning.tasks.prediction_columns import columns_of
 from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
 from lora_lightning.tasks.settings import Recomputing, is_plain, labels, methods_from, plain, refuse_packing
 from lora_lightning.tasks.step_output import StepOutput, batch_size_of
-
-if TYPE_CHECKING:
-    from torchmetrics import MetricCollection
-
-    from lora_lightning.tasks.tables import Table, TableMetric
 
 __all__ = ["AdapterTask"]
 
 T = TypeVar("T")
 
 
-class AdapterTask(CheckpointState):
+class AdapterTask(EvaluatedTask):
     """Fine-tunes adapters on a frozen backbone; subclass it for a task.
 
     A subclass defines `compute_loss`, and where it wants them `configure_metrics` and `predict`. To train on a model of
@@ -90,6 +85,8 @@ class AdapterTask(CheckpointState):
     """
 
     auto_class: ClassVar[str] = "AutoModel"
+    predictions_format: ClassVar[str] = ".jsonl"
+    """Ending of a file of predictions for which no name is given."""
 
     def __init__(
         self,
@@ -123,8 +120,6 @@ class AdapterTask(CheckpointState):
         self._stages_checked: set[str] = set()
         self._is_calibrated = False
         self._log_pace = LogPace()
-        self._measures_of: dict[str, Measures] = {}
-        self.evaluation_table: Table | None = None
         specs = [class_config(one) for one in self.methods]
         self.keep_settings(
             backbone=backbone,
@@ -183,17 +178,17 @@ class AdapterTask(CheckpointState):
         del batch
         raise TypeError(f"{type(self).__name__} must define compute_loss(self, batch) -> StepOutput.")
 
-    def configure_metrics(self) -> MetricCollection | None:
-        """Return the metrics of validation and test, or None."""
-        return None
-
-    def configure_table(self) -> TableMetric | None:
-        """Return a table of validation and test for the run's report, or None."""
-        return None
-
     def predict(self, batch: Any) -> Any:  # noqa: ANN401 - the task's own type
         """Return the predictions for a batch without targets."""
         return self(batch)
+
+    def prediction_columns(self, prediction: Any) -> Mapping[str, Any]:  # noqa: ANN401 - the task's own type
+        """Return the columns that a file of predictions has for what `predict` says of one row.
+
+        Args:
+            prediction: What `predict` returned for the row, in plain types.
+        """
+        return columns_of(prediction)
 
     def forward(self, batch: Mapping[str, Any]) -> Any:  # noqa: ANN401 - the model's own output
         """Call the adapted model with a batch's entries."""
@@ -232,6 +227,7 @@ class AdapterTask(CheckpointState):
         if self.quantization is not None and self._trainer is not None:
             refuse_unfit_trainer(self._trainer)  # before minutes go into loading
         model: Any = self.configure_backbone()
+        self.check_trained(self._new_modules)
         if is_attached(model):
             raise ConfigError("configure_backbone returned a model with adapters; return the bare model.")
         check_quantization(model, self.quantization, self._trainer)
@@ -279,35 +275,9 @@ class AdapterTask(CheckpointState):
         self._log_pace.log(self, values, batch_size_of(batch))
         return reduce(torch.add, values.values())
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401 - the data module's own type
-        """Measure a batch of validation."""
-        del batch_idx
-        self._evaluate(batch, sets_of(self._trainer, "val"), dataloader_idx)
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:  # noqa: ANN401 - the data module's own type
-        """Measure a batch of the test."""
-        del batch_idx
-        self._evaluate(batch, sets_of(self._trainer, "test"), dataloader_idx)
-
-    def on_validation_epoch_start(self) -> None:
-        """Start measuring."""
-        self._start_evaluation(sets_of(self._trainer, "val"))
-
-    def on_test_epoch_start(self) -> None:
-        """Start measuring."""
-        self._start_evaluation(sets_of(self._trainer, "test"))
-
-    def on_validation_epoch_end(self) -> None:
-        """Log what is known only after the last batch of validation."""
-        self._end_evaluation(sets_of(self._trainer, "val"))
-
-    def on_test_epoch_end(self) -> None:
-        """Log what is known only after the last batch of the test."""
-        self._end_evaluation(sets_of(self._trainer, "test"))
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Any:  # noqa: ANN401 - the data module's own type
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:  # noqa: ANN401 - the data module's own type
         """Return the task's predictions for a batch."""
-        del batch_idx
+        del batch_idx, dataloader_idx
         return self.predict(batch)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -353,41 +323,6 @@ class AdapterTask(CheckpointState):
         self._stages_checked.add(stage)
         with require_calls(self.adapted, of_all=False):
             return compute(batch)
-
-    def _start_evaluation(self, sets: EvaluationSets) -> None:
-        """Prepare for the first batch of an evaluation."""
-
-    def _evaluate(self, batch: Any, sets: EvaluationSets, index: int) -> None:  # noqa: ANN401 - the data module's own type
-        """Count a batch for its set, by the index of its loader, and for all sets together."""
-        output = self._checked(sets.stage, self.compute_loss, batch)
-        for prefix in sets.prefixes_of(index):
-            self._measures(prefix).update(output, batch_size_of(batch))
-        if not sets.names:
-            self._log_measures(sets)  # while batches pass, so that every hook at the end of the epoch finds it
-
-    def _end_evaluation(self, sets: EvaluationSets) -> None:
-        """Log after the last batch; figures of all sets together cannot be logged in the step of one loader."""
-        if sets.names:
-            self._log_measures(sets)
-        self.evaluation_table = self._measures(sets.stage).take_table()
-
-    def _log_measures(self, sets: EvaluationSets) -> None:
-        for prefix in sets.prefixes:
-            for name, metric in self._measures(prefix).named():
-                self.log(f"{prefix}/{name}", metric, prog_bar=sets.is_all(prefix), metric_attribute=prefix)
-
-    def _measures(self, prefix: str) -> Measures:
-        """Return what is measured under a prefix; the names of sets are known only once there are loaders."""
-        if prefix not in self._measures_of:
-            self._add_measures(prefix, f"set_metrics_{len(self._measures_of)}")
-        return self._measures_of[prefix]
-
-    def _add_measures(self, prefix: str, attribute: str) -> None:
-        metrics = self.configure_metrics()
-        table = self.configure_table() if prefix in ("val", "test") else None
-        measures = Measures(None if metrics is None else metrics.clone(), table).to(self.device)
-        self._measures_of[prefix] = measures
-        self.add_module(attribute, measures)
 
     def _total_steps(self) -> int:
         total = self.trainer.estimated_stepping_batches

@@ -14,7 +14,9 @@ from lora_lightning.backbones.output_head import OutputHead, find_output_head, w
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.tasks.generation import examples_of, generate, max_positions
 from lora_lightning.tasks.per_token import PerTokenTask
+from lora_lightning.tasks.prediction_columns import text_columns
 from lora_lightning.tasks.token_loss import CHUNK, IGNORED, TokenSums, chunked_token_loss, supervised
+from lora_lightning.texts.saved_tokenizer import stop_ids
 
 __all__ = ["CausalLM"]
 
@@ -87,18 +89,26 @@ class CausalLM(PerTokenTask):
         check_batch(batch, self.adapted)
         tokenizer: Any = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
         prompts = [example.prompt for example in examples_of(batch)]
-        end = getattr(tokenizer, "eos_token_id", None)
-        answers = generate(
-            self.adapted, prompts, max_new_tokens=self.max_new_tokens, stop=() if end is None else (end,)
-        )
+        stop = [] if tokenizer is None else stop_ids(tokenizer, is_chat=bool(tokenizer.chat_template))
+        answers = generate(self.adapted, prompts, max_new_tokens=self.max_new_tokens, stop=stop)
         rows = [
             {"prompt_ids": list(prompt), "generated_ids": answer}
             for prompt, answer in zip(prompts, answers, strict=True)
         ]
         if tokenizer is None:
             return rows
-        decode = tokenizer.decode
-        return [{"prompt": decode(row["prompt_ids"]), "generated": decode(row["generated_ids"]), **row} for row in rows]
+        return [
+            {
+                "prompt": tokenizer.decode(row["prompt_ids"]),
+                "generated": tokenizer.decode(row["generated_ids"], skip_special_tokens=True),
+                **row,
+            }
+            for row in rows
+        ]
+
+    def prediction_columns(self, prediction: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the text as `generated`, and what the model was asked as `prompt_text`."""
+        return text_columns(prediction)
 
     def _checked(self, stage: str, *args: Any) -> Any:  # noqa: ANN401 - as the base has it
         self._output_head()  # its trial calls every adapter, which must not count as a call in the loss

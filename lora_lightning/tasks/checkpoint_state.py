@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
 from lora_lightning.checkpoint.folder import check_finite
 from lora_lightning.checkpoint.own_state import MODEL, own_entries
 from lora_lightning.checkpoint.saved_run import SavedRun
+from lora_lightning.errors import ConfigError
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.averaging import complete_averages, shrink_averages
 from lora_lightning.tasks.loading import (
@@ -37,6 +38,7 @@ class CheckpointState(CheckedLoading):
     _is_calibrated: bool
     _takes_state_of_checkpoint: bool
     _starting_run: SavedRun | None
+    _refuses_untrained = False
 
     @property
     def adapted(self) -> nn.Module:
@@ -93,6 +95,26 @@ class CheckpointState(CheckedLoading):
     def start_from(self, run: SavedRun) -> None:
         """Take the adapter to start from out of a folder that was read already, instead of reading `adapter` again."""
         self._starting_run = run
+
+    def refuse_untrained(self) -> None:
+        """Let `configure_model` refuse modules whose weights are drawn at random, unless an adapter brings them."""
+        self._refuses_untrained = self.adapter is None
+
+    def check_trained(self, new_modules: Collection[str]) -> None:
+        """Refuse new modules where that was asked for; a finished classifier, or a language model, has none.
+
+        Args:
+            new_modules: The modules for which the backbone's files hold no weights.
+
+        Raises:
+            ConfigError: There are some.
+        """
+        if self._refuses_untrained and new_modules:
+            raise ConfigError(
+                f"The model's {' and '.join(new_modules)} was never trained: the files of the backbone hold no weights "
+                "for it. Name a run's checkpoint with --ckpt_path or an adapter with --model.adapter, or set "
+                "--untrained to use random weights."
+            )
 
     def expect_checkpoint(self) -> None:
         """Leave `adapter` unread, since a checkpoint's weights follow: the folder may be gone or changed by then."""

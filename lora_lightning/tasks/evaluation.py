@@ -62,16 +62,18 @@ def sets_of(trainer: L.Trainer | None, stage: Stage) -> EvaluationSets:
     Loaders in a mapping have its names; several in a list are named by their index from 0.
     """
     loop: Any = None if trainer is None else trainer._evaluation_loop
-    loaders = getattr(loop, "_combined_loader", None)
+    return EvaluationSets(stage, names_of_sets(getattr(loop, "_combined_loader", None)))
+
+
+def names_of_sets(loaders: Any) -> tuple[str, ...]:  # noqa: ANN401 - Lightning's CombinedLoader, or None
+    """Return the name of each set by the index of its loader; nothing for a single set without a name."""
     if loaders is None or loaders._mode != "sequential":  # other modes join the batches of all loaders
-        return EvaluationSets(stage)
+        return ()
     num_sets = len(loaders.flattened)
     given = loaders.iterables
     if isinstance(given, Mapping) and len(given) == num_sets:
-        return EvaluationSets(stage, tuple(map(str, given)))
-    if num_sets > 1:
-        return EvaluationSets(stage, tuple(map(str, range(num_sets))))
-    return EvaluationSets(stage)
+        return tuple(map(str, given))
+    return tuple(map(str, range(num_sets))) if num_sets > 1 else ()
 
 
 class MeanLoss(Metric):

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint, tokenizer_of
 from lora_lightning.checkpoint.own_state import own_entries
 from lora_lightning.checkpoint.reading import read_file
-from lora_lightning.checkpoint.task_class import argument_names, build_task
+from lora_lightning.checkpoint.task_class import argument_names, build_task, class_path_of
 from lora_lightning.errors import CheckpointError
 from lora_lightning.keywords import ForwardsSettings
 from lora_lightning.optim import Optim
@@ -84,7 +84,8 @@ def entry_of(task: Any) -> dict[str, Any]:  # noqa: ANN401 - an AdapterTask, whi
         "method_state": [method.extra_state(task.adapted) for method in task.methods],
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer_of(task._trainer)),
         "tokenizer": None if tokenizer is None else tokenizer.plain(),
-        "task": f"{type(task).__module__}.{type(task).__qualname__}",
+        "task": class_path_of(type(task)),
+        "data": None if data is None else class_path_of(type(data)),
         "arguments": list(task._arguments),
         "label_names": None if task.label_names is None else [str(name) for name in task.label_names],
     }

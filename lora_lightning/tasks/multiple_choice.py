@@ -61,6 +61,13 @@ class MultipleChoice(AdapterTask):
             for row, count in zip(rows, num, strict=True)
         ]
 
+    def prediction_columns(self, prediction: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return `predicted_choice` (its index), `predicted_answer` (its text, if known), and all `probabilities`."""
+        columns = {"predicted_choice": prediction["choice"]}
+        if "answer" in prediction:
+            columns["predicted_answer"] = prediction["answer"]
+        return {**columns, "probabilities": prediction["probabilities"]}
+
     def _scores(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return float32 scores `[batch, choices]`, minus infinity where there is no choice."""
         if batch["input_ids"].dim() != 3:

@@ -19,6 +19,7 @@ from lora_lightning.strategies.facts import facts_of
 from lora_lightning.tasks.evaluation import EvaluationSets
 from lora_lightning.tasks.generation import answer
 from lora_lightning.tasks.per_token import PerTokenTask
+from lora_lightning.tasks.prediction_columns import text_columns
 from lora_lightning.tasks.text_overlap import Overlap, overlap
 from lora_lightning.tasks.token_loss import CHUNK, IGNORED, TokenSums, chunked_token_loss
 
@@ -122,6 +123,10 @@ class Seq2SeqLM(PerTokenTask):
             {"source": self._text(row["source_ids"]), "generated": self._text(row["generated_ids"]), **row}
             for row in rows
         ]
+
+    def prediction_columns(self, prediction: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the text as `generated`."""
+        return text_columns(prediction)
 
     # Helpers.
 

@@ -13,6 +13,7 @@ from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.class_weights import ClassWeights
 from lora_lightning.tasks.evaluation import EvaluationSets
 from lora_lightning.tasks.labelled import LabelledTask
+from lora_lightning.tasks.prediction_columns import class_columns
 from lora_lightning.tasks.problems import PROBLEMS, ProblemName
 from lora_lightning.tasks.step_output import StepOutput
 
@@ -59,6 +60,7 @@ class SequenceClassification(LabelledTask):
     """
 
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    predictions_format: ClassVar[str] = ".csv"
     threshold: Tensor
 
     def __init__(
@@ -142,6 +144,10 @@ class SequenceClassification(LabelledTask):
     def predict(self, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         """Return the label, the labels or the numbers of each text of a batch; see the class."""
         return self._problem.answers(self._logits(batch), self.label_names or [], self.threshold.item())
+
+    def prediction_columns(self, prediction: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return `predicted_label`, `predicted_labels` or `predicted_<name>`, and `probability_<class>` of each."""
+        return class_columns(prediction)
 
     # The threshold of several labels.
 

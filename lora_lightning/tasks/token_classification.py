@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lora_lightning.errors import DataError
 from lora_lightning.tasks.entities import entities, has_prefixes
 from lora_lightning.tasks.labelled import LabelledTask
+from lora_lightning.tasks.prediction_columns import columns_of
 from lora_lightning.tasks.step_output import StepOutput
 from lora_lightning.tasks.token_loss import IGNORED
 
@@ -91,22 +92,32 @@ class TokenClassification(LabelledTask):
 
         Returns:
             For each text `tags`, `entities` (each with `type`, `start` and `end`, the places of its first word and of
-            the one after its last), and where the data module has a tokenizer, `tokens` (the words as it spells them)
-            and the `text` of each entity.
+            the one after its last), where the batch holds `words`, these indices of the tagged words, and where the
+            data module has a tokenizer, `tokens` (the words as it spells them) and the `text` of each entity.
         """
         names = self.label_names or []
         tokenizer: Any = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
         guesses = self._logits(batch).argmax(-1).tolist()
         sentences = batch["sentences"].tolist() if "sentences" in batch else range(len(guesses))
+        word_indices = _indices_of(batch)
         tags_of: dict[int, list[str]] = {}
+        indices_of: dict[int, list[int]] = {}
         words_of: dict[int, list[str]] = {}
-        rows = zip(sentences, batch["input_ids"].tolist(), *_words_of(batch), guesses, strict=True)
-        for sentence, ids, starts, end, guess in rows:
+        rows = zip(sentences, batch["input_ids"].tolist(), *_words_of(batch), guesses, word_indices, strict=True)
+        for sentence, ids, starts, end, guess, indices in rows:
             tags = [names[guess[place]] for place in starts]
             tags_of.setdefault(sentence, []).extend(tags)
+            indices_of.setdefault(sentence, []).extend(indices)
             if tokenizer is not None:
                 words_of.setdefault(sentence, []).extend(_spelt(tokenizer, ids, starts, end))
-        return [self._described(tags, words_of.get(sentence)) for sentence, tags in tags_of.items()]
+        described = [self._described(tags, words_of.get(sentence)) for sentence, tags in tags_of.items()]
+        if "words" not in batch:
+            return described
+        return [{**one, "words": indices} for one, indices in zip(described, indices_of.values(), strict=True)]
+
+    def prediction_columns(self, prediction: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return `predicted_tags` and `predicted_entities`; `predicted_tokens` where the input's words are unknown."""
+        return columns_of({name: value for name, value in prediction.items() if name != "words"})
 
     def _described(self, tags: list[str], words: list[str] | None) -> dict[str, Any]:
         """Return the tags of a text with their entities, and where its words are known, these too."""
@@ -130,6 +141,13 @@ def _words_of(batch: Mapping[str, Tensor]) -> tuple[list[list[int]], list[int]]:
     is_word = batch["words"] >= 0 if "words" in batch else labelled
     starts = [row.nonzero().flatten().tolist() for row in is_word]
     return starts, [int(row.nonzero().max()) + 1 if row.any() else 0 for row in mask]
+
+
+def _indices_of(batch: Mapping[str, Tensor]) -> list[list[int]]:
+    """Return the index in its sentence of each word that has a token, row by row; nothing if the batch has none."""
+    if "words" not in batch:
+        return [[] for _ in batch["input_ids"]]
+    return [row[row >= 0].tolist() for row in batch["words"]]
 
 
 def _spelt(tokenizer: Any, ids: list[int], starts: list[int], end: int) -> list[str]:  # noqa: ANN401 - tokenizers share no public base class

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.callbacks.run_config import free_name
+from lora_lightning.callbacks.places import free_name
 from lora_lightning.callbacks.run_logger import RunLogger
 from lora_lightning.errors import ConfigError
 

@@ -316,7 +316,7 @@ def test_nothing_is_done_twice(build, monkeypatch):
     data.setup("test")
     assert data._encoded["train"] is rows
     assert len(data._encoded["test"]) == 5
-    assert len(list(data.predict_dataloader())) == 2
+    assert len(list(data.test_dataloader())) == 2
     with pytest.raises(DataError, match=r"no rows to validate: val_size is 0\. Set it, or give a file as val"):
         data.setup("validate")
     with pytest.raises(ConfigError, match="call setup"):

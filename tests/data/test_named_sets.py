@@ -122,10 +122,10 @@ def test_other_names_are_taken():
     assert list(split_sources({"val": dict.fromkeys(names, "a.csv")})) == [f"val/{name}" for name in names]
 
 
-def test_only_val_may_be_a_mapping():
-    for split in ("train", "test", "predict"):
+def test_only_val_and_predict_may_be_mappings():
+    for split in ("train", "test"):
         settings = {"train": "a.csv", split: {"a": "b.csv"}}
-        with pytest.raises(ConfigError, match=f"{split} is a mapping \\(a\\), which only val may be"):
+        with pytest.raises(ConfigError, match=f"{split} is a mapping \\(a\\), which only val and predict may be"):
             TextClassificationData(**settings)
 
 

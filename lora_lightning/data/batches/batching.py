@@ -177,6 +177,45 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         return np.concatenate([generator.permutation(batches).reshape(-1), by_length[-1]])
 
 
+class WholeBatchSampler(DistributedSampler[Any]):
+    """Deals the rows to ranks in their order and in whole batches, so that each batch is the one of a single process.
+
+    The first batch is dealt once more to a rank that would have none, and with `is_even` to each rank that has one less
+    than others: what a model answers to it is known twice then.
+
+    Args:
+        num_rows: Number of rows, at least 1.
+        batch_size: Rows in a batch; a loader of the same batch size must cut it.
+        num_replicas: Number of ranks.
+        rank: This process's rank.
+        is_even: Whether all ranks get the same number of batches.
+
+    Example:
+        >>> list(WholeBatchSampler(5, batch_size=2, num_replicas=2, rank=0))
+        [0, 1, 4]
+        >>> list(WholeBatchSampler(5, batch_size=2, num_replicas=2, rank=1, is_even=True))
+        [2, 3, 0, 1]
+    """
+
+    def __init__(
+        self, num_rows: int, batch_size: int, num_replicas: int = 1, rank: int = 0, *, is_even: bool = False
+    ) -> None:
+        super().__init__(range(num_rows), num_replicas, rank, shuffle=False)  # type: ignore[arg-type]  # any sized sequence does
+        batches = [np.arange(start, min(start + batch_size, num_rows)) for start in range(0, num_rows, batch_size)]
+        mine = batches[rank::num_replicas]
+        if not mine or (is_even and len(mine) < len(batches[::num_replicas])):
+            mine.append(batches[0])
+        self._rows = np.concatenate(mine)
+
+    def __len__(self) -> int:
+        """Return the number of rows of this rank."""
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[int]:
+        """Return the indices of this rank's rows."""
+        return iter(self._rows.tolist())
+
+
 def even_batch_size(num_rows: int, num_replicas: int, batch_size: int) -> int:
     """Return the largest batch size, up to one given, at which no row must be repeated to keep ranks in step.
 

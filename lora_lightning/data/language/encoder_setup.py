@@ -21,6 +21,7 @@ def build_encoder(
     facts: ModelFacts,
     *,
     template: str | None,
+    saved_template: str | None = None,
     max_length: int | None,
     padding_side: str,
     holds_instructions: Callable[[], bool],
@@ -31,7 +32,8 @@ def build_encoder(
     Args:
         name: Hub name, folder or `pkg://` path of the tokenizer.
         facts: What is known of the model.
-        template: The chat template's name, or None for the tokenizer's own.
+        template: The chat template's name, or None for the saved run's, else the tokenizer's own.
+        saved_template: The chat template of the saved run whose model is used, as Jinja; None where there is none.
         max_length: Tokens after which a sample is too long; None means the usual number, or what the model takes.
         padding_side: `right` or `left`.
         holds_instructions: Tells whether the data are instructions, which have a template of their own.
@@ -47,6 +49,8 @@ def build_encoder(
     stop_ids = _settle_end(tokenizer, name, facts)
     _settle_padding(tokenizer, name, facts)
     begins = begins_with_bos(tokenizer)
+    if template is None and saved_template is not None:
+        tokenizer.chat_template = saved_template
     _settle_template(tokenizer, name, template, begins, holds_instructions)
     most = min(facts.context or int(1e30), tokenizer.model_max_length)
     if max_length is not None and max_length > most:

@@ -113,6 +113,25 @@ class Encoder:
         texts = [self._tokens(view.text, view.spans, sample.place, ends=ends) for view in views]
         return self._fitted(texts, frozenset(ignored))
 
+    def encode_question(self, sample: Sample) -> list[int]:
+        """Return the tokens of a sample up to where the next words of the assistant begin.
+
+        Args:
+            sample: A conversation without its answer, a prompt, or a text to continue.
+
+        Raises:
+            DataError: A conversation has no template, the template refuses it, or a token lies beyond the model's
+                vocabulary.
+        """
+        is_joined = sample.plain and (self.template is None or self.join_plainly)
+        if is_joined or not sample.messages:
+            text, begin = sample.plain[0] if sample.plain else sample.text, self.begin
+        else:
+            text, begin = self._answers.renderer.write(sample, prompt=True).text, ()
+        ids, _ = self._tokenize(_without_half_pairs(text), [])
+        self._require_known(ids, sample.place)
+        return [*begin, *ids]
+
     def _views(self, sample: Sample) -> list[View]:
         """Return a conversation's views; where an answer cannot be found, look first whether something is left out."""
         try:
@@ -162,8 +181,7 @@ class Encoder:
         self, text: str, spans: Sequence[Span], place: str, *, begin: tuple[int, ...] = (), ends: bool = True
     ) -> Encoded:
         """Return a text's tokens up to the last one to be learnt, and with `ends` a token at which the model stops."""
-        # Half of a surrogate pair, which JSON can carry, is no character, and tokenizers refuse it.
-        ids, trained = self._tokenize(text.encode("utf-8", "replace").decode("utf-8"), spans)
+        ids, trained = self._tokenize(_without_half_pairs(text), spans)
         last = max((index for index, is_trained in enumerate(trained) if is_trained), default=-1)
         if last >= 0:
             del ids[last + 1 :], trained[last + 1 :]
@@ -207,3 +225,8 @@ class Encoder:
                 f"{self.tokenizer_name} is beyond the vocabulary of the model, which knows {self.vocabulary} tokens; "
                 "use the model's own tokenizer, or a template without this token."
             )
+
+
+def _without_half_pairs(text: str) -> str:
+    """Replace halves of surrogate pairs, which JSON can carry: they are no characters, and tokenizers refuse them."""
+    return text.encode("utf-8", "replace").decode("utf-8")

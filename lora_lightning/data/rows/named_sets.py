@@ -1,4 +1,4 @@
-"""Validation sets with names, each with a source of its own."""
+"""Sets of validation, or of rows to predict, with names: each has a source of its own."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def named_by_text(sources: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_sources(sources: Mapping[str, Any]) -> dict[str, Source]:
-    """Return the source of each split; a mapping for `val` becomes a split `val/<name>` for each of its names.
+    """Return the source of each split; a mapping for `val` or `predict` becomes a split `<kind>/<name>` for each name.
 
     Args:
         sources: For each kind of split its source, a mapping of names to sources, or None.
 
     Raises:
-        ConfigError: A name cannot be used, a named set has no source, or another split than `val` is a mapping.
+        ConfigError: A name cannot be used, a named set has no source, or `train` or `test` is a mapping.
 
     Example:
         >>> split_sources({"train": "a.csv", "val": {"reviews": "b.csv", "tweets": "c.csv"}})
@@ -47,9 +47,11 @@ def split_sources(sources: Mapping[str, Any]) -> dict[str, Source]:
         if not isinstance(source, Mapping):
             found[kind] = source
             continue
-        if kind != "val":
-            raise ConfigError(f"{kind} is a mapping ({_shown(source)}), which only val may be; give {kind} one source.")
-        _check_names(source)
+        if kind not in ("val", "predict"):
+            raise ConfigError(
+                f"{kind} is a mapping ({_shown(source)}), which only val and predict may be; give {kind} one source."
+            )
+        _check_names(kind, source)
         found |= {f"{kind}/{name}": one for name, one in source.items()}
     return found
 
@@ -67,24 +69,29 @@ def _is_part(entry: object) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("source"), PurePath | tuple | list)
 
 
-def _check_names(sources: Mapping[Any, Source]) -> None:
+def _check_names(kind: str, sources: Mapping[Any, Source]) -> None:
     if not sources:
-        raise ConfigError("val is a mapping without an entry; name at least one source, such as {reviews: a.csv}.")
+        raise ConfigError(
+            f"{kind} is a mapping without an entry; name at least one source, such as {{reviews: a.csv}}."
+        )
+    use = "its values are logged as val/<name>/loss" if kind == "val" else "its file is named by it"
     for name, source in sources.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ConfigError(
-                f"val has a set named {name!r}; expected a text of letters, digits, '_', '-', '+' and '.', since its "
-                "values are logged as val/<name>/loss."
+                f"{kind} has a set named {name!r}; expected a text of letters, digits, '_', '-', '+' and '.', since "
+                f"{use}."
             )
-        if name.casefold() in map(str.casefold, _METRICS):
+        if kind == "val" and name.casefold() in map(str.casefold, _METRICS):
             raise ConfigError(
                 f"val has a set named {name!r}, which is the name of a metric: its values would mix with those of all "
                 "sets together. Choose another name."
             )
         if source is None:
-            raise ConfigError(f"val has a set {name!r} without a source; give it one, or leave it out.")
+            raise ConfigError(f"{kind} has a set {name!r} without a source; give it one, or leave it out.")
     if len({name.casefold() for name in sources}) < len(sources):
-        raise ConfigError(f"Two sets of val differ in the case of their letters only ({_shown(sources)}); rename one.")
+        raise ConfigError(
+            f"Two sets of {kind} differ in the case of their letters only ({_shown(sources)}); rename one."
+        )
 
 
 def _shown(sources: Mapping[Any, Source]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_lightning.data.rows.conditions import Condition
 from lora_lightning.data.rows.pool import kind_of
@@ -67,6 +67,11 @@ class Plan:
         """
         if self.sources["train"] is None:
             raise ConfigError("train names no source, so there are no rows to train on; give a file, or data.")
+
+    def only(self, kind: str) -> Plan:
+        """Return the plan with the sources of one kind of split alone."""
+        sources = {split: source if kind_of(split) == kind else None for split, source in self.sources.items()}
+        return replace(self, sources=sources, sizes=dict.fromkeys(self.sizes))
 
     def has_own_source(self, split: str) -> bool:
         """Return whether a split, or a set of it, has a source of its own."""

@@ -143,7 +143,7 @@ def fingerprint(folder: Path, splits: Mapping[str, int], names: Sequence[str] | 
     """
     digest = hashlib.sha256(b"" if names is None else json.dumps(list(names)).encode())
     for split in sorted(splits):
-        if split != "predict":
+        if kind_of(split) != "predict":
             opening = f"[{json.dumps(split)}, "
             for content in contents(folder, split):
                 digest.update((opening + content[1:]).encode())

@@ -75,7 +75,7 @@ def lay(plan: Plan, folder: Path, rules: Rules) -> About:
         counts[kind_of(split)] += num_rows if kind_of(split) != "predict" else 0
     about.counts = {name: counts[name] for name in _COUNTED}
     for split in about.num_rows:
-        if split != kind_of(split):
+        if split != kind_of(split) == "val":
             about.counts |= {split: about.num_rows[split], f"{split}/leaked": leaked.get(split, 0)}
     about.fingerprint = fingerprint(folder, about.num_rows)
     return about

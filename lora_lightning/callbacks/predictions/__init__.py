@@ -1,0 +1,1 @@
+"""From what `predict_step` returns to a file of predictions."""
