@@ -16,6 +16,7 @@ from lora_lightning import (
     IdleParameterGuard,
     LoRA,
     NonFiniteGuard,
+    OutOfMemoryGuard,
     SignalGuard,
     Throughput,
     adapter_state_dict,
@@ -25,7 +26,7 @@ from lora_lightning.backbones.attach import attach
 from lora_lightning.checkpoint.folder import load_tensors
 from lora_lightning.errors import TrainingError
 from tests.callbacks.runs import LIGHTNING_WARNINGS
-from tests.finetuning.modules import Gan, SelfSupervised, SentenceClassifier, loader
+from tests.finetuning.modules import Gan, ImageClassifier, SelfSupervised, SentenceClassifier, loader
 from tests.finetuning.runs import MODULES, finetuning, fit, same, trained_state
 
 pytestmark = LIGHTNING_WARNINGS
@@ -47,8 +48,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tmp_path):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             before.update(trained_state(pl_module))
 
-    with pytest.raises(TrainingError, match=r"stopped before optimizer step 4: the loss is nan"):
+    with pytest.raises(TrainingError, match=r"stopped before optimizer step 4: the loss is nan") as raised:
         run(module, Watch(), NonFiniteGuard(), folder=folder)
+    assert "Lower the learning rate, warm up longer or clip gradients" in str(raised.value)
     assert same(before, trained_state(module))
 
 
@@ -60,6 +62,18 @@ def run(module, *callbacks, folder, **settings):
     trainer = L.Trainer(callbacks=[finetuning(known), *callbacks], **{**usual, **settings})
     trainer.fit(module, loader(known))
     return trainer
+
+
+def test_advice_names_no_setting_that_a_module_lacks(tmp_path):
+    class Exhausted(L.Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            raise MemoryError
+
+    for module, batches in ((Gan(), "batches of 2 instead of 4;"), (ImageClassifier(), "accumulate_grad_batches=2")):
+        with pytest.raises(MemoryError) as raised:
+            run(module, Exhausted(), OutOfMemoryGuard(), folder=tmp_path)
+        assert batches in raised.value.__notes__[0]
+        assert "init_args" not in raised.value.__notes__[0]
 
 
 class Rare(Gan):
