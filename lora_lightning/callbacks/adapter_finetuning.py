@@ -19,6 +19,7 @@ from lora_lightning.callbacks.merge_at_end import checkpoint_path
 from lora_lightning.callbacks.places import is_trial
 from lora_lightning.errors import ConfigError
 from lora_lightning.finetuning import finetune, is_finetuned
+from lora_lightning.finetuning.cli_optimizer import renew_cli_optimizer
 from lora_lightning.finetuning.merging import refuse_taken_file, refuse_unmergeable, write_merged
 from lora_lightning.finetuning.parts import SHARDS_ITSELF, was_taken_off
 from lora_lightning.finetuning.record import Part, attached_parts, record_of
@@ -113,6 +114,7 @@ class AdapterFinetuning(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse optimizers that would not train the adapters, and say what trains."""
         part, submodule = self._attached(pl_module)
+        renew_cli_optimizer(pl_module)
         restore_after_conversion(submodule)  # a Trainer's sync_batchnorm has replaced norms by now
         adapters = [(name, parameter) for name, parameter, _ in iter_roles(submodule) if parameter.requires_grad]
         held = {id(parameter) for optimizer in trainer.optimizers for parameter in optimized(optimizer)}

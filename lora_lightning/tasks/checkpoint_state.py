@@ -18,6 +18,7 @@ from lora_lightning.checkpoint.own_state import MODEL, own_entries
 from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim import Optim
+from lora_lightning.resume.precision import double_before_loading
 from lora_lightning.tasks.averaging import complete_averages, shrink_averages
 from lora_lightning.tasks.loading import (
     CheckedLoading,
@@ -67,6 +68,7 @@ class CheckpointState(CheckedLoading):
         require_training_state(checkpoint, self._trainer)
         check_optimization(checkpoint, self.optim, self._trainer)
         self.configure_model()
+        double_before_loading(self)
         self._is_calibrated = True
         self._check_base(own)
         check_tokenizer(tokenizer_of(self._trainer), own.get("tokenizer_fingerprint"), "The checkpoint")
