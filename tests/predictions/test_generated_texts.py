@@ -30,6 +30,10 @@ def generated(model, ids, most=8, ends=()):
 
 def test_answers_of_an_encoder_and_a_decoder():
     save_t5("base")
+    base = transformers.AutoModelForSeq2SeqLM.from_pretrained("base")
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # as it is saved, it always says the same
+    base.save_pretrained("base")
     pairs = pd.DataFrame({"source": [f"{one} {two}" for one in "abcdefgh" for two in "xyz"], "target": list("xyz") * 8})
     pairs.to_csv("train.csv", index=False)
     checkpoint = fit(
