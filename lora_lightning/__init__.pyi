@@ -78,3 +78,4 @@ __version__: str
 # command generate: Write on from a prompt, or from each prompt of a file, with a fine-tuned language model.
 # command merge: Merge a checkpoint's adapter into its base and write a plain Hugging Face folder.
 # command plan: Tell how much memory a config needs, part by part, and whether it fits a GPU.
+# command schema: Write the JSON Schema of config files, by which editors complete and check them.
