@@ -239,3 +239,13 @@ def test_the_command_writes_it(tmp_path, capsys, schema):
     assert json.loads((tmp_path / "schema.json").read_text()).keys() == schema.keys()
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out)["title"] == schema["title"]
+
+
+class TaskOfATest(tasks.CausalLM):
+    """A class that only this process knows."""
+
+
+def test_classes_of_other_packages_are_not_in_it(schema):
+    assert issubclass(TaskOfATest, tasks.CausalLM)
+    assert "TaskOfATest" not in schema["$defs"]
+    assert "EarlyStopping" in schema["$defs"]

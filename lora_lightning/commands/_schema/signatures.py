@@ -11,6 +11,7 @@ from typing import Any
 import docstring_parser
 
 from lora_lightning.keywords import parameters_taken
+from lora_lightning.trust import LIBRARY
 
 MISSING: Any = dataclasses.MISSING
 """The default of a setting that must be given."""
@@ -63,9 +64,13 @@ def summary_of(documented: Any) -> str:  # noqa: ANN401 - a class or function
 
 
 def subclasses(cls: type) -> list[type]:
-    """Return the public classes that can be built where a class is expected, sorted by name."""
+    """Return the public classes that can be built where a class is expected, sorted by name.
+
+    These are classes of this library and of Lightning: whatever else a process has imported is not known elsewhere.
+    """
     found = {one for one in (cls, *_below(cls)) if not inspect.isabstract(one)}
-    shown = [one for one in found if not one.__name__.startswith("_") and "<locals>" not in one.__qualname__]
+    known = [one for one in found if one.__module__.partition(".")[0] in (LIBRARY, "lightning")]
+    shown = [one for one in known if not one.__name__.startswith("_") and "<locals>" not in one.__qualname__]
     return sorted(shown, key=lambda one: (one.__name__, one.__module__))
 
 
