@@ -48,7 +48,7 @@ def after(*words):
         (["fit", "--data", "TextClassificationData", "--data.pack"], []),
         (["fit", "--config", str(CONFIGS / "qlora_llama.yaml"), "--data.pack"], ["--data.packing"]),
         (["fit", "--config", str(CONFIGS / "quickstart.yaml"), "--data.pack"], []),
-        (["fit", "-c", f"{CONFIGS}/dora_classification.yaml", "--model.method.magn"], ["--model.method.magnitude_axis"]),
+        (["fit", "-c", f"{CONFIGS}/dora_classification.yaml", "--model.method.ma"], ["--model.method.magnitude_axis"]),
         (["fit", "--config", "missing.yaml", "--data.pack"], ["--data.packing"]),
         (["fit", "--model", "Seq"], ["Seq2SeqLM", "SequenceClassification"]),
         (["fit", "--model.method", "LoRAF"], ["LoRAFA"]),
