@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,27 @@ def build(architecture: Architecture, dtype: torch.dtype) -> tuple[Any, Batch]:
         if _computes(model, batch):
             return model, batch
     raise UnbuildableError(f"{architecture}: computes nothing of the known inputs")
+
+
+def vary(model: Any, batch: Batch, rng: random.Random) -> None:
+    """Change what users change of a model before they adapt it: ties, attention, what trains already.
+
+    Raises:
+        UnbuildableError: It does not compute any more.
+    """
+    try:
+        if rng.random() < 0.2 and not getattr(model.config, "tie_word_embeddings", True):
+            model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = True
+            model.tie_weights()
+        if rng.random() < 0.2:
+            model.set_attn_implementation("eager")
+    except Exception as error:
+        raise UnbuildableError(f"{type(model).__name__} does not take it: {error}") from error
+    frozen = rng.random() < 0.2
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(not (frozen and index % 2))
+    if not _computes(model, batch):
+        raise UnbuildableError(f"{type(model).__name__} computes no more")
 
 
 def is_text(architecture: Architecture) -> bool:

@@ -132,7 +132,9 @@ def draw(model: nn.Module, rng: random.Random) -> Setting:
 
 
 def _one(names: Names, rng: random.Random) -> Method:
-    cls = rng.choice([LoRA, *_LOW_RANK, AdaLoRA, VeRA, IA3, BitFit, BottleneckAdapter, TrainableTokens, *PROMPTS[:1]])
+    cls = rng.choice(
+        [LoRA, *_LOW_RANK, AdaLoRA, VeRA, IA3, BitFit, BottleneckAdapter, TrainableTokens, PromptTuning, PromptTuning]
+    )
     if cls is PromptTuning:
         cls = rng.choice(PROMPTS)
     if cls in _LOW_RANK:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_lightning.adapters import (
     adapter_state_dict,
@@ -18,6 +19,7 @@ from lora_lightning.adapters import (
     detach,
     disabled,
     is_attached,
+    iter_hosts,
     load_adapter_state_dict,
 )
 from lora_lightning.backbones.attach import attach, merge
@@ -25,7 +27,7 @@ from lora_lightning.checkpoint import load_adapter, write_adapter_folder
 from lora_lightning.errors import UserError
 from tests.fuzz import draws
 from tests.fuzz.architectures import outputs
-from tests.fuzz.world import Fault, World, answers, digests, distance, nudge, shape_of, tolerance
+from tests.fuzz.world import Fault, Pointless, World, answers, digests, distance, nudge, shape_of, tolerance
 
 DRAWS = 8
 """Draws of methods for one model, of which the first that is not refused is attached."""
@@ -105,6 +107,8 @@ def train(world: World) -> None:
     world.seed()
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not hosts_have_a_part(world):
+        raise Pointless
     optimizer = torch.optim.AdamW(trained, lr=world.rng.choice([1e-3, 1e-2]))
     total = world.rng.choice([1, 2, 4])
     for step in range(total):
@@ -122,6 +126,14 @@ def train(world: World) -> None:
     model.eval()
     nudge(model, world.rng.randrange(1000))
     world.expect_other("what was trained", answers(model, world.batch), before)
+
+
+def hosts_have_a_part(world: World) -> bool:
+    """Return whether the outputs of the base depend on the modules that have adapters."""
+    base = world.copy_of_base().train().requires_grad_(requires_grad=False)
+    for path, _ in iter_hosts(world.model):
+        base.get_submodule(path).requires_grad_()
+    return any(one.requires_grad for one in outputs(base, world.batch))
 
 
 def base_trains(world: World) -> bool:
@@ -183,8 +195,8 @@ def folder(world: World) -> None:
 def duplicate(world: World) -> None:
     """A deep copy and a pickled copy answer alike; what is done to them does not reach the model."""
     want = answers(world.model, world.batch)
-    if world.rng.random() < 0.5:
-        other = copy.deepcopy(world.model)
+    if world.rng.random() < 0.5 or any(is_parametrized(module) for module in world.base.modules()):
+        other = copy.deepcopy(world.model)  # torch pickles no parametrized modules
     else:
         file = io.BytesIO()
         torch.save(world.model, file)
@@ -302,6 +314,40 @@ def cast(world: World) -> None:
     world.expect_other("adapted in another dtype", answers(model, batch), want)
 
 
+def autocast(world: World) -> None:
+    """Under autocast the model computes and trains, and within `disabled` it is its base."""
+
+    def under(model: Any) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return answers(model, world.batch)
+
+    try:
+        want = under(world.base)
+    except Exception:
+        return
+    with disabled(world.model):
+        world.expect_equal("disabled under autocast", under(world.model), want)
+    world.expect_other("adapted under autocast", under(world.model), want)
+    if base_trains(world):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(world.model, world.batch)
+        loss.backward()
+        world.model.zero_grad()
+
+
+def whole_state(world: World) -> None:
+    """The state of the whole model, base and adapters, loads into another model with the same methods."""
+    if any(method.calibrates for method in attached_methods(world.model)):
+        return  # what they share is known to the adapters' state alone
+    world.seed()
+    other = world.copy_of_base()
+    hang(other, world)
+    want = answers(world.model, world.batch)
+    world.expect_other("a new model before loading all", answers(other, world.batch), want)
+    other.load_state_dict(world.model.state_dict())
+    world.expect_equal("loaded as a whole", answers(other, world.batch), want)
+
+
 STEPS: dict[str, Step] = {
     "disable": disable,
     "reload": reload,
@@ -314,6 +360,8 @@ STEPS: dict[str, Step] = {
     "onto merged": onto_merged,
     "checkpointing": recompute,
     "cast": cast,
+    "autocast": autocast,
+    "whole state": whole_state,
 }
 
 

@@ -24,6 +24,10 @@ class Fault(AssertionError):  # noqa: N818 - reads as the fact it states
     """The library did not do what it promises."""
 
 
+class Pointless(Exception):  # noqa: N818 - reads as the fact it states
+    """What was drawn has no part in the outputs, in the base neither."""
+
+
 @dataclass
 class World:
     """The state of one walk.
