@@ -24,7 +24,7 @@ from lora_lightning.methods.parameter_lora import ParameterLoRAAdapter
 from lora_lightning.methods.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.peft_format.adapter import PeftAdapter
 from lora_lightning.peft_format.copies import extra_copies, is_copy, task_type_of
-from lora_lightning.peft_format.differences import SHARED, shared_modules
+from lora_lightning.peft_format.differences import why_out_of_reach
 from lora_lightning.peft_format.expert_names import NO_DORA, by_parameter, is_named_as_experts
 from lora_lightning.peft_format.lora.beside import encode_beside, why_not_beside
 from lora_lightning.peft_format.lora.parameters import flatten, wrapper_paths
@@ -104,8 +104,8 @@ def why_not_peft(model: nn.Module) -> str:
     """Return the reason for which `to_peft(model, as_lora=True)` has no answer, as the end of a sentence."""
     names = [type(method).__name__ for method in attached_methods(model)]
     found = [(path, host, one) for path, host, one in iter_adapters(model) if not (is_copy(one) and path)]
-    shared = shared_modules(model)
-    reasons = {path: SHARED for path, _, _ in found if path in shared}
+    out_of_reach = why_out_of_reach(model)
+    reasons = {path: out_of_reach[path] for path, _, _ in iter_adapters(model) if path in out_of_reach}
     beside = [(path, host) for path, host, one in found if isinstance(one, BiasAdapter | TrainableTokensAdapter)]
     updates = [(path, host, one) for path, host, one in found if (path, host) not in beside or _is_update(one)]
     reasons |= {path: reason for path, host, one in updates if (reason := why_no_update(host, one))}
@@ -134,9 +134,9 @@ def _is_update(adapter: Adapter) -> bool:
 
 def _sort_adapters(model: nn.Module, state: Mapping[str, Tensor], *, as_lora: bool) -> _Parts | None:
     """Sort adapters by what PEFT makes of them; None where it does not know one of them."""
-    parts, shared = _Parts(), shared_modules(model)
+    parts, out_of_reach = _Parts(), why_out_of_reach(model)
     for path, host, adapter in iter_adapters(model):
-        if not path or path in shared:
+        if not path or path in out_of_reach:
             return None
         if is_copy(adapter):
             parts.heads.append(path)
