@@ -14,10 +14,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests.fuzz import plain
 from tests.fuzz.shrink import FRAMES, IMAGE, small
 from tests.prompts import zoo
 
 Batch = dict[str, Tensor]
+PLAIN = "plain"
+"""Models of torch alone."""
 MAX_PARAMETERS = 8_000_000
 MAX_VALUES = 50_000
 """Values of an image, a recording or a series; models that take nothing smaller are left out."""
@@ -63,6 +66,8 @@ def build(architecture: Architecture, dtype: torch.dtype) -> tuple[Any, Batch]:
     Raises:
         UnbuildableError: It does not become small, or does not compute the same twice.
     """
+    if architecture.kind == PLAIN:
+        return plain.build(architecture.name).to(dtype), plain.batch(architecture.name, dtype)
     try:
         model = zoo.build(architecture.name, architecture.kind) if is_text(architecture) else _other(architecture)
         model = model.to(dtype)
@@ -80,6 +85,8 @@ def vary(model: Any, batch: Batch, rng: random.Random) -> None:
     Raises:
         UnbuildableError: It does not compute any more.
     """
+    if not hasattr(model, "config"):
+        return
     try:
         if rng.random() < 0.2 and not getattr(model.config, "tie_word_embeddings", True):
             model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = True
@@ -207,4 +214,5 @@ def every() -> list[Architecture]:
         "zero-shot": auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         "bare": auto.MODEL_MAPPING_NAMES,
     }
-    return text + [Architecture(name, kind) for kind, known in mappings.items() for name in known]
+    other = [Architecture(name, kind) for kind, known in mappings.items() for name in known]
+    return text + other + [Architecture(name, PLAIN) for name in plain.MODELS]

@@ -72,6 +72,10 @@ class World:
         """Seed torch by a draw."""
         torch.manual_seed(self.rng.randrange(1 << 30))
 
+    def eps(self) -> float:
+        """Return how far other kernels, which torch chooses by what needs a gradient, may lie: a few last bits."""
+        return 16 * torch.finfo(next(self.base.parameters()).dtype).eps
+
     def tolerance(self) -> float:
         """Return how far an equal computation in another order may lie from the model's, relative."""
         return tolerance(self.model, self.batch)
