@@ -7,7 +7,7 @@ from dataclasses import replace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from torch import nn
 
 from lora_lightning import (
@@ -22,7 +22,7 @@ from lora_lightning import (
     param_groups,
 )
 from lora_lightning.adapters import attached_methods, is_attached
-from lora_lightning.errors import ConfigError
+from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.finetuning.record import record_of
 from tests.callbacks.runs import LIGHTNING_WARNINGS, LineData, LineTask
 from tests.finetuning.modules import NUM_BATCHES, Gan, ImageClassifier, SelfSupervised, loader
@@ -44,6 +44,14 @@ class Late(ImageClassifier):
     def setup(self, stage: str) -> None:
         if not hasattr(self, "backbone"):
             self.backbone = self.parts.pop()
+
+
+class LoadsInSetup(ImageClassifier):
+    """Loads the weights of its backbone in `setup`, strictly, into what `__init__` has built."""
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.backbone.load_state_dict(ImageClassifier(seed=8).backbone.state_dict())
 
 
 class HeadOnly(ImageClassifier):
@@ -84,6 +92,19 @@ def test_a_submodule_that_setup_creates_is_adapted(tmp_path):
     run.fit(module, loader(ImageClassifier))
     assert attached_methods(module.backbone) == finetuning(ImageClassifier).methods
     assert "backbone.1.conv1.lora_A" in torch.load(tmp_path / "2.ckpt", weights_only=True)["state_dict"]
+    with pytest.raises(CheckpointError, match="no submodule 'backbone' after __init__ and configure_model"):
+        load_finetuned(Late, tmp_path / "2.ckpt")
+
+
+def test_adapters_stand_on_the_weights_that_setup_loads():
+    module = LoadsInSetup()
+    trainer(finetuning(ImageClassifier), **QUICK).fit(module, loader(ImageClassifier))
+    other = ImageClassifier(seed=8)
+    finetune(other, finetuning(ImageClassifier).methods, "backbone")
+    assert record_of(module).parts[0].base_fingerprint == record_of(other).parts[0].base_fingerprint
+    fresh = ImageClassifier()
+    finetune(fresh, finetuning(ImageClassifier).methods, "backbone")
+    assert record_of(module).parts[0].base_fingerprint != record_of(fresh).parts[0].base_fingerprint
 
 
 @pytest.mark.parametrize(
@@ -237,6 +258,25 @@ def test_averages_are_saved_small_and_resume(tmp_path):
 def fit_averaged(cls, *callbacks, ckpt_path=None, decay):
     with pytest.warns(UserWarning, match="configure_model"):
         return fit(cls, EMAWeightAveraging(decay=decay), *callbacks, ckpt_path=ckpt_path)
+
+
+def test_a_base_that_is_set_to_train_is_told():
+    class Thaw(L.Callback):
+        def on_fit_start(self, trainer, pl_module):
+            pl_module.unfreeze()
+
+    with pytest.warns(UserWarning, match="16 frozen weights of 'backbone' were set to train"):
+        fit(ImageClassifier, Thaw(), **QUICK)
+
+
+def test_stochastic_averages_are_saved_small(tmp_path):
+    plain = saved(ImageClassifier, tmp_path, 6, max_epochs=2, limit_train_batches=4).stat().st_size
+    average = StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1)
+    module, _ = fit(ImageClassifier, average, SaveAfter(tmp_path, [6]), max_epochs=2, limit_train_batches=4)
+    content = torch.load(tmp_path / "6.ckpt", weights_only=True)
+    held = content["callbacks"]["StochasticWeightAveraging"]["average_model_state"]
+    assert held.keys() == content["state_dict"].keys() == trained_state(module).keys()
+    assert (tmp_path / "6.ckpt").stat().st_size < plain + 40_000
 
 
 def test_the_module_keeps_its_class_and_its_own_hooks():
