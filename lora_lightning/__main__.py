@@ -80,7 +80,7 @@ def run(arguments: list[str]) -> int:
         return OK
     commands = all_commands()
     if name not in commands:
-        from lora_lightning.config.wording import suggestion
+        from lora_lightning.wording import suggestion
 
         kind = "the command comes first, but got" if name.startswith("-") else "unknown command"
         raise ConfigError(f"{kind} `{name}`; {suggestion(name, commands, 'commands')}")

@@ -31,7 +31,7 @@ class PageError(AssertionError):
 
 
 def blocks_of(text: str) -> list[Block]:
-    """Return what a page shows and runs; consecutive blocks of Python are one script, blocks of other kinds are left out.
+    """Return what a page shows and runs. Consecutive blocks of Python are one script; other kinds are left out.
 
     A block whose first line is a comment with a file's name is that file.
     """

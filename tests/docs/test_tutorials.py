@@ -7,7 +7,12 @@ from tests.docs.pages import DOCS, run_page
 TUTORIALS = DOCS / "tutorials"
 RUN = "runs/version_0"
 LEFT = {
-    "classify_csv": [f"{RUN}/report.html", f"{RUN}/checkpoints/last/manifest.json", "answers.csv", "merged/config.json"],
+    "classify_csv": [
+        f"{RUN}/report.html",
+        f"{RUN}/checkpoints/last/manifest.json",
+        "answers.csv",
+        "merged/config.json",
+    ],
     "dialogue_4bit": [f"{RUN}/checkpoints/last.ckpt", "adapter/adapter_config.json"],
     "own_module": ["merged.ckpt"],
     "own_method": [f"{RUN}/checkpoints/last.ckpt", "merged/config.json"],
