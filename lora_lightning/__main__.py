@@ -81,7 +81,7 @@ def run(arguments: list[str]) -> int:
         return OK
     commands = all_commands()
     if name not in commands:
-        from lora_lightning.config.foreign_names import COMMANDS
+        from lora_lightning.config.right_words.foreign_names import COMMANDS
         from lora_lightning.wording import suggestion
 
         kind = "the command comes first, but got" if name.startswith("-") else "unknown command"

@@ -13,8 +13,8 @@ from typing import Any, get_args, get_origin
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lora_lightning.adapters.base import PEFT_SPELLINGS, Method
-from lora_lightning.config.misplaced import right_setting, right_value, settings_known
-from lora_lightning.config.parser_errors import refused_import
+from lora_lightning.config.parser_errors import missing_package, own_message, refused_import
+from lora_lightning.config.right_words.misplaced import right_setting, right_value, settings_known
 from lora_lightning.config.settings import CLASS_PATH, DICT_KWARGS, INIT_ARGS, SPEC_KEYS, Settings
 from lora_lightning.config.signatures import (
     Parameters,
@@ -26,6 +26,7 @@ from lora_lightning.config.signatures import (
     subclasses,
 )
 from lora_lightning.config.strict_yaml import KeyPath
+from lora_lightning.errors import ConfigError
 from lora_lightning.trust import is_allowed, refusal
 from lora_lightning.wording import one_line, suggestion
 
@@ -57,19 +58,37 @@ def explain(settings: Settings, schema: Parameters) -> str | None:
     return None if problem is None else _told(problem, settings, schema)
 
 
-def explain_ignored(settings: Settings, schema: Parameters) -> str | None:
-    """Return one line about a key that is no setting and has no value: the parser drops it without a word.
+def refuse_ignored(settings: Settings, schema: Parameters) -> None:
+    """Refuse a key that names no setting and has no value, which the parser drops without a word.
 
     Args:
         settings: What the user wrote.
         schema: As `explain` takes it.
+
+    Raises:
+        ConfigError: There is such a key.
     """
     empties = set(_empties(settings.tree, ()))
     if not empties:
-        return None
+        return
     unknown = (problem for problem in _problems_of_arguments(settings.tree, schema, ()) if problem.is_unknown)
     problem = next((problem for problem in unknown if problem.path in empties), None)
-    return None if problem is None else _told(problem, settings, schema)
+    if problem is not None:
+        raise ConfigError(_told(problem, settings, schema))
+
+
+def refusal_of_building(error: Exception, settings: Settings, schema: Parameters) -> str | None:
+    """Return one line about an exception with which a class refuses its settings, or None if it is a bug.
+
+    Args:
+        error: The exception.
+        settings: What the user wrote.
+        schema: As `explain` takes it.
+    """
+    missing = missing_package(error)
+    if missing is not None or isinstance(error, ImportError):
+        return missing
+    return explain(settings, schema) or own_message(error)
 
 
 def _told(problem: Problem, settings: Settings, schema: Parameters) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from lora_lightning.config.misplaced import right_setting
+from lora_lightning.config.right_words.misplaced import right_setting
 from lora_lightning.errors import UserError
 from lora_lightning.trust import is_allowed, refusal
 from lora_lightning.wording import one_line, suggestion
@@ -23,6 +23,7 @@ _MISSING = (
     re.compile(r"Module not found: '([\w.]+)'"),
     re.compile(r"Neither `(tensorboard)` nor `tensorboardX` is available"),
     re.compile(r"No module named '(\w+)"),
+    re.compile(r"import of (\w+) halted"),
 )
 
 
@@ -57,7 +58,7 @@ def own_message(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__ or cause.__context__
-    return str(error if cause is None else cause)
+    return reduce_error(str(error)) if cause is None else str(cause)
 
 
 def missing_package(error: BaseException) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from lora_lightning.adapters import Method
-from lora_lightning.config.foreign_names import CALLBACKS, SETTINGS, VALUES
+from lora_lightning.config.right_words.foreign_names import CALLBACKS, SETTINGS, VALUES
 from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS
 from lora_lightning.config.signatures import (
     Parameters,
