@@ -19,6 +19,9 @@ from lora_lightning.trust import be_strict
 PROG = "lora-lightning"
 OK, BUG, MISTAKE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
 
+_ASKED = frozenset({"-h", "--help", "help", "__complete", "completion", "schema"})
+"""Words of command lines that only print something."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status.
@@ -31,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; None takes those of this process.
 
     Returns:
-        0, 2 after a mistake, 75 after the loss of another rank, 128 plus the number of a signal (130 after Ctrl-C), or
-        what the command returned.
+        0, 2 after a mistake, 75 after the loss of another rank, 128 plus the number of a signal (130 after Ctrl-C, 141
+        where the reader of its output has ended), or what the command returned.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debugging = "--debug" in arguments
@@ -46,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except SystemExit as stop:
         return _status(stop)
-    except BrokenPipeError:  # such as `--help | head`
+    except BrokenPipeError:
+        if not _ASKED.intersection(arguments):
+            raise
+        # The reader has ended first, as in `--help | head`; the interpreter must not write the rest at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:

@@ -16,6 +16,7 @@ from lora_lightning.callbacks.predictions.rows import plain, rows_of
 from lora_lightning.callbacks.predictions.tables import PredictedRow, check_format, write_table
 from lora_lightning.data.rows.inputs import InputRow
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.keywords import NamesNearest
 from lora_lightning.tasks.evaluation import names_of_sets
 from lora_lightning.tasks.prediction_columns import columns_of
 from lora_lightning.tasks.step_output import batch_size_of
@@ -23,7 +24,7 @@ from lora_lightning.tasks.step_output import batch_size_of
 __all__ = ["PredictionWriter"]
 
 
-class PredictionWriter(L.Callback):
+class PredictionWriter(NamesNearest, L.Callback):
     """Write what `trainer.predict` answers to a file: each row of the input once, in its order, with all its columns.
 
     The columns are `index` (the position of the row in its source, from 0), those of the input, and those of the task
