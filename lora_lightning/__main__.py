@@ -75,12 +75,18 @@ def run(arguments: list[str]) -> int:
     if name == "--version":
         print(f"{PROG} {__version__}")
         return OK
+    if name == "__complete":  # asked by the scripts of `completion`, at each TAB
+        print_candidates(rest)
+        return OK
     commands = all_commands()
     if name not in commands:
-        from lora_lightning.config.wording import suggestion
+        from lora_lightning.wording import suggestion
 
         kind = "the command comes first, but got" if name.startswith("-") else "unknown command"
         raise ConfigError(f"{kind} `{name}`; {suggestion(name, commands, 'commands')}")
+    if name == "completion" and len(rest) == 1 and not rest[0].startswith("-"):
+        load_command(name)(rest[0])  # shells run it as they start: the parser would take seconds
+        return OK
     topic, rest = _help_topic(rest)
     if topic is not None and (name in LIGHTNING_COMMANDS or topic not in ("", "all")) and topic != "all":
         print(_help_on(topic, name, commands[name]))
@@ -94,6 +100,14 @@ def run(arguments: list[str]) -> int:
 
     result = call_from_arguments(f"{PROG} {name}", load_command(name), rest)
     return result if isinstance(result, int) else OK
+
+
+def print_candidates(words: list[str]) -> None:
+    """Print what may come next on a command line, a candidate a line, each with a few words behind a tab."""
+    from lora_lightning.commands._completion.engine import CommandLine
+
+    for candidate, text in CommandLine(words or [""]).candidates():
+        print(f"{candidate}\t{text}" if text else candidate)
 
 
 def help_text() -> str:

@@ -246,13 +246,18 @@ class AdapterCLI(LightningCLI):
             raise ConfigError(f"the settings in {path} do not fit this version: {reduce_error(str(error))}") from error
         if given is None:
             return
-        # How fast it learnt says nothing about what it answers; and a backbone may have moved to another folder, which
-        # its fingerprint will tell.
-        ignored = frozenset({"backbone"} if self.chosen == "fit" else {"backbone", "optim"})
-        refuse_conflict(given.as_dict(), saved.as_dict(), path, ignored)
+        # How fast it learnt says nothing about what it answers; of other rates in a run that resumes the task warns.
+        # A backbone may have moved to another folder; its fingerprint tells whether it is the same.
+        ignored = frozenset({"backbone", "optim"})
+        trains = self.chosen == "fit"
+        refuse_conflict(given.as_dict(), saved.as_dict(), path, ignored, trains=trains)
+        settings = self.config[self.chosen]["model"][INIT_ARGS]
         backbone = given.get(f"{INIT_ARGS}.backbone")
         if backbone is not None:
-            self.config[self.chosen]["model"][INIT_ARGS]["backbone"] = backbone
+            settings["backbone"] = backbone
+        optim = given.get(f"{INIT_ARGS}.optim")
+        if trains and optim is not None:
+            settings["optim"].update(optim)
 
     def _take_data_from(self, run: SavedRun) -> None:
         """Take the data settings that the user left open from a checkpoint of the same data module."""

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _COMMAND = "# command "
+_NOT_TO_NAME = frozenset({"AdapterTask", "Guards", "PerTokenTask", "StepOutput", "TokenSums"})
+"""Public classes that no config names: bases, what steps return, and a group of settings."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,19 @@ def classes_of(room: str) -> list[str]:
     """
     prefix = f"lora_lightning.{room}."
     return sorted(name for name, module in table().modules.items() if module.startswith(prefix) and name[0].isupper())
+
+
+def nameable(room: str) -> list[str]:
+    """Return the names of the public classes of one package that a config may name where one of its kind is expected.
+
+    Args:
+        room: `methods`, `tasks`, `data` or `callbacks`.
+
+    Example:
+        >>> nameable("tasks")[0]
+        'CausalLM'
+    """
+    return [name for name in classes_of(room) if name not in _NOT_TO_NAME]
 
 
 def find(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for

@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -456,8 +457,11 @@ def test_settings_that_contradict_the_checkpoint_are_refused(capsys):
     line = mistake(capsys, "test", "--config", "good.yaml", "--ckpt_path", checkpoint, "--model.method.alpha", "8")
     assert "`model.init_args.method.init_args.alpha` is 8.0 here, but the checkpoint" in line
     assert "trained with 4.0" in line
-    line = mistake(capsys, "fit", "--config", "good.yaml", "--ckpt_path", checkpoint, "--model.optim.lr", "1")
-    assert "`model.init_args.optim.lr` is 1.0 here" in line
+    assert "adapter:" not in line
+    line = mistake(capsys, "fit", "--config", "good.yaml", "--ckpt_path", checkpoint, "--model.method.alpha", "8")
+    folder = Path(checkpoint).with_suffix("")
+    assert f"leave --ckpt_path out and give `adapter: {folder}` (model.init_args.adapter)" in line
+    assert folder.is_dir()
     assert main(["test", "--config", "good.yaml", "--ckpt_path", checkpoint, "--model.optim.lr", "1"]) == 0
 
 
@@ -465,6 +469,19 @@ def test_the_users_backbone_replaces_a_moved_one():
     checkpoint = fit_from_cli()
     cli = run_lightning("test", ["--config", "good.yaml", "--ckpt_path", checkpoint, "--model.backbone", "moved"])
     assert cli.model.backbone == "moved"
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_fit_resumes_with_another_rate_and_says_so():
+    checkpoint = fit_from_cli()
+    more = ["--config", "good.yaml", "--ckpt_path", checkpoint, "--trainer.max_epochs=2"]
+    with pytest.warns(UserWarning, match=r"Resumed with optim\.lr 1\.0 \(before: 0\.01\): from here on"):
+        cli = run_lightning("fit", [*more, "--model.optim.lr=1"])
+    assert cli.trainer.global_step == 4
+    assert cli.model.optim.lr == cli.trainer.optimizers[0].param_groups[0]["initial_lr"] == 1.0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Resumed with")
+        assert run_lightning("fit", more).model.optim.lr == 0.01  # negative control
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -18,10 +18,13 @@ from lora_lightning.callbacks.gradients import optimized, quoted
 from lora_lightning.callbacks.merge_at_end import checkpoint_path
 from lora_lightning.callbacks.places import is_trial
 from lora_lightning.errors import ConfigError
-from lora_lightning.finetuning import finetune, is_finetuned
+from lora_lightning.finetuning import is_finetuned
+from lora_lightning.finetuning.attaching import builds_later, prepare
+from lora_lightning.finetuning.cli_optimizer import renew_cli_optimizer
 from lora_lightning.finetuning.merging import refuse_taken_file, refuse_unmergeable, write_merged
-from lora_lightning.finetuning.parts import SHARDS_ITSELF, was_taken_off
-from lora_lightning.finetuning.record import Part, attached_parts, record_of
+from lora_lightning.finetuning.names import is_of_adapter
+from lora_lightning.finetuning.parts import SHARDS_ITSELF, attach_part, was_taken_off
+from lora_lightning.finetuning.record import Part, attached_parts
 from lora_lightning.finetuning.state import note_start
 from lora_lightning.finetuning.steps import MethodSteps
 from lora_lightning.strategies.facts import facts_of
@@ -97,22 +100,22 @@ class AdapterFinetuning(L.Callback):
             refuse_methods(self.methods, pl_module)
             if self.merge_to is not None:
                 refuse_taken_file(self.merge_to)
-        finetune(
-            pl_module,
-            self.methods,
-            self.module,
-            modules_to_save=self.modules_to_save,
-            train_norm_statistics=self.train_norm_statistics,
-        )
-        if stage == "fit" and was_taken_off(pl_module, self._part(pl_module)):
+        saved, statistics = self.modules_to_save, self.train_norm_statistics
+        part = prepare(pl_module, Part(self.module or "", self.methods, saved, statistics))
+        # A module's own setup comes after this, and may load weights, which adapters must find in place. Stochastic
+        # weight averaging copies the module now.
+        if not builds_later(pl_module) or _averages_stochastically(trainer):
+            attach_part(pl_module, part)
+        if stage == "fit" and was_taken_off(pl_module, part):
             raise ConfigError(
-                f"The adapters of {self._part(pl_module).name} were merged or taken off, and would not train. Build "
+                f"The adapters of {part.name} were merged or taken off, and would not train. Build "
                 "the LightningModule anew, or leave AdapterFinetuning out."
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse optimizers that would not train the adapters, and say what trains."""
         part, submodule = self._attached(pl_module)
+        renew_cli_optimizer(pl_module)
         restore_after_conversion(submodule)  # a Trainer's sync_batchnorm has replaced norms by now
         adapters = [(name, parameter) for name, parameter, _ in iter_roles(submodule) if parameter.requires_grad]
         held = {id(parameter) for optimizer in trainer.optimizers for parameter in optimized(optimizer)}
@@ -135,7 +138,13 @@ class AdapterFinetuning(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Have methods act around the steps of the optimizers that hold their adapters."""
-        part, _ = self._attached(pl_module)
+        part, submodule = self._attached(pl_module)
+        thawed = [name for name, parameter in submodule.named_parameters() if _is_thawed(name, parameter)]
+        if thawed:
+            rank_zero_warn(
+                f"{len(thawed)} frozen weights of {part.name} were set to train since the adapters were attached: "
+                f"{quoted(thawed)}. They train if an optimizer holds them, and checkpoints hold them."
+            )
         self._steps = MethodSteps(pl_module, part, trainer)
 
     def on_before_optimizer_step(
@@ -175,11 +184,6 @@ class AdapterFinetuning(L.Callback):
             self._steps.end()
         self._steps = None
 
-    def _part(self, module: L.LightningModule) -> Part:
-        record = record_of(module)
-        assert record is not None
-        return next(part for part in record.parts if part.path == (self.module or ""))
-
     def _attached(self, module: L.LightningModule) -> tuple[Part, torch.nn.Module]:
         return next(pair for pair in attached_parts(module) if pair[0].path == (self.module or ""))
 
@@ -206,6 +210,16 @@ class AdapterFinetuning(L.Callback):
                 f"{type(copying[0]).__name__} copies the module before it has its adapters. Put AdapterFinetuning "
                 "before it in the list of callbacks."
             )
+
+
+def _is_thawed(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Return whether a parameter of an adapted submodule belongs to no adapter and trains."""
+    return parameter.requires_grad and not is_of_adapter(name)
+
+
+def _averages_stochastically(trainer: L.Trainer) -> bool:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
+    return any(isinstance(one, StochasticWeightAveraging) for one in callbacks)
 
 
 def refuse_methods(methods: Sequence[Method], module: L.LightningModule) -> None:

@@ -69,7 +69,6 @@ class NonFiniteGuard(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop where a validation loss is not finite; this comes before any checkpoint of that validation."""
-        del pl_module
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         broken = {
@@ -83,7 +82,7 @@ class NonFiniteGuard(L.Callback):
         raise TrainingError(
             f"Training stopped after optimizer step {trainer.global_step}: "
             f"{what or 'a loss of another rank is not finite'}. {checkpoint_kept(trainer)} Look for empty or broken "
-            "rows in the validation data, lower model.init_args.optim.lr, or train in another precision."
+            f"rows in the validation data, lower {_rate_of(pl_module)}, or train in another precision."
         )
 
     def _judge(
@@ -100,7 +99,7 @@ class NonFiniteGuard(L.Callback):
         raise TrainingError(
             f"Training stopped before optimizer step {trainer.global_step + 1}{self._skipped()}: "
             f"{self._findings(module, optimizer, values)}; learning rate {_rates(optimizer)}. "
-            f"{checkpoint_kept(trainer)} {self._advice(trainer)}"
+            f"{checkpoint_kept(trainer)} {self._advice(trainer, module)}"
         )
 
     def _findings(self, module: L.LightningModule, optimizer: torch.optim.Optimizer, values: list[float]) -> str:
@@ -118,7 +117,7 @@ class NonFiniteGuard(L.Callback):
     def _skipped(self) -> str:
         return f", after {self._num_skipped} left out by the gradient scaler in a row" if self._num_skipped else ""
 
-    def _advice(self, trainer: L.Trainer) -> str:
+    def _advice(self, trainer: L.Trainer, module: L.LightningModule) -> str:
         batch = f"epoch {trainer.current_epoch}, batch {trainer.fit_loop.epoch_loop.batch_idx}"
         if self._num_skipped:
             return "Train with trainer.precision bf16-mixed or 32-true, whose range is wider."
@@ -127,10 +126,18 @@ class NonFiniteGuard(L.Callback):
                 f"No step was taken before it, so look for NaN in the data ({batch}), or for a base model whose values "
                 "its precision does not hold (trainer.precision bf16-mixed or 32-true)."
             )
-        return (
-            "Lower model.init_args.optim.lr, warm up longer (optim.warmup) or clip with trainer.gradient_clip_val, and "
-            f"look for broken rows in the data ({batch})."
-        )
+        warm_up = "warm up longer (optim.warmup)" if _has_optim(module) else "warm up longer"
+        clip = "clip with trainer.gradient_clip_val" if module.automatic_optimization else "clip gradients"
+        return f"Lower {_rate_of(module)}, {warm_up} or {clip}, and look for broken rows in the data ({batch})."
+
+
+def _has_optim(module: L.LightningModule) -> bool:
+    """Return whether a module is a task of this library, whose rates are settings; others build their optimizers."""
+    return hasattr(module, "optim")
+
+
+def _rate_of(module: L.LightningModule) -> str:
+    return "model.init_args.optim.lr" if _has_optim(module) else "the learning rate"
 
 
 def checkpoint_kept(trainer: L.Trainer) -> str:

@@ -137,6 +137,8 @@ def _describe(batch: Any) -> str:  # noqa: ANN401 - the data module's own type
 
 def _hints(trainer: L.Trainer, module: L.LightningModule, num_samples: int, *, is_training: bool) -> list[str]:
     """Return what to change, the least costly first, without what is in place already."""
+    if not hasattr(module, "quantization"):
+        return _hints_for_others(trainer, module, num_samples, is_training=is_training)
     data = getattr(trainer, "datamodule", None)
     hints = []
     batch_size = getattr(data, "batch_size", None) or num_samples
@@ -159,6 +161,22 @@ def _hints(trainer: L.Trainer, module: L.LightningModule, num_samples: int, *, i
         hints.append("model.init_args.quantization {quant_type: nf4}, which stores the base in 4 bits")
     hints.append("trainer.precision bf16-mixed, or model.init_args.dtype bfloat16")
     hints.append("a smaller backbone, or fewer target_modules")
+    return hints
+
+
+def _hints_for_others(
+    trainer: L.Trainer, module: L.LightningModule, num_samples: int, *, is_training: bool
+) -> list[str]:
+    """Return what to change in a module that is no task of this library, and has none of its settings."""
+    hints = []
+    if num_samples > 1:
+        accumulated = trainer.accumulate_grad_batches
+        same = f" with accumulate_grad_batches={2 * accumulated} instead of {accumulated}, which makes the same update"
+        can_accumulate = is_training and module.automatic_optimization
+        hints.append(f"batches of {num_samples // 2} instead of {num_samples}{same if can_accumulate else ''}")
+    if is_training:
+        hints.append("the model's own gradient checkpointing, or lora_lightning.recompute_activations(model)")
+    hints += ["precision bf16-mixed", "a smaller model", "fewer target_modules"]
     return hints
 
 

@@ -1,10 +1,11 @@
-"""A few values of the base's weights in each adapter folder: they tell a base from another once it is quantized."""
+"""A few values of the base in each checkpoint and adapter folder: they tell bases apart once they are quantized."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -53,6 +54,27 @@ class BaseSample:
         self.values[path] = values[chosen].clone()
         if bits is not None:
             self.quantized[path] = bits
+
+    @classmethod
+    def from_plain(cls, data: object, source: str) -> BaseSample | None:
+        """Check and build what `plain` gave; None where a checkpoint of an older version has nothing.
+
+        Raises:
+            CheckpointError: It was changed since it was written.
+        """
+        if data is None:
+            return None
+        parts = data if isinstance(data, dict) else {}
+        values, quantized = parts.get("values"), parts.get(_QUANTIZED)
+        if not isinstance(values, dict) or not all(isinstance(one, Tensor) for one in values.values()):
+            raise CheckpointError(f"{source} holds no values of its base where they belong; use another checkpoint.")
+        if not isinstance(quantized, dict) or not all(bits in MAX_ERRORS for bits in quantized.values()):
+            raise CheckpointError(f"{source} does not say which values of its base are quantized; use another one.")
+        return cls(values={path: one.float().cpu() for path, one in values.items()}, quantized=dict(quantized))
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as tensors and plain types, for checkpoints."""
+        return {"values": dict(self.values), _QUANTIZED: dict(self.quantized)}
 
     def metadata(self) -> dict[str, str]:
         """Return what a safetensors file says beside the values."""

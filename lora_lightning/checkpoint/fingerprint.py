@@ -72,22 +72,25 @@ def check_fingerprint(found: str, expected: str, source: str) -> None:
         )
 
 
-def check_base(model: nn.Module, expected: str, theirs: BaseSample | None, source: str) -> None:
+def check_base(
+    model: nn.Module, expected: str, theirs: BaseSample | None, source: str, *, found: str | None = None
+) -> None:
     """Refuse a base model that differs from the one an adapter was trained on.
 
     Where either of the two was quantized before this library saw its weights, their values are compared within the
-    error of quantizing, by the small sample that an adapter folder holds.
+    error of quantizing, by the small sample that an adapter folder or a checkpoint holds.
 
     Args:
         model: The model at hand, with the adapters attached.
         expected: The fingerprint that was stored with the adapter.
         theirs: The sample that was stored with it; None in a folder of an older version.
         source: What is being loaded, for the message.
+        found: The model's fingerprint, where it was taken already: that of a sharded base cannot be taken any more.
 
     Raises:
         CheckpointError: The bases differ.
     """
-    found = fingerprint(model)
+    found = found or fingerprint(model)
     mine = base_sample_of(model)
     if found == expected or mine is None or not (mine.is_quantized or (theirs is not None and theirs.is_quantized)):
         check_fingerprint(found, expected, source)

@@ -42,7 +42,7 @@ class SavedRun:
         manifest: The manifest, or None where there is none.
         record: Length and digest of a `.ckpt`.
         base_fingerprint: Digest of the base weights under the adapters, or None in a folder that PEFT wrote.
-        base_sample: A few values of these weights, in a folder of this library.
+        base_sample: A few values of these weights, in a `.ckpt` or folder of this library.
         content: The content of a `.ckpt`; None for a folder.
         methods: The methods of a folder of this library, as `{"class_path": ..., "init_args": {...}}`.
         state: The tensors of a folder of this library, by the names of `adapter_state_dict`.
@@ -83,6 +83,7 @@ class SavedRun:
             manifest=file.manifest,
             record=file.record,
             base_fingerprint=entry.get("base_fingerprint"),
+            base_sample=BaseSample.from_plain(entry.get("base_sample"), str(path)),
             content=file.content,
             tokenizer_folder=None if folder is None else _tokenizer_folder(folder, file.manifest),
         )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jsonargparse import ArgumentParser
 
-from lora_lightning.config.wording import suggestion
 from lora_lightning.errors import ConfigError
 from lora_lightning.public import find, table
+from lora_lightning.wording import suggestion
 
 
 def class_help(name: str) -> str:

@@ -25,8 +25,8 @@ from lora_lightning.config.signatures import (
     subclasses,
 )
 from lora_lightning.config.strict_yaml import KeyPath
-from lora_lightning.config.wording import one_line, suggestion
 from lora_lightning.trust import is_allowed, refusal
+from lora_lightning.wording import one_line, suggestion
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from lora_lightning.config.wording import one_line, suggestion
 from lora_lightning.errors import UserError
 from lora_lightning.trust import is_allowed, refusal
+from lora_lightning.wording import one_line, suggestion
 
 _NOISE = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Given value|Parser key|Problem with given class_path"

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_lightning.checkpoint.folder import is_adapter_folder
+from lora_lightning.checkpoint.pair import folder_of
 from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS
 from lora_lightning.errors import CheckpointError, ConfigError
@@ -42,7 +44,9 @@ def saved_model(run: SavedRun) -> dict[str, Any]:
     return {CLASS_PATH: f"{cls.__module__}.{cls.__qualname__}", INIT_ARGS: settings}
 
 
-def refuse_conflict(given: Mapping[str, Any], saved: Mapping[str, Any], path: Path, ignored: frozenset[str]) -> None:
+def refuse_conflict(
+    given: Mapping[str, Any], saved: Mapping[str, Any], path: Path, ignored: frozenset[str], *, trains: bool
+) -> None:
     """Refuse model settings that a checkpoint contradicts, since one of the two would be dropped silently.
 
     Args:
@@ -50,16 +54,24 @@ def refuse_conflict(given: Mapping[str, Any], saved: Mapping[str, Any], path: Pa
         saved: The same of the checkpoint, with all settings.
         path: The checkpoint, for the message.
         ignored: Names of `init_args` that may differ.
+        trains: Whether training is to go on, and so may start from the adapter instead.
 
     Raises:
         ConfigError: A setting differs.
     """
+    folder = folder_of(path)
+    shown = folder if is_adapter_folder(folder) else "the adapter folder of a checkpoint"
+    instead = (
+        f"leave the setting out to resume the run; or leave --ckpt_path out and give `adapter: {shown}` "
+        f"(model.{INIT_ARGS}.adapter), which starts a new run from that adapter with other settings"
+        if trains
+        else "leave the setting out, or run without the checkpoint"
+    )
     for key, mine, theirs in sorted(_differences(given, saved, "model"), key=lambda difference: difference[0]):
         if key.removeprefix(f"model.{INIT_ARGS}.").split(".")[0] in ignored:
             continue
         raise ConfigError(
-            f"`{key}` is {mine!r} here, but the checkpoint {path} was trained with {theirs!r}; leave the setting out, "
-            "or run without the checkpoint."
+            f"`{key}` is {mine!r} here, but the checkpoint {path} was trained with {theirs!r}; {instead}."
         )
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass
 
-from lora_lightning.public import classes_of
+from lora_lightning.public import nameable
 
 PROG = "lora-lightning"
 WIDTH = 36
 """Columns for the name of a setting."""
-NOT_TO_NAME = frozenset({"AdapterTask", "Guards", "PerTokenTask", "StepOutput", "TokenSums"})
-"""Public classes that no config names: bases, what steps return, and a group of settings."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +97,8 @@ def short_help(command: str, summary: str) -> str:
 
 def _classes() -> list[str]:
     """Return the lines with the classes that a config may name."""
-    kinds = {
-        "TASK": [name for name in classes_of("tasks") if name not in NOT_TO_NAME],
-        "DATA": classes_of("data"),
-        "METHOD": classes_of("methods"),
-        "callbacks": [name for name in classes_of("callbacks") if name not in NOT_TO_NAME],
-    }
-    return [line for kind, names in kinds.items() for line in _wrapped(f"{kind}: {', '.join(names)}")]
+    kinds = {"TASK": "tasks", "DATA": "data", "METHOD": "methods", "callbacks": "callbacks"}
+    return [line for kind, room in kinds.items() for line in _wrapped(f"{kind}: {', '.join(nameable(room))}")]
 
 
 def _wrapped(text: str) -> list[str]:

@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import get_loader, set_loader
 
-from lora_lightning.config.wording import nearest, one_line
 from lora_lightning.errors import ConfigError
+from lora_lightning.wording import nearest, one_line
 
 PARSER_MODE = "strict_yaml"
 MAX_BYTES = 2**20

@@ -8,7 +8,7 @@ import lightning as L
 
 from lora_lightning.adapters import AttachReport, Method, report_of
 from lora_lightning.errors import ConfigError
-from lora_lightning.finetuning.module_class import become_finetuned
+from lora_lightning.finetuning.module_class import become_finetuned, own_class_of
 from lora_lightning.finetuning.parts import attach_part
 from lora_lightning.finetuning.record import RECORD, Finetuning, Part, record_of
 from lora_lightning.tasks.settings import methods_from
@@ -53,6 +53,22 @@ def finetune(
         32
     """
     part = Part(submodule or "", methods_from(method), tuple(modules_to_save), train_norm_statistics)
+    part = prepare(module, part)
+    if not part.exists_in(module):
+        return None
+    attach_part(module, part)
+    return report_of(part.submodule(module))
+
+
+def prepare(module: L.LightningModule, part: Part) -> Part:
+    """Have a LightningModule attach a part's adapters at the end of `configure_model`, unless they are there before.
+
+    Returns:
+        The part that the module keeps.
+
+    Raises:
+        ConfigError: It has a part with other settings at the same path.
+    """
     record = record_of(module) or Finetuning()
     same_path = [other for other in record.parts if other.path == part.path]
     if not same_path:
@@ -62,13 +78,15 @@ def finetune(
             f"{part.name} of {type(module).__name__} has adapters with other settings already: {same_path[0].methods} "
             f"instead of {part.methods}. Use the same settings, or build the module anew."
         )
-    part = same_path[0] if same_path else part
     module.__dict__[RECORD] = record
     become_finetuned(module, has_penalty=any(_has_penalty(one) for one in part.methods))
-    if not part.exists_in(module):
-        return None
-    attach_part(module, part)
-    return report_of(part.submodule(module))
+    return same_path[0] if same_path else part
+
+
+def builds_later(module: L.LightningModule) -> bool:
+    """Return whether a module has a `setup` or `configure_model` of its own, which may create or load its weights."""
+    cls = own_class_of(module)
+    return any(getattr(cls, name) is not getattr(L.LightningModule, name) for name in ("setup", "configure_model"))
 
 
 def _has_penalty(method: Method) -> bool:

@@ -43,6 +43,12 @@ def read(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         )
     stored = [Part.from_plain(one) for one in plain]
     if record_of(module) is None:
+        later = [part.path for part in stored if not part.exists_in(module)]
+        if later:
+            raise CheckpointError(
+                f"{type(module).__name__} has no submodule {later[0]!r} after __init__ and configure_model. Create it "
+                "in one of these: setup is called by a Trainer only."
+            )
         module.__dict__[RECORD] = Finetuning(parts=stored)
         attach_parts(module)
     _compare_methods(module, stored)

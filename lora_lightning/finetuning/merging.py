@@ -115,7 +115,7 @@ def _plain_copy(submodule: nn.Module) -> nn.Module:
     """Return a copy on the CPU whose loading and saving is plain torch's."""
     copied: Any = copy.deepcopy(submodule)
     if issubclass(type(copied), Finetuned):
-        copied.__class__ = copied.own_class
+        copied.__class__ = copied._lora_lightning_class
     plain: nn.Module = copied.cpu()
     return plain
 

@@ -14,6 +14,7 @@ from lora_lightning.finetuning import entry
 from lora_lightning.finetuning.parts import attach_parts
 from lora_lightning.finetuning.record import attached_parts, record_of
 from lora_lightning.finetuning.state import check_loadable, expanded, note_kept, reduced, without_own
+from lora_lightning.resume.precision import double_before_loading
 
 _CLASSES: dict[tuple[type[Any], bool], type[Any]] = {}
 _STATES = ("state_dict", "current_model_state")
@@ -23,8 +24,10 @@ _STATES = ("state_dict", "current_model_state")
 class Finetuned:
     """Mixed into the class of a LightningModule; all that the class defines itself still runs."""
 
-    own_class: type[Any]
+    _lora_lightning_class: type[Any]
     """The class without this."""
+    _lora_lightning_has_penalty: bool = False
+    """Whether methods add to the loss that `training_step` returns."""
 
     def configure_model(self: Any) -> None:
         """Attach adapters to what the module creates in `setup` or `configure_model`."""
@@ -47,6 +50,7 @@ class Finetuned:
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         """Compare the base, and complete the state; the module's own hook sees the whole state after."""
         entry.read(self, checkpoint)
+        double_before_loading(self)
         for name in _STATES:
             if name in checkpoint:
                 note_kept(self, checkpoint[name])
@@ -70,21 +74,21 @@ class Finetuned:
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: ANN401 - object's own signature
         """Pickle and copy through the module's own class, since this one has no importable name."""
         del protocol
-        has_penalty = getattr(type(self), "has_penalty", False)
-        return _new, (self.own_class, has_penalty), self.__getstate__()
+        has_penalty = self._lora_lightning_has_penalty
+        return _new, (self._lora_lightning_class, has_penalty), self.__getstate__()
 
 
 def become_finetuned(module: L.LightningModule, *, has_penalty: bool) -> None:
     """Give a LightningModule the class that keeps its checkpoints small."""
     own_class = own_class_of(module)
-    has_penalty = has_penalty or getattr(type(module), "has_penalty", False)
+    has_penalty = has_penalty or getattr(module, "_lora_lightning_has_penalty", False)
     module.__class__ = finetuned_class(own_class, has_penalty=has_penalty)
 
 
 def own_class_of(module: L.LightningModule) -> type[Any]:
     """Return the class that the user has written."""
     cls: Any = type(module)
-    own_class: type[Any] = cls.own_class if issubclass(cls, Finetuned) else cls
+    own_class: type[Any] = cls._lora_lightning_class if issubclass(cls, Finetuned) else cls
     return own_class
 
 
@@ -100,10 +104,10 @@ def finetuned_class(own_class: type[Any], *, has_penalty: bool = False) -> type[
         members: dict[str, Any] = {
             "__module__": own_class.__module__,
             "__qualname__": own_class.__qualname__,
-            "own_class": own_class,
+            "_lora_lightning_class": own_class,
         }
         if has_penalty:
-            members |= {"training_step": _with_penalty(own_class.training_step), "has_penalty": True}
+            members |= {"training_step": _with_penalty(own_class.training_step), "_lora_lightning_has_penalty": True}
         bases: tuple[type[Any], ...] = (Finetuned, own_class)
         _CLASSES[key] = type(own_class.__name__, bases, members)
     return _CLASSES[key]

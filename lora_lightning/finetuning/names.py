@@ -34,23 +34,30 @@ class Names:
 
 def names_of(module: nn.Module) -> Names:
     """Sort the names of a module's tensors, as its parts and `requires_grad` are now."""
-    record = record_of(module)
-    names = Names()
+    names, own = Names(), module.state_dict()
+    tensors = {name: tensor for name, tensor in _all_tensors(module).items() if name in own}
+    shown: dict[int, str] = {}
+    base: set[int] = set()
     prefixes = []
     for part, submodule in attached_parts(module):
-        prefix = prefix_of(module, part)
-        prefixes.append(prefix)
-        names.public.update(_public_names(part, submodule, prefix))
-    for name in module.state_dict():
-        if is_of_adapter(name):
-            continue
-        if any(_is_inside(name, prefix) for prefix in prefixes):
-            names.inside.add(name)
-    frozen = {} if record is None else record.frozen
-    outside = {name for name, parameter in _all_parameters(module) if name in frozen and not parameter.requires_grad}
-    names.outside = outside - names.inside
+        prefixes.append(prefix_of(module, part))
+        shown |= _shown_names(part, submodule)
+        base |= {id(tensor) for name, tensor in _all_tensors(submodule).items() if not is_of_adapter(name)}
+    # By identity: what is tied, or reached by a second attribute of the module, has several names.
+    names.public = {name: shown[id(tensor)] for name, tensor in tensors.items() if id(tensor) in shown}
+    names.inside = {name for name, tensor in tensors.items() if id(tensor) in base}
+    # State that is no tensor has no identity.
+    names.inside |= {
+        name
+        for name in module.state_dict()
+        if not is_of_adapter(name) and any(_is_inside(name, one) for one in prefixes)
+    }
     # A buffer of the LightningModule itself is the user's own, even where the whole module is adapted.
     names.inside -= module._buffers.keys()
+    record = record_of(module)
+    frozen = {} if record is None else record.frozen
+    outside = {name for name, tensor in tensors.items() if name in frozen and not tensor.requires_grad}
+    names.outside = outside - names.inside
     return names
 
 
@@ -59,7 +66,7 @@ def frozen_parameters(module: nn.Module, parts: list[Part]) -> dict[str, Tensor]
     prefixes = [prefix_of(module, part) for part in parts if part.exists_in(module)]
     return {
         name: parameter
-        for name, parameter in _all_parameters(module)
+        for name, parameter in module.named_parameters(remove_duplicate=False)
         if not parameter.requires_grad and not any(_is_inside(name, prefix) for prefix in prefixes)
     }
 
@@ -69,25 +76,20 @@ def is_of_adapter(name: str) -> bool:
     return RESERVED in name.split(".")
 
 
-def _all_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return every parameter by each of its names: a tied one has several."""
-    return list(module.named_parameters(remove_duplicate=False))
+def _all_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer by each of its names: a tied one has several."""
+    named = dict(module.named_parameters(remove_duplicate=False))
+    return {**named, **dict(module.named_buffers(remove_duplicate=False))}
 
 
 def _is_inside(name: str, prefix: str) -> bool:
     return not prefix or name.startswith(f"{prefix}.")
 
 
-def _public_names(part: Part, submodule: nn.Module, prefix: str) -> dict[str, str]:
-    """Return the name in a checkpoint of each adapter tensor; those that share one tensor share the name."""
-    public: dict[str, str] = {}
-    first: dict[int, str] = {}
-    for path, host, adapter in iter_adapters(submodule):
-        stack = host._modules[RESERVED]
-        assert stack is not None
-        method = next(name for name, other in stack._modules.items() if other is adapter)
+def _shown_names(part: Part, submodule: nn.Module) -> dict[int, str]:
+    """Return the name in a checkpoint of each adapter tensor, by its identity; one that several share has the first."""
+    shown: dict[int, str] = {}
+    for path, _, adapter in iter_adapters(submodule):
         for name, tensor in adapter.state_dict(keep_vars=True).items():
-            own = join(join(prefix, path), f"{RESERVED}.{method}.{name}")
-            shown = join(join(part.path, path), adapter.public_name(name))
-            public[own] = first.setdefault(id(tensor), shown)
-    return public
+            shown.setdefault(id(tensor), join(join(part.path, path), adapter.public_name(name)))
+    return shown

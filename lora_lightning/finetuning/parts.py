@@ -64,9 +64,10 @@ def _frozen_outside(module: nn.Module, record: Finetuning) -> dict[str, str]:
 
 
 def _digest_inside(module: nn.Module, part: Part) -> str:
-    """Return a digest of the frozen tensors of a part."""
+    """Return a digest of the frozen tensors of a part that act: not of what a trained copy stands for."""
     prefix = prefix_of(module, part)
-    inside = names_of(module).inside
+    names = names_of(module)
+    inside = names.inside - set(names.public.values())
     state: dict[str, Any] = module.state_dict()
     tensors = {name.removeprefix(prefix): state[name] for name in inside if name.startswith(prefix)}
     return sample_digest({name: value for name, value in tensors.items() if hasattr(value, "shape")})

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters import adapter_state_dict
 from lora_lightning.adapters.attach import join
 from lora_lightning.checkpoint.folder import check_finite
 from lora_lightning.errors import CheckpointError
@@ -114,7 +113,7 @@ def check_loadable(module: nn.Module, state: Mapping[str, Any], *, strict: bool)
     wrong = [
         f"{shown[name]} {list(state[name].shape)} instead of {list(own[name].shape)}"
         for name in shown
-        if name in state and state[name].shape != own[name].shape
+        if name in state and name in own and state[name].shape != own[name].shape
     ]
     if wrong:
         raise CheckpointError(
@@ -173,12 +172,3 @@ def _checksums(module: nn.Module, names: Names) -> dict[str, str]:
 
 def _first(names: list[str], count: int = 3) -> str:
     return f" ({', '.join(names[:count])}{', …' if len(names) > count else ''})" if names else ""
-
-
-def adapter_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of all parts' adapters by their names in a checkpoint."""
-    return {
-        join(part.path, name): tensor
-        for part, submodule in attached_parts(module)
-        for name, tensor in adapter_state_dict(submodule).items()
-    }

@@ -54,8 +54,8 @@ def sample_batch(
         tokenizer: The tokenizer, for a text.
 
     Returns:
-        Token ids `[4, 16]` or `[1, length]`, and the decoder's where there is one; None for a model that takes no
-        token ids.
+        Token ids `[4, 16]` or `[1, length]`, and the decoder's where there is one; with a dimension for the choices of
+        a question, one each, for a model that chooses; None for a model that takes no token ids.
     """
     config: Any = getattr(model, "config", None)
     embedding: Any = input_embeddings(model)
@@ -69,6 +69,8 @@ def sample_batch(
         generator = torch.Generator().manual_seed(0)
         # Ids below 3 are usually special ones, at which some models stop looking.
         ids = torch.randint(min(3, vocabulary - 1), vocabulary, (_NUM_SEQUENCES, max(length, 1)), generator=generator)
+    if any(cls.__name__.endswith("ForMultipleChoice") for cls in type(model).__mro__):
+        ids = ids[:, None]
     ids = ids.to(embedding.weight.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if getattr(config, "is_encoder_decoder", False):

@@ -23,7 +23,26 @@ def why_another_convolution(host: Any) -> str | None:  # noqa: ANN401 - any modu
     return None
 
 
-def shared_modules(model: nn.Module) -> set[str]:
+def why_out_of_reach(model: nn.Module) -> dict[str, str]:
+    """Return the paths at which an adapter of PEFT doesn't act as one of this library, with the reason.
+
+    The reasons are ends of sentences.
+    """
+    return dict.fromkeys(_inside_fast_layers(model), _FAST) | dict.fromkeys(_shared_modules(model), _SHARED)
+
+
+def _inside_fast_layers(model: nn.Module) -> set[str]:
+    """Return the paths of what torch's own encoder layers hold, of which they read the weights in evaluation mode."""
+    return {
+        f"{path}.{inner}"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        for inner, _ in module.named_modules()
+        if inner and RESERVED not in inner.split(".")
+    }
+
+
+def _shared_modules(model: nn.Module) -> set[str]:
     """Return all paths of the modules that stand in several places of a model.
 
     PEFT puts its own module into the first of these places alone; an adapter of this library acts in all of them.
@@ -35,4 +54,5 @@ def shared_modules(model: nn.Module) -> set[str]:
     return {path for path, module in named if holders[id(module)] > 1}
 
 
-SHARED = "it stands in several places of the model, and PEFT adapts the first of them alone"
+_SHARED = "it stands in several places of the model, and PEFT adapts the first of them alone"
+_FAST = "torch's nn.TransformerEncoderLayer reads weights past PEFT's adapters in evaluation mode"

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.adapters import Adapter, attached_methods, folded_state_dict, iter_adapters
-from lora_lightning.adapters.parameters import bare_weights
+from lora_lightning.adapters.experts import expert_weights
 from lora_lightning.adapters.weights import HostKind, original_class
 from lora_lightning.methods.bitfit import BiasAdapter
 from lora_lightning.methods.dora import DoRAAdapter
@@ -24,7 +24,8 @@ from lora_lightning.methods.parameter_lora import ParameterLoRAAdapter
 from lora_lightning.methods.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.peft_format.adapter import PeftAdapter
 from lora_lightning.peft_format.copies import extra_copies, is_copy, task_type_of
-from lora_lightning.peft_format.differences import SHARED, shared_modules
+from lora_lightning.peft_format.differences import why_out_of_reach
+from lora_lightning.peft_format.expert_names import NO_DORA, by_parameter, is_named_as_experts
 from lora_lightning.peft_format.lora.beside import encode_beside, why_not_beside
 from lora_lightning.peft_format.lora.parameters import flatten, wrapper_paths
 from lora_lightning.peft_format.lora.updates import (
@@ -103,8 +104,8 @@ def why_not_peft(model: nn.Module) -> str:
     """Return the reason for which `to_peft(model, as_lora=True)` has no answer, as the end of a sentence."""
     names = [type(method).__name__ for method in attached_methods(model)]
     found = [(path, host, one) for path, host, one in iter_adapters(model) if not (is_copy(one) and path)]
-    shared = shared_modules(model)
-    reasons = {path: SHARED for path, _, _ in found if path in shared}
+    out_of_reach = why_out_of_reach(model)
+    reasons = {path: out_of_reach[path] for path, _, _ in iter_adapters(model) if path in out_of_reach}
     beside = [(path, host) for path, host, one in found if isinstance(one, BiasAdapter | TrainableTokensAdapter)]
     updates = [(path, host, one) for path, host, one in found if (path, host) not in beside or _is_update(one)]
     reasons |= {path: reason for path, host, one in updates if (reason := why_no_update(host, one))}
@@ -113,6 +114,9 @@ def why_not_peft(model: nn.Module) -> str:
     if reasons:
         path, reason = next(iter(reasons.items()))
         return f"{reason} (at {path!r})"
+    as_experts = [path for path, _, one in found if isinstance(one, DoRAAdapter) and is_named_as_experts(model, path)]
+    if as_experts:
+        return f"{NO_DORA} (at {as_experts[0]!r})"
     if any(not path for path, _, _ in found):
         return "PEFT cannot adapt a model that is itself the adapted layer"
     if len({isinstance(adapter, DoRAAdapter) for _, _, adapter in updates}) > 1:
@@ -130,9 +134,9 @@ def _is_update(adapter: Adapter) -> bool:
 
 def _sort_adapters(model: nn.Module, state: Mapping[str, Tensor], *, as_lora: bool) -> _Parts | None:
     """Sort adapters by what PEFT makes of them; None where it does not know one of them."""
-    parts, shared = _Parts(), shared_modules(model)
+    parts, out_of_reach = _Parts(), why_out_of_reach(model)
     for path, host, adapter in iter_adapters(model):
-        if not path or path in shared:
+        if not path or path in out_of_reach:
             return None
         if is_copy(adapter):
             parts.heads.append(path)
@@ -141,11 +145,13 @@ def _sort_adapters(model: nn.Module, state: Mapping[str, Tensor], *, as_lora: bo
         elif isinstance(adapter, TrainableTokensAdapter) and as_lora:
             parts.tokens[path] = adapter
         else:
-            updates = _updates(path, host, adapter, state, as_lora=as_lora)
+            updates = by_parameter(model, _updates(path, host, adapter, state, as_lora=as_lora))
             if not updates or updates.keys() & parts.low_rank.keys():
                 return None
             parts.low_rank |= updates
     kinds = {update.magnitude is None for update in parts.low_rank.values()}
+    if any(update.magnitude is not None for update in parts.low_rank.values() if update.kind is None):
+        return None
     return parts if len(kinds) == 1 and _names_parameters_alone(model, parts) else None
 
 
@@ -162,9 +168,9 @@ def _updates(
 
 
 def _bare_parameters(model: nn.Module, parts: _Parts) -> bool:
-    """Tell whether a parameter is adapted whose shape its tensors do not tell: any but those of experts."""
+    """Tell whether a parameter is adapted that its tensors alone do not give back: any but those of experts."""
     holders = {path.rpartition(".")[0] for path in parts.parameters}
-    return any(bare_weights(model.get_submodule(path)) for path in holders)
+    return any(not expert_weights(model.get_submodule(path)) for path in holders)
 
 
 def _names_parameters_alone(model: nn.Module, parts: _Parts) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 from lora_lightning.adapters.view import ModelView, output_embeddings
 from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec
 from lora_lightning.errors import CheckpointError
-from lora_lightning.peft_format.differences import SHARED, shared_modules, why_another_convolution
+from lora_lightning.peft_format.differences import why_another_convolution, why_out_of_reach
 from lora_lightning.peft_format.names import saved_paths
 from lora_lightning.peft_format.schema.targets import PeftConfig, TargetConfig
 
@@ -93,10 +93,10 @@ def refuse_different(model: nn.Module, hosts: Collection[str], source: str) -> N
     Raises:
         CheckpointError: There is one; the message names it.
     """
-    shared = shared_modules(model)
+    out_of_reach = why_out_of_reach(model)
     for path in hosts:
         host = _module_at(model, path)
-        reason = SHARED if path in shared else why_another_convolution(host)
+        reason = out_of_reach.get(path) or why_another_convolution(host)
         if reason is not None:
             raise CheckpointError(f"{source} adapts {path!r}, and {reason}; merge it with PEFT.")
 

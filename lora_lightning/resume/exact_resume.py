@@ -36,7 +36,8 @@ KEY = "exact_resume"
 class ExactResume(L.Callback):
     """Save what a run needs to go on from any batch: random numbers of every rank, data position, unfinished steps.
 
-    Every `AdapterTask` brings one along. Losses and weights of the continued run are bit for bit those of the
+    Every `AdapterTask` brings one along; give it to the Trainer beside `AdapterFinetuning`. Manual optimization and
+    several optimizers are resumed as well. Losses and weights of the continued run are bit for bit those of the
     uninterrupted one, on the same machine, with the same settings and versions. What the checkpoint gets are plain
     numbers and tensors, under `exact_resume`.
 

@@ -26,11 +26,10 @@ class PendingGradients:
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         self._pending: set[int] = set()
-        parameters = {id(one): one for optimizer in optimizers for one in _parameters(optimizer) if one.requires_grad}
-        self._handles: list[Any] = []
-        for parameter in parameters.values():
-            hooks: Any = parameter  # torch leaves the types of this hook out
-            self._handles.append(hooks.register_post_accumulate_grad_hook(self._note))
+        trained: dict[int, Any] = {
+            id(one): one for optimizer in optimizers for one in _parameters(optimizer) if one.requires_grad
+        }
+        self._handles = [parameter.register_post_accumulate_grad_hook(self._note) for parameter in trained.values()]
         self._handles += [optimizer.register_step_post_hook(self._settle) for optimizer in optimizers]
 
     def of(self, module: L.LightningModule) -> set[str]:

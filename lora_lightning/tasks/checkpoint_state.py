@@ -11,12 +11,14 @@ from torch.nn.modules.module import _IncompatibleKeys
 from lora_lightning.adapters import Method, adapter_state_dict, load_adapter_state_dict
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer, tokenizer_of
-from lora_lightning.checkpoint.fingerprint import check_fingerprint, fingerprint
+from lora_lightning.checkpoint.base_sample import BaseSample
+from lora_lightning.checkpoint.fingerprint import check_base, check_fingerprint, fingerprint
 from lora_lightning.checkpoint.folder import check_finite
 from lora_lightning.checkpoint.own_state import MODEL, own_entries
 from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim import Optim
+from lora_lightning.resume.precision import double_before_loading
 from lora_lightning.tasks.averaging import complete_averages, shrink_averages
 from lora_lightning.tasks.loading import (
     CheckedLoading,
@@ -66,12 +68,23 @@ class CheckpointState(CheckedLoading):
         require_training_state(checkpoint, self._trainer)
         check_optimization(checkpoint, self.optim, self._trainer)
         self.configure_model()
+        double_before_loading(self)
         self._is_calibrated = True
-        check_fingerprint(self.base_fingerprint or fingerprint(self.adapted), own["base_fingerprint"], "The checkpoint")
+        self._check_base(own)
         check_tokenizer(tokenizer_of(self._trainer), own.get("tokenizer_fingerprint"), "The checkpoint")
         for method, state in zip(self.methods, own["method_state"], strict=True):
             method.load_extra_state(self.adapted, state)
         complete_averages(self, checkpoint)
+
+    def _check_base(self, own: Mapping[str, Any]) -> None:
+        """Refuse another base than that of a checkpoint; one without values of its base needs the very same weights."""
+        source, expected = "The checkpoint", own["base_fingerprint"]
+        found = self.base_fingerprint or fingerprint(self.adapted)
+        theirs = BaseSample.from_plain(own.get("base_sample"), source)
+        if theirs is None:
+            check_fingerprint(found, expected, source)
+        else:
+            check_base(self.adapted, expected, theirs, source, found=found)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:  # noqa: ANN401 - torch's own signature
         """Load an adapter state, or a whole one; keys and shapes must be exactly this model's.

@@ -13,6 +13,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint, tokenizer_of
+from lora_lightning.checkpoint.base_sample import base_sample_of
 from lora_lightning.checkpoint.own_state import own_entries
 from lora_lightning.checkpoint.reading import read_file
 from lora_lightning.checkpoint.task_class import argument_names, build_task, class_path_of
@@ -79,8 +80,10 @@ def entry_of(task: Any) -> dict[str, Any]:  # noqa: ANN401 - an AdapterTask, whi
     """Return what a task with its model puts into a checkpoint beside Lightning's own and its adapters' weights."""
     data = getattr(task._trainer, "datamodule", None)
     tokenizer = SavedTokenizer.of_data(data, task.backbone)
+    sampled = base_sample_of(task.adapted)
     return {
         "base_fingerprint": task.base_fingerprint,
+        "base_sample": None if sampled is None else sampled.plain(),
         "method_state": [method.extra_state(task.adapted) for method in task.methods],
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer_of(task._trainer)),
         "tokenizer": None if tokenizer is None else tokenizer.plain(),

@@ -1,7 +1,5 @@
 import copy
 import pickle
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -22,31 +20,10 @@ from lora_lightning.adapters import (
     merge,
     require_calls,
 )
-from lora_lightning.errors import AdapterNotCalled, ConfigError, NotMergeable, TargetError
+from lora_lightning.errors import AdapterNotCalled, ConfigError, TargetError
 from lora_lightning.methods import DoRA, LoRA
-from tests.adapters.toys import Bias, BiasDelta, Model, Scale, TiedModel, ids
+from tests.adapters.toys import Bias, BiasDelta, Model, Scale, fingerprint, ids
 from tests.models import gap, perturb
-
-
-def fingerprint(model: nn.Module) -> list[object]:
-    """Return everything that `attach` may change."""
-    return [
-        (
-            path,
-            type(module),
-            sorted(module.__dict__),
-            list(module._modules),
-            list(module._forward_hooks.values()),
-            list(module._forward_pre_hooks.values()),
-            module._forward_hooks_with_kwargs,
-            module._forward_pre_hooks_with_kwargs,
-            getattr(module, "use_nested_tensor", None),
-            [(name, id(parameter)) for name, parameter in module._parameters.items()],
-            [(name, parameter.requires_grad) for name, parameter in module.named_parameters(recurse=False)],
-        )
-        for path, module in model.named_modules()
-    ]
-
 
 # What a report says, and who is who
 
@@ -257,51 +234,6 @@ def test_sharded_models_are_refused(action, name):
         action(model)
 
 
-# Several adapters on a model
-
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_two_methods_on_one_host(order):
-    model = Model()
-    base, before = model(ids()), fingerprint(model)
-    methods = [LoRA(r=2, target_modules=["query"]), Bias(target_modules=["query"]), Scale(target_modules=["query"])]
-    attach(model, methods[::order])
-    assert torch.equal(model(ids()), base)
-    assert set(adapter_state_dict(model)) >= {"layer.0.query.lora_A", "layer.0.query.delta", "layer.0.query.scale"}
-    perturb(model)
-    host = model.layer[0].query
-    parts = {type(adapter).__name__: adapter for path, _, adapter in iter_adapters(model) if path == "layer.0.query"}
-    lora, delta, scale = parts["LowRankAdapter"], parts["BiasDelta"].delta, parts["InputScale"].scale
-    x = torch.randn(3, 8)
-    weight = host.weight + lora.scaling * lora.lora_B @ lora.lora_A
-    assert gap(host(x), (x * scale) @ weight.t() + host.bias + delta) <= 1e-5
-    model(ids()).square().sum().backward()
-    assert all(parameter.grad is not None for _, parameter, _ in iter_roles(model))
-    assert model.layer[0].value.weight.grad is None
-    detach(model)
-    assert fingerprint(model) == before
-    assert torch.equal(model(ids()), base)
-
-
-def test_two_methods_merge_together():
-    model = Model()
-    attach(model, [Bias(target_modules=["query", "dense"]), LoRA(r=2, target_modules=["query"])])
-    expected = perturb(model)(ids())
-    merge(model)
-    assert gap(model(ids()), expected) <= 1e-5
-    assert not is_attached(model)
-
-
-def test_one_that_cannot_merge_stops_all():
-    model = Model()
-    attach(model, [LoRA(r=2, target_modules=["query"]), Scale(target_modules=["dense"])])
-    expected, before = perturb(model)(ids()), fingerprint(model)
-    with pytest.raises(NotMergeable, match="InputScale changes more than a weight and cannot be merged"):
-        merge(model)
-    assert fingerprint(model) == before
-    assert torch.equal(model(ids()), expected)
-
-
 # Disabling
 
 
@@ -402,163 +334,6 @@ def test_one_adapted_class_per_host_class():
     assert isinstance(first.embed, nn.Embedding)
     assert repr(first.layer[0].query).startswith("AdaptedLinear(")
     assert "r=2, scaling=8, dropout=0" in repr(first)
-
-
-# Torch's own transformer layers
-
-
-class Encoder(nn.Module):
-    def __init__(self, *, nested: bool) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested)
-
-    def forward(self, x, mask=None):
-        return self.encoder(x, src_key_padding_mask=mask)
-
-
-def padded() -> tuple[torch.Tensor, torch.Tensor]:
-    mask = torch.zeros(3, 6, dtype=torch.bool)
-    mask[0, 4:], mask[1, 5:] = True, True
-    return torch.randn(3, 6, 8), mask
-
-
-# torch says so whenever it packs a padded batch, which is what is tested here.
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage:UserWarning")
-@pytest.mark.parametrize("nested", [True, False])
-@pytest.mark.parametrize("with_mask", [True, False])
-@pytest.mark.parametrize(
-    "method", [LoRA(r=2), DoRA(r=2), Bias(target_modules=["linear2"])], ids=["lora", "dora", "bias"]
-)
-def test_encoder_layers_use_adapters_in_evaluation(nested, with_mask, method):
-    model = Encoder(nested=nested)
-    (x, mask), before = padded(), fingerprint(model)
-    mask = mask if with_mask else None
-    keep = slice(None) if mask is None else ~mask
-    with torch.no_grad():
-        base = model.eval()(x, mask)[keep]
-    assert "self_attn.out_proj" not in str(attach(model, method).hosts)
-    perturb(model, std=0.5)
-    with torch.no_grad():
-        trained = model.train()(x, mask)[keep]
-        with require_calls(model):
-            evaluated = model.eval()(x, mask)[keep]
-        assert gap(evaluated, trained) <= 1e-5
-        assert gap(evaluated, base) > 1e-2
-    assert torch.equal(copy.deepcopy(model)(x, mask)[keep], model(x, mask)[keep])
-
-    # The negative control: without the hooks torch reads the weights directly and the adapters vanish.
-    silenced = copy.deepcopy(model)
-    for module in silenced.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = nested
-    with torch.no_grad():
-        assert gap(silenced(x, mask)[keep], trained) > 1e-2
-
-    detach(model.train())
-    assert fingerprint(model) == before
-
-
-def test_a_single_encoder_layer_as_the_model():
-    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-    attach(model, LoRA(r=2))
-    perturb(model)
-    x = torch.randn(3, 6, 8)
-    with torch.no_grad():
-        assert gap(model.eval()(x), model.train()(x)) <= 1e-5
-
-
-def test_attention_output_is_refused_by_name():
-    model = Encoder(nested=False)
-    with pytest.raises(TargetError, match=r"'encoder.layers.0.self_attn.out_proj' is never called"):
-        attach(model, LoRA(r=2, target_modules=["linear1", "out_proj"]))
-    with pytest.raises(TargetError, match=r"out_proj' is never called.*Leave it out of modules_to_save"):
-        attach(model, LoRA(r=2, target_modules=["linear1"], modules_to_save=["out_proj"]))
-    report = attach(model, LoRA(r=2, target_modules=["linear1", "out_proj"], exclude_modules=["self_attn"]))
-    assert report.hosts == ("encoder.layers.0.linear1", "encoder.layers.1.linear1")
-
-
-@pytest.mark.parametrize("saved", ["linear1", "self_attn", "layers.0"])
-def test_copies_inside_encoder_layers_are_used_in_evaluation(saved):
-    model = Encoder(nested=False)
-    attach(model, LoRA(r=2, target_modules=["linear2"], exclude_modules=["layers.0"], modules_to_save=[saved]))
-    perturb(model, std=0.5)
-    x, _ = padded()
-    with torch.no_grad():
-        trained, evaluated = model.train()(x), model.eval()(x)
-        with disabled(model):
-            assert gap(model(x), trained) > 1e-2
-    assert gap(evaluated, trained) <= 1e-5
-
-
-# Tied weights
-
-
-@pytest.mark.parametrize("target", ["out", "embed.0"])
-@pytest.mark.parametrize("kind", [LoRA, DoRA])
-def test_merging_one_half_of_tied_weights(target, kind):
-    model = TiedModel()
-    shared = model.out.weight.detach().clone()
-    attach(model, kind(r=2, target_modules=[target]))
-    assert model.out.weight is model.embed[0].weight
-    expected = perturb(model)(ids())
-    merge(model)
-    assert gap(model(ids()), expected) <= 1e-5
-    changed, other = (model.out, model.embed[0]) if target == "out" else (model.embed[0], model.out)
-    assert torch.equal(other.weight, shared)
-    assert gap(changed.weight, shared) > 1e-2
-    assert changed.weight.requires_grad
-    assert other.weight.requires_grad
-
-
-def test_merging_a_copy_that_holds_one_half_of_tied_weights():
-    model = TiedModel()
-    shared = model.out.weight.detach().clone()
-    attach(model, LoRA(r=2, target_modules=["body"], modules_to_save=["embed"]))
-    expected = perturb(model)(ids())
-    merge(model)
-    assert gap(model(ids()), expected) <= 1e-5
-    assert torch.equal(model.out.weight, shared)
-
-
-def test_merging_elsewhere_keeps_weights_tied():
-    model = TiedModel()
-    attach(model, LoRA(r=2, target_modules=["body"]))
-    merge(model)
-    assert model.out.weight is model.embed[0].weight
-
-
-# Methods of which a model takes one
-
-
-@dataclass(frozen=True, kw_only=True)
-class Front(Bias):
-    name: ClassVar[str] = "front"
-    exclusive: ClassVar[str | None] = "the soft prompt"
-
-
-@dataclass(frozen=True, kw_only=True)
-class OtherFront(Front):
-    name: ClassVar[str] = "other_front"
-
-
-def test_methods_that_exclude_each_other():
-    model = Model()
-    keys = list(model.state_dict())
-    methods = [Front(target_modules=["0.query"]), LoRA(r=2), OtherFront(target_modules=["1.query"])]
-    with pytest.raises(ConfigError, match="Front and OtherFront both provide the soft prompt, of which a model takes"):
-        attach(model, methods)
-    assert list(model.state_dict()) == keys
-    attach(model, methods[:2])
-    detach(model)
-    attach(model, methods[1:])
-
-
-def test_the_same_exclusive_method_twice():
-    with pytest.raises(ConfigError, match="Front and Front both provide"):
-        attach(Model(), [Front(target_modules=["0.query"]), Front(target_modules=["1.query"])])
 
 
 # Hosts that run their children in turn

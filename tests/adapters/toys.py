@@ -110,3 +110,23 @@ class TiedModel(nn.Module):
 
 def ids() -> Tensor:
     return torch.randint(10, (4, 5), generator=torch.Generator().manual_seed(0))
+
+
+def fingerprint(model: nn.Module) -> list[object]:
+    """Return everything that `attach` may change."""
+    return [
+        (
+            path,
+            type(module),
+            sorted(module.__dict__),
+            list(module._modules),
+            list(module._forward_hooks.values()),
+            list(module._forward_pre_hooks.values()),
+            module._forward_hooks_with_kwargs,
+            module._forward_pre_hooks_with_kwargs,
+            getattr(module, "use_nested_tensor", None),
+            [(name, id(parameter)) for name, parameter in module._parameters.items()],
+            [(name, parameter.requires_grad) for name, parameter in module.named_parameters(recurse=False)],
+        )
+        for path, module in model.named_modules()
+    ]

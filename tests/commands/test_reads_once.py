@@ -11,6 +11,7 @@ import pytest
 from lora_lightning.__main__ import main
 from lora_lightning.checkpoint.manifest import sha256_file
 from tests.checkpoint.counting import opened_for_reading
+from tests.checkpoint.runs import save_backbone
 from tests.commands.language_models import save_language_model
 
 pytestmark = [
@@ -47,7 +48,7 @@ def ckpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained(tmp_path_factory.mktemp("run"))
 
 
-COMMANDS = ["merge", "export", "generate", "chat", "fit", "test"]
+COMMANDS = ["merge", "export", "export-merged", "generate", "chat", "fit", "validate", "test"]
 
 
 @pytest.mark.parametrize(
@@ -67,9 +68,11 @@ def test_reads_once(
     words = {
         "merge": [given, f"--output_dir={tmp_path / 'out'}"],
         "export": [given, f"--output_dir={tmp_path / 'out'}"],
+        "export-merged": [given, f"--output_dir={tmp_path / 'out'}", "--to=merged"],
         "generate": [given, "--prompt=w1", "--max_new_tokens=1"],
         "chat": [given, "--template=dialogue", "--max_new_tokens=1"],
         "fit": [given, *arguments(tmp_path / "run"), "--trainer.max_epochs=3"],
+        "validate": [given, *arguments(tmp_path / "run")],
         "test": [given, *arguments(tmp_path / "run")],
         "fit-last": ["--ckpt_path=last", *arguments(tmp_path / "run"), "--trainer.max_epochs=3"],
     }
@@ -77,6 +80,50 @@ def test_reads_once(
         assert main([name, *words[command]]) == 0
     assert counts[str(path.resolve())] == 1
     assert max(counts.values()) == 1
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+@pytest.mark.parametrize("has_folder", [True, False])
+def test_a_classifier_is_read_once(classifier: Path, command: str, has_folder: bool, tmp_path: Path) -> None:
+    shutil.copytree(classifier, tmp_path / "run")
+    path = tmp_path / "run/runs/version_0/checkpoints/last.ckpt"
+    if not has_folder:
+        shutil.rmtree(path.with_suffix(""))
+    data = [f"--data.predict={tmp_path / 'run/data.csv'}"] if command == "predict" else []
+    with opened_for_reading(".ckpt") as counts:
+        assert main([command, f"--ckpt_path={path}", *classifier_arguments(tmp_path / "run"), *data]) == 0
+    assert counts == {str(path.resolve()): 1}
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("classifier")
+    save_backbone(folder / "base")
+    rows = [f"w{index} w{index + 1},{'ab'[index % 2]}" for index in range(12)]
+    (folder / "data.csv").write_text("\n".join(["text,label", *rows]))
+    assert main(["fit", *classifier_arguments(folder), "--trainer.max_epochs=1"]) == 0
+    return folder
+
+
+def classifier_arguments(folder: Path) -> list[str]:
+    model = ["--model=SequenceClassification", f"--model.backbone={folder / 'base'}", "--model.method=LoRA"]
+    data = ["--data=TextClassificationData", f"--data.train={folder / 'data.csv'}"]
+    sizes = ["--data.val_size=4", "--data.test_size=4", "--data.batch_size=4"]
+    return [*model, *data, *sizes, f"--trainer.default_root_dir={folder / 'runs'}", *QUIET]
+
+
+def test_a_plan_reads_no_checkpoint_and_an_adapter_once(ckpt: Path) -> None:
+    """`plan` counts what `fit` would start from."""
+    folder = ckpt.with_suffix("")
+    plain = arguments(ckpt.parents[3])
+    trainer = [word for word in plain if word.startswith("--trainer.")]
+    assert trainer
+    words = [word for word in plain if not word.startswith(("--trainer.", "--model.method"))]
+    with opened_for_reading("") as counts:
+        assert main(["plan", *words, f"--model.adapter={folder}"]) == 0
+    assert not any(name.endswith(".ckpt") for name in counts)
+    weights = str((folder / "adapter_model.safetensors").resolve())
+    assert counts[weights] == 2  # its digest, and the length of its header
 
 
 def test_the_count_notices_a_second_reading(ckpt: Path) -> None:

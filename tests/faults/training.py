@@ -80,9 +80,9 @@ FAULTS = [
         [*FIT, "--model.quantization", "{quant_type: nf4}", "--trainer.precision", "bf16-true"],
     ),
     Fault(
-        "resumed with another rate",
-        r"`model\.init_args\.optim\.lr` is 1\.0 here",
-        [*FIT, "--ckpt_path", CKPT, "--model.optim.lr", "1"],
+        "resumed with another rank",
+        r"`model\.init_args\.method\.init_args\.r` is 3 here.*`adapter: ",
+        [*FIT, "--ckpt_path", CKPT, "--model.method.r", "3"],
     ),
     Fault(
         "bottleneck wider than the model",

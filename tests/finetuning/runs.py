@@ -35,7 +35,8 @@ class Losses(L.Callback):
 
 
 def finetuning(cls: type[L.LightningModule], **changes: Any) -> AdapterFinetuning:
-    return AdapterFinetuning(**{**SETTINGS[cls], **changes})
+    known = next(one for one in MODULES if issubclass(cls, one))
+    return AdapterFinetuning(**{**SETTINGS[known], **changes})
 
 
 def trainer(*callbacks: L.Callback, **settings: Any) -> L.Trainer:
@@ -64,7 +65,8 @@ def fit(
     L.seed_everything(seed, verbose=False)
     losses, module = Losses(), cls(**arguments or {})
     run = trainer(finetuning(cls, **changes or {}), ExactResume(), losses, *callbacks, **settings)
-    run.fit(module, loader(cls), ckpt_path=ckpt_path, weights_only=True)
+    known = next(one for one in MODULES if issubclass(cls, one))
+    run.fit(module, loader(known), ckpt_path=ckpt_path, weights_only=True)
     return module, losses
 
 

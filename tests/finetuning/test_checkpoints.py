@@ -10,13 +10,22 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from torch import Tensor
+from lightning.pytorch.tuner import Tuner
+from torch import Tensor, nn
 
-from lora_lightning import LoRA, adapter_state_dict, load_finetuned
+from lora_lightning import LoRA, adapter_state_dict, finetune, load_finetuned
 from lora_lightning.errors import CheckpointError
 from lora_lightning.finetuning.record import attached_parts
 from tests.callbacks.runs import LIGHTNING_WARNINGS
-from tests.finetuning.modules import NUM_BATCHES, Gan, ImageClassifier, SelfSupervised, SentenceClassifier, loader
+from tests.finetuning.modules import (
+    NUM_BATCHES,
+    Gan,
+    ImageClassifier,
+    SelfSupervised,
+    SentenceClassifier,
+    loader,
+    seeded,
+)
 from tests.finetuning.runs import MODULES, SETTINGS, answers, finetuning, fit, same, saved, trained_state, trainer
 from tests.resume.runs import SaveAfter
 
@@ -178,3 +187,91 @@ def test_evaluation_loads_a_checkpoint(cls, stage, tmp_path):
         assert not torch.equal(evaluated, other)
     else:
         assert evaluated == expected != other
+
+
+class Aliased(ImageClassifier):
+    """Reaches its backbone by a second attribute, and ties its classifier to a layer inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = self.backbone[0]
+        self.blocks = nn.ModuleList(self.backbone[1:3])
+        with seeded(1):
+            self.backbone.append(nn.Linear(16, 3))
+        self.classifier.weight = self.backbone[4].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.backbone[:4](x)) + self.backbone[4].bias
+
+
+def test_second_names_of_a_tensor_are_no_second_copy(tmp_path):
+    method = LoRA(r=4, target_modules=["conv1", "conv2"])
+    run = trainer(finetuning(Aliased, method=method), SaveAfter(tmp_path, [3]), max_epochs=1, limit_train_batches=3)
+    module = Aliased()
+    run.fit(module, loader(ImageClassifier))
+    state = torch.load(tmp_path / "3.ckpt", weights_only=True)["state_dict"]
+    lora = {
+        f"backbone.{block}.{conv}.lora_{factor}" for block in (1, 2) for conv in ("conv1", "conv2") for factor in "AB"
+    }
+    assert state.keys() == {*lora, "classifier.bias", "num_seen"}
+    loaded = load_finetuned(Aliased, tmp_path / "3.ckpt")
+    assert same(trained_state(loaded), trained_state(module))
+    batch = loader(ImageClassifier).dataset.tensors[0]
+    assert torch.equal(loaded.eval()(batch), module.eval()(batch))
+    assert not torch.equal(Aliased().eval()(batch), module(batch))
+
+
+class Thawed(L.Callback):
+    """Lets a frozen layer of the base train from the second epoch on."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == 1:
+            pl_module.backbone[0][0].requires_grad_()
+
+
+def test_base_weights_that_come_to_train_are_kept(tmp_path):
+    stops = (3, NUM_BATCHES + 3)
+    module, _ = fit(ImageClassifier, Thawed(), SaveAfter(tmp_path, stops))
+    early, late = (torch.load(tmp_path / f"{stop}.ckpt", weights_only=True)["state_dict"] for stop in stops)
+    assert late.keys() - early.keys() == {"backbone.0.0.weight", "backbone.0.0.bias"}
+    assert not torch.equal(late["backbone.0.0.weight"], ImageClassifier().backbone[0][0].weight)
+    for stop in stops:
+        resumed, _ = fit(ImageClassifier, Thawed(), seed=99, ckpt_path=tmp_path / f"{stop}.ckpt")
+        assert same(trained_state(resumed), trained_state(module))
+
+
+class Compiled(ImageClassifier):
+    """Compiles its backbone when it is built."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = torch.compile(self.backbone, backend="eager")
+
+
+def test_a_compiled_submodule_has_the_names_of_a_plain_one(tmp_path):
+    run = trainer(finetuning(ImageClassifier), SaveAfter(tmp_path, [3]), max_epochs=1, limit_train_batches=3)
+    module = Compiled()
+    run.fit(module, loader(ImageClassifier))
+    assert "backbone.1.conv1.lora_A" in torch.load(tmp_path / "3.ckpt", weights_only=True)["state_dict"]
+    plain = load_finetuned(ImageClassifier, tmp_path / "3.ckpt")
+    batch = loader(ImageClassifier).dataset.tensors[0]
+    assert torch.allclose(plain.eval()(batch), module.eval()(batch), atol=1e-5)
+    assert not torch.allclose(ImageClassifier().eval()(batch), module(batch), atol=1e-3)
+
+
+def test_a_learning_rate_finder_restores_what_it_saved(tmp_path):
+    torch.manual_seed(3)
+    module = ImageClassifier()
+    finetune(module, finetuning(ImageClassifier).methods, "backbone")
+    before = trained_state(module)
+    run = trainer(finetuning(ImageClassifier), default_root_dir=tmp_path, max_epochs=1)
+    found = Tuner(run).lr_find(module, loader(ImageClassifier), num_training=5, update_attr=False)
+    assert found.results["loss"]
+    assert same(trained_state(module), before)
+
+
+def test_double_precision_is_resumed_exactly(tmp_path):
+    module, _ = fit(ImageClassifier, SaveAfter(tmp_path, [4]), precision="64-true", max_epochs=1)
+    assert torch.load(tmp_path / "4.ckpt", weights_only=True)["state_dict"]["classifier.weight"].dtype is torch.float64
+    resumed, _ = fit(ImageClassifier, seed=99, ckpt_path=tmp_path / "4.ckpt", precision="64-true", max_epochs=1)
+    assert same(trained_state(resumed), trained_state(module))

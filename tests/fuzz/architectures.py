@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from tests.fuzz import plain
 from tests.fuzz.shrink import FRAMES, IMAGE, small
 from tests.prompts import zoo
 
 Batch = dict[str, Tensor]
+PLAIN = "plain"
+"""Models of torch alone."""
 MAX_PARAMETERS = 8_000_000
 MAX_VALUES = 50_000
 """Values of an image, a recording or a series; models that take nothing smaller are left out."""
@@ -62,6 +66,8 @@ def build(architecture: Architecture, dtype: torch.dtype) -> tuple[Any, Batch]:
     Raises:
         UnbuildableError: It does not become small, or does not compute the same twice.
     """
+    if architecture.kind == PLAIN:
+        return plain.build(architecture.name).to(dtype), plain.batch(architecture.name, dtype)
     try:
         model = zoo.build(architecture.name, architecture.kind) if is_text(architecture) else _other(architecture)
         model = model.to(dtype)
@@ -71,6 +77,29 @@ def build(architecture: Architecture, dtype: torch.dtype) -> tuple[Any, Batch]:
         if _computes(model, batch):
             return model, batch
     raise UnbuildableError(f"{architecture}: computes nothing of the known inputs")
+
+
+def vary(model: Any, batch: Batch, rng: random.Random) -> None:
+    """Change what users change of a model before they adapt it: ties, attention, what trains already.
+
+    Raises:
+        UnbuildableError: It does not compute any more.
+    """
+    if not hasattr(model, "config"):
+        return
+    try:
+        if rng.random() < 0.2 and not getattr(model.config, "tie_word_embeddings", True):
+            model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = True
+            model.tie_weights()
+        if rng.random() < 0.2:
+            model.set_attn_implementation("eager")
+    except Exception as error:
+        raise UnbuildableError(f"{type(model).__name__} does not take it: {error}") from error
+    frozen = rng.random() < 0.2
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(not (frozen and index % 2))
+    if not _computes(model, batch):
+        raise UnbuildableError(f"{type(model).__name__} computes no more")
 
 
 def is_text(architecture: Architecture) -> bool:
@@ -185,4 +214,5 @@ def every() -> list[Architecture]:
         "zero-shot": auto.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
         "bare": auto.MODEL_MAPPING_NAMES,
     }
-    return text + [Architecture(name, kind) for kind, known in mappings.items() for name in known]
+    other = [Architecture(name, kind) for kind, known in mappings.items() for name in known]
+    return text + other + [Architecture(name, PLAIN) for name in plain.MODELS]

@@ -77,10 +77,13 @@ class Names:
         self.adaptable = [path for path, module in modules if isinstance(module, _ADAPTABLE)] or ["none"]
         self.linear = [path for path, module in modules if isinstance(module, _ADAPTABLE[::4])] or self.adaptable
         self.biased = [path for path, module in modules if getattr(module, "bias", None) is not None] or ["none"]
+        modules = [(path, module) for path, module in modules if "parametrizations" not in path]
         self.any = [path for path, module in modules if next(module.parameters(recurse=False), None) is not None]
         self.experts = [
             path for path, module in modules if any(one.dim() == 3 for one in module.parameters(recurse=False))
         ]
+        self.embeddings = [path for path, module in modules if isinstance(module, nn.Embedding)]
+        self.parameters = [path for path, one in model.named_parameters() if one.dim() in (2, 3)] or ["none"]
         self.containers = [path for path, module in modules if next(module.children(), None) is not None]
 
     def suffix(self, paths: list[str]) -> str:
@@ -94,7 +97,7 @@ class Names:
 
     def targets(self) -> list[str] | str | None:
         """Return some targets, in any of the forms that methods take."""
-        form = self.rng.choice(["usual", "all", "list", "list", "list", "regex", "experts"])
+        form = self.rng.choice(["usual", "all", "list", "list", "list", "regex", "experts", "ends", "parameter"])
         if form == "usual":
             return None
         if form == "all":
@@ -103,6 +106,10 @@ class Names:
             return rf".*\.?{self.suffix(self.adaptable).replace('.', '[.]')}"
         if form == "experts" and self.experts:
             return [self.suffix(self.experts), *([self.suffix(self.linear)] if self.rng.random() < 0.5 else [])]
+        if form == "ends":  # embeddings and output layers, which may be tied
+            return [self.suffix([self.rng.choice([*self.embeddings, *self.adaptable[-1:]])])]
+        if form == "parameter":
+            return [self.suffix(self.parameters), self.suffix(self.linear)]
         pool = self.rng.choice([self.linear, self.linear, self.adaptable])
         return sorted({self.suffix(pool) for _ in range(self.rng.choice([1, 1, 2, 3]))})
 
@@ -119,7 +126,8 @@ class Names:
         """Return copies to train, seldom."""
         if self.rng.random() > 0.15:
             return {}
-        pool = self.any[-3:] if self.rng.random() < 0.6 else self.any + self.containers
+        pools = self.any[-3:], self.any + self.containers, self.embeddings or self.any
+        pool = self.rng.choice(pools)
         return {"modules_to_save": [self.suffix(pool)]}
 
 
@@ -132,7 +140,9 @@ def draw(model: nn.Module, rng: random.Random) -> Setting:
 
 
 def _one(names: Names, rng: random.Random) -> Method:
-    cls = rng.choice([LoRA, *_LOW_RANK, AdaLoRA, VeRA, IA3, BitFit, BottleneckAdapter, TrainableTokens, *PROMPTS[:1]])
+    cls = rng.choice(
+        [LoRA, *_LOW_RANK, AdaLoRA, VeRA, IA3, BitFit, BottleneckAdapter, TrainableTokens, PromptTuning, PromptTuning]
+    )
     if cls is PromptTuning:
         cls = rng.choice(PROMPTS)
     if cls in _LOW_RANK:

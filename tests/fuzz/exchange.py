@@ -54,9 +54,8 @@ def peft_keeps_what_it_writes(theirs: Any, world: World) -> bool:
 
 def load(world: World) -> None:
     """What PEFT trained and wrote is read, and answers as PEFT's model does."""
-    config = _their_config(world)
     try:
-        theirs = peft.get_peft_model(world.copy_of_base(), config).eval()
+        theirs = peft.get_peft_model(world.copy_of_base(), _their_config(world)).eval()
         _move(theirs)
         want = main(answers(theirs, world.batch))
         path = world.new_folder()

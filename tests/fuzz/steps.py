@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lora_lightning.adapters import (
     adapter_state_dict,
@@ -18,6 +19,7 @@ from lora_lightning.adapters import (
     detach,
     disabled,
     is_attached,
+    iter_hosts,
     load_adapter_state_dict,
 )
 from lora_lightning.backbones.attach import attach, merge
@@ -25,7 +27,7 @@ from lora_lightning.checkpoint import load_adapter, write_adapter_folder
 from lora_lightning.errors import UserError
 from tests.fuzz import draws
 from tests.fuzz.architectures import outputs
-from tests.fuzz.world import Fault, World, answers, digests, distance, nudge, shape_of, tolerance
+from tests.fuzz.world import Fault, Pointless, World, answers, digests, distance, nudge, shape_of, tolerance
 
 DRAWS = 8
 """Draws of methods for one model, of which the first that is not refused is attached."""
@@ -105,6 +107,8 @@ def train(world: World) -> None:
     world.seed()
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not hosts_have_a_part(world):
+        raise Pointless
     optimizer = torch.optim.AdamW(trained, lr=world.rng.choice([1e-3, 1e-2]))
     total = world.rng.choice([1, 2, 4])
     for step in range(total):
@@ -122,6 +126,18 @@ def train(world: World) -> None:
     model.eval()
     nudge(model, world.rng.randrange(1000))
     world.expect_other("what was trained", answers(model, world.batch), before)
+
+
+def hosts_have_a_part(world: World) -> bool:
+    """Return whether the outputs of the base depend on the modules that have adapters."""
+    base = world.copy_of_base().train().requires_grad_(requires_grad=False)
+    for path, _ in iter_hosts(world.model):
+        base.get_submodule(path).requires_grad_()
+    found = [one for one in outputs(base, world.batch) if one.requires_grad]
+    if not found:
+        return False
+    torch.stack([one.float().square().mean() for one in found]).sum().backward()
+    return any(bool(one.grad.any()) for one in base.parameters() if one.grad is not None)
 
 
 def base_trains(world: World) -> bool:
@@ -143,11 +159,11 @@ def base_is_unchanged(world: World) -> None:
 
 
 def disable(world: World) -> None:
-    """Within `disabled` the model answers as its base, to the bit, and after it as before."""
+    """Within `disabled` the model answers as its base, and after it as before."""
     want = answers(world.model, world.batch)
     with disabled(world.model):
         bare = answers(world.model, world.batch)
-    world.expect_equal("disabled", bare, answers(world.base, world.batch))
+    world.expect_equal("disabled", bare, answers(world.base, world.batch), world.eps())
     world.expect_equal("after disabled", answers(world.model, world.batch), want)
     world.expect_other("adapted and base", want, bare)
 
@@ -183,8 +199,8 @@ def folder(world: World) -> None:
 def duplicate(world: World) -> None:
     """A deep copy and a pickled copy answer alike; what is done to them does not reach the model."""
     want = answers(world.model, world.batch)
-    if world.rng.random() < 0.5:
-        other = copy.deepcopy(world.model)
+    if world.rng.random() < 0.5 or any(is_parametrized(module) for module in world.base.modules()):
+        other = copy.deepcopy(world.model)  # torch pickles no parametrized modules
     else:
         file = io.BytesIO()
         torch.save(world.model, file)
@@ -204,7 +220,7 @@ def take_off(world: World) -> None:
         raise Fault("detach left adapters")
     if shape_of(other) != shape_of(world.base):
         raise Fault("detach left traces")
-    world.expect_equal("detached", answers(other, world.batch), answers(world.base, world.batch))
+    world.expect_equal("detached", answers(other, world.batch), answers(world.base, world.batch), world.eps())
 
 
 def fold_in(world: World) -> None:
@@ -296,10 +312,48 @@ def cast(world: World) -> None:
         want = answers(base, batch)
     except Exception:
         return
+    if not all(bool(one.isfinite().all()) for one in want):
+        return
     model = copy.deepcopy(world.model).to(dtype)
     with disabled(model):
         world.expect_equal("disabled in another dtype", answers(model, batch), want, 16 * torch.finfo(dtype).eps)
-    world.expect_other("adapted in another dtype", answers(model, batch), want)
+    is_other = distance(answers(model, batch), want) > 0  # what is small may vanish in bfloat16
+    world.controls["adapted in another dtype"] = world.controls.get("adapted in another dtype", 0) + is_other
+
+
+def autocast(world: World) -> None:
+    """Under autocast the model computes and trains, and within `disabled` it is its base."""
+
+    def under(model: Any) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return answers(model, world.batch)
+
+    try:
+        want = under(world.base)
+    except Exception:
+        return
+    with disabled(world.model):
+        world.expect_equal("disabled under autocast", under(world.model), want, 4 * torch.finfo(torch.bfloat16).eps)
+    is_other = distance(under(world.model), want) > 0
+    world.controls["adapted under autocast"] = world.controls.get("adapted under autocast", 0) + is_other
+    if base_trains(world):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(world.model, world.batch)
+        loss.backward()
+        world.model.zero_grad()
+
+
+def whole_state(world: World) -> None:
+    """The state of the whole model, base and adapters, loads into another model with the same methods."""
+    if any(method.calibrates for method in attached_methods(world.model)):
+        return  # what they share is known to the adapters' state alone
+    world.seed()
+    other = world.copy_of_base()
+    hang(other, world)
+    want = answers(world.model, world.batch)
+    world.expect_other("a new model before loading all", answers(other, world.batch), want)
+    other.load_state_dict(world.model.state_dict())
+    world.expect_equal("loaded as a whole", answers(other, world.batch), want)
 
 
 STEPS: dict[str, Step] = {
@@ -314,6 +368,8 @@ STEPS: dict[str, Step] = {
     "onto merged": onto_merged,
     "checkpointing": recompute,
     "cast": cast,
+    "autocast": autocast,
+    "whole state": whole_state,
 }
 
 

@@ -24,6 +24,10 @@ class Fault(AssertionError):  # noqa: N818 - reads as the fact it states
     """The library did not do what it promises."""
 
 
+class Pointless(Exception):  # noqa: N818 - reads as the fact it states
+    """What was drawn has no part in the outputs, in the base neither."""
+
+
 @dataclass
 class World:
     """The state of one walk.
@@ -67,6 +71,10 @@ class World:
     def seed(self) -> None:
         """Seed torch by a draw."""
         torch.manual_seed(self.rng.randrange(1 << 30))
+
+    def eps(self) -> float:
+        """Return how far other kernels, which torch chooses by what needs a gradient, may lie: a few last bits."""
+        return 16 * torch.finfo(next(self.base.parameters()).dtype).eps
 
     def tolerance(self) -> float:
         """Return how far an equal computation in another order may lie from the model's, relative."""

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_lightning import LoRA, export_peft, load_adapter, load_peft
+from lora_lightning import DoRA, LoRA, export_peft, load_adapter, load_peft
 from lora_lightning.adapters import attached_methods
 from lora_lightning.backbones.attach import attach
 from lora_lightning.checkpoint import write_adapter_folder
@@ -139,3 +139,49 @@ def test_the_other_tools_are_told_of_experts(tmp_path: Path) -> None:
     for tool in ("vllm", "llama.cpp"):
         problems = preflight(config, load_file(tmp_path / PEFT_WEIGHTS_NAME), tool).problems
         assert any(problem.startswith("experts (target_parameters)") for problem in problems)
+
+
+SHARED = {"target_modules": ["o_proj", "shared_experts.up_proj", "shared_experts.down_proj"], "r": 4, "alpha": 8}
+
+
+@pytest.mark.parametrize(
+    "method", [LoRA(**SHARED, dropout=0.1), LoRA(**SHARED, rank_pattern={"shared_experts.up_proj": 2})]
+)
+def test_layers_named_as_experts_are_exported_as_themselves(tmp_path: Path, method: LoRA) -> None:
+    ours = adapted("deepseek_v3", method)
+    expected = models.logits(ours.eval())
+    export_peft(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(models.build("deepseek_v3"), str(tmp_path)).eval()
+    assert models.gap(models.logits(theirs), expected) <= 1e-5
+    again = models.build("deepseek_v3")
+    load_peft(again, tmp_path)
+    assert models.gap(models.logits(again), expected) <= 1e-5
+    own = models.build("deepseek_v3")
+    attach(own, method)
+    load_adapter(own, tmp_path)
+    assert torch.equal(models.logits(own), expected)
+
+
+def test_peft_takes_their_names_for_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: under the names of the layers PEFT adapts experts."""
+    monkeypatch.setattr("lora_lightning.peft_format.expert_names.is_named_as_experts", lambda *_: False)
+    ours = adapted("deepseek_v3", LoRA(r=4, target_modules=["shared_experts.down_proj"]))
+    export_peft(ours, tmp_path)
+    with pytest.warns(UserWarning, match=r"missing adapter keys.*mlp\.experts\.lora_A"):
+        theirs = peft.PeftModel.from_pretrained(models.build("deepseek_v3"), str(tmp_path)).eval()
+    assert models.gap(models.logits(theirs), models.logits(ours)) > 1e-3
+
+
+def test_dora_on_layers_named_as_experts_is_refused(tmp_path: Path) -> None:
+    ours = adapted("deepseek_v3", DoRA(r=4, target_modules=["shared_experts.down_proj"]))
+    with pytest.raises(
+        CheckpointError, match=r"takes the name for that of experts.*layers.0.mlp.shared_experts.down_proj"
+    ):
+        export_peft(ours, tmp_path)
+
+
+def test_other_types_keep_the_names_of_their_layers(tmp_path: Path) -> None:
+    export_peft(adapted("qwen2_moe", LoRA(r=4, target_modules=["shared_expert.down_proj"])), tmp_path)
+    config = json.loads((tmp_path / CONFIG_NAME).read_text(encoding="utf-8"))
+    assert "target_parameters" not in config
+    assert config["target_modules"] == [f"model.layers.{index}.mlp.shared_expert.down_proj" for index in (0, 1)]

@@ -63,6 +63,19 @@ class Twice(nn.Module):
         return self.last(self.second(self.first(x).tanh()).tanh())
 
 
+class Encoder(nn.Module):
+    """Torch's own encoder layer, with a layer beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.config = {"model_type": "custom"}
+        self.encoder, self.last = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.encoder(x))
+
+
 class Bare(nn.Module):
     """A module that computes with parameters of its own."""
 
@@ -288,6 +301,7 @@ REFUSED: dict[str, tuple[Case, str]] = {
     ),
     "shared": (on(Twice, LoRA, target_modules=["first"]), "stands in several places"),
     "shared copy": (on(Twice, LoRA, target_modules=["last"], modules_to_save=["first"]), "stands in several places"),
+    "fast layer": (on(Encoder, LoRA, target_modules=["linear1"]), "reads weights past PEFT's adapters"),
     "other rows": (
         on(
             llama(tie=True),
@@ -317,6 +331,7 @@ def test_what_peft_computes_otherwise(name: str, tmp_path: Path) -> None:
         (lambda: Images(padding_mode="circular", padding=1), "conv", "padding_mode='circular'"),
         (lambda: Images(dilation=2), "conv", r"leaves out the dilation .*\(2, 2\)"),
         (Twice, "first", "stands in several places"),
+        (Encoder, "linear1", "reads weights past PEFT's adapters"),
     ],
 )
 @pytest.mark.parametrize("method", [ours.LoRA(r=2), ours.DoRA(r=2), ours.AdaLoRA(target_r=1, init_r=2)])
@@ -329,8 +344,22 @@ def test_what_peft_would_compute_otherwise(
         with pytest.raises(CheckpointError, match=reason):
             export_peft(model, tmp_path / "adapter", own_kind=own_kind)
         plain = build()
-        attach(plain, dataclasses.replace(method, target_modules=["last" if build is Twice else "flat"]))
+        attach(plain, dataclasses.replace(method, target_modules=["flat" if isinstance(plain, Images) else "last"]))
         export_peft(plain, tmp_path / "plain", own_kind=own_kind)  # negative control
+
+
+def test_torchs_own_encoder_layer_reads_past_peft() -> None:
+    """Control: in evaluation mode PEFT's adapters change nothing there, and ours do."""
+    x = torch.randn(2, 3, 4)
+    theirs = peft.get_peft_model(Encoder(), LoRA(target_modules=["linear1"])).eval()
+    move(theirs)
+    model = Encoder().eval()
+    base = model(x).detach()
+    attach(model, ours.LoRA(r=2, target_modules=["linear1"]))
+    move(model)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(x), base, atol=1e-6, rtol=0)
+        assert (model(x) - base).abs().max() > 1e-3
 
 
 def test_adalora_that_was_pruned(tmp_path: Path) -> None:

@@ -135,3 +135,10 @@ def largest_gap(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
     assert ours.keys() == reference.keys()
     scale = max(float(gradient.abs().max()) for gradient in reference.values())
     return max(float((ours[name] - reference[name]).abs().max()) for name in reference) / scale
+
+
+def built(*args: Any, **settings: Any) -> Speaker:
+    """Return a `Speaker` whose model is there."""
+    task = Speaker(*args, **settings)
+    task.configure_model()
+    return task

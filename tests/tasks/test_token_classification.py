@@ -241,7 +241,7 @@ def test_the_command_line_learns_names_and_tests_from_the_checkpoint(tmp_path, m
     told = dict(re.findall(r"(test/\w+)\W+([\d.e-]+)", shown))
     assert {name: float(value) for name, value in told.items()} == pytest.approx(expected)
     (row, *_), *_ = run.predict(task, data)
-    assert {"tokens", "tags", "entities"} == row.keys()
+    assert {"tokens", "tags", "entities", "words"} == row.keys()
     assert len(row["tokens"]) == len(row["tags"])
     assert {one["type"]: one["text"] for one in row["entities"]} in [
         {"PER": person, "LOC": place}

@@ -8,10 +8,10 @@ from typing import Any
 
 from lora_lightning.commands._init.columns import Column
 from lora_lightning.commands._init.sample import Sample
-from lora_lightning.config.wording import suggestion
 from lora_lightning.data.rows.targets import PROBLEMS
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.paths import some_of
+from lora_lightning.wording import suggestion
 
 CLASSIFICATION = "SequenceClassification"
 DATA_MODULES = {

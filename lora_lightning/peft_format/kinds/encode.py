@@ -14,7 +14,7 @@ from lora_lightning.methods.prefix import PrefixAdapter
 from lora_lightning.methods.soft_prompt import SoftPromptAdapter
 from lora_lightning.peft_format.adapter import PeftAdapter
 from lora_lightning.peft_format.copies import copies_of, extra_copies, is_copy, task_type_of
-from lora_lightning.peft_format.differences import SHARED, shared_modules, why_another_convolution
+from lora_lightning.peft_format.differences import why_another_convolution, why_out_of_reach
 from lora_lightning.peft_format.kinds.adalora import encode_adalora, why_no_adalora
 from lora_lightning.peft_format.kinds.ia3 import encode_ia3
 from lora_lightning.peft_format.kinds.prefix import encode_prefix, why_no_prefix
@@ -78,9 +78,9 @@ def why_no_kind(model: nn.Module) -> str | None:
         return why_no_prefix(model)
     if isinstance(method, TrainableTokens) and _why_no_copies(model) is not None:
         return _why_no_copies(model)
-    shared = shared_modules(model)
+    out_of_reach = why_out_of_reach(model)
     for path, host, adapter in iter_adapters(model):
-        reason = SHARED if path in shared else _why_another(model, path, host, adapter, method)
+        reason = out_of_reach.get(path) or _why_another(model, path, host, adapter, method)
         if reason is not None:
             return f"{reason} (at {path!r})"
     return None
