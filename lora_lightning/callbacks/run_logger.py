@@ -38,6 +38,7 @@ class RunLogger(CSVLogger):
     ) -> None:
         super().__init__(save_dir, name, version, **settings)
         self._picks_version = version is None
+        self._is_claimed = False
 
     @property
     @rank_zero_experiment
@@ -48,17 +49,20 @@ class RunLogger(CSVLogger):
         return self._experiment
 
     def claim(self) -> None:
-        """Make the run's folder, on rank 0.
+        """Make the run's folder, on rank 0; a second call does nothing.
 
         Raises:
             ConfigError: Another run took the same number in the meantime.
         """
+        if self._is_claimed:
+            return
         try:
             Path(self.log_dir).mkdir(parents=True, exist_ok=not self._picks_version)
         except FileExistsError as error:
             raise ConfigError(
                 f"{self.log_dir} was taken by another run in the meantime; start this one again."
             ) from error
+        self._is_claimed = True
 
 
 def loggers_of_run(given: Logger | Iterable[Logger] | bool | None, root: str | Path) -> list[Logger] | Logger | bool:

@@ -46,6 +46,16 @@ def test_two_runs_that_start_together_do_not_share_a_folder(tmp_path):
         second.claim()
 
 
+def test_a_run_may_claim_its_folder_again(tmp_path):
+    logger = RunLogger(tmp_path)
+    logger.claim()
+    logger.claim()  # reading broken rows takes the folder before training does
+    other = RunLogger(tmp_path)
+    Path(other.log_dir).mkdir()
+    with pytest.raises(ConfigError, match="taken by another run"):
+        other.claim()
+
+
 def test_a_version_of_the_users_is_continued(tmp_path):
     for step, metrics in enumerate([{"loss": 0.5}, {"accuracy": 0.25}]):
         logger = RunLogger(tmp_path, version="mine")

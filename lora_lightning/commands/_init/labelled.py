@@ -41,10 +41,11 @@ def guess_labelled(sample: Sample, columns: Sequence[Column], wishes: Wishes) ->
         DataError: There are several columns that may be one of the two, or it cannot be told what the labels are.
     """
     labels = _label_columns(sample, columns, wishes)
+    if labels:
+        _refuse_pairs(sample, columns, wishes)
     text = _text_column(sample, [one for one in columns if one not in labels], wishes, has_label=bool(labels))
     if text is None or not labels:
         return None
-    _refuse_pairs(sample, columns, wishes)
     problem = wishes.problem or _problem_of(sample, labels)
     names = [column.name for column in labels]
     settings = {"text_column": text.name, "label_column": names[0] if len(names) == 1 else names}
@@ -103,6 +104,7 @@ def _label_columns(sample: Sample, columns: Sequence[Column], wishes: Wishes) ->
     sure = named(candidates, _SURE_LABELS)
     if sure is not None:
         return [sure]
+    _refuse_single(sample, columns)
     flags = [column for column in candidates if column.are_flags]
     if len(flags) > 1 and len(flags) == len(candidates):
         return flags
@@ -115,6 +117,16 @@ def _label_columns(sample: Sample, columns: Sequence[Column], wishes: Wishes) ->
             "each text has several labels)."
         )
     return found
+
+
+def _refuse_single(sample: Sample, columns: Sequence[Column]) -> None:
+    """Refuse a column that is named as labels are and holds the same in every row."""
+    label = named(columns, _SURE_LABELS)
+    if label is not None and len(label.counts) == 1:
+        raise DataError(
+            f"{sample.source}: {label.name!r} holds {next(iter(label.counts))!r} in every row, so that nothing can "
+            "be told apart; name another column with --label_column, or set --task CausalLM to learn the texts."
+        )
 
 
 def _may_be_label(column: Column) -> bool:

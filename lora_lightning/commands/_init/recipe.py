@@ -15,6 +15,8 @@ from lora_lightning.errors import DataError
 _WRITERS = ("CausalLM", "Seq2SeqLM")
 _USUAL_CONTEXT = 512
 """Tokens that an encoder takes, where its config is not here to say."""
+_MARGIN = 1.5
+"""What a length that is estimated from letters is multiplied with: rare words have more tokens."""
 _FEW_ROWS, _MANY_ROWS = 500, 5000
 _SHARE = 0.1
 _MOST_TO_EVALUATE = 2000
@@ -59,12 +61,12 @@ def lengths_for(choice: Choice, trial: Trial, backbone: Backbone) -> dict[str, i
     """
     usual = LONGEST if choice.task in _WRITERS else _USUAL_CONTEXT
     most = min(backbone.context or usual, LONGEST)
-    lengths = {"max_length": usual_length(trial.lengths, most)}
-    if choice.task == "MultipleChoice":
-        # A choice that leaves no room for its question is refused.
-        lengths["max_length"] = usual_length([max(trial.lengths)], most)
+    margin = 1.0 if trial.is_counted else _MARGIN
+    # A choice that leaves no room for its question is refused, so that none may be cut.
+    rows = [max(trial.lengths)] if choice.task == "MultipleChoice" else trial.lengths
+    lengths = {"max_length": usual_length(rows, most, margin)}
     if trial.target_lengths:
-        lengths["max_target_length"] = usual_length(trial.target_lengths, most)
+        lengths["max_target_length"] = usual_length(trial.target_lengths, most, margin)
     return lengths
 
 

@@ -35,10 +35,10 @@ _CHOICE_STEMS = ("", "choice", "option", "opt", "ending", "answer", "sol", "alte
 def guess_tagged(sample: Sample, columns: Sequence[Column], wishes: Wishes) -> Choice | None:
     """Find words and a tag for each."""
     if sample.settings.conll:
-        if named(columns, ("tags",)) is None:
+        if not _are_tags(named(columns, ("tags",))):
             raise DataError(
-                f"{sample.source} has no tags behind its words. If it is running text, save it as JSON lines with a "
-                'field text, such as {"text": "..."}.'
+                f"{sample.source} has no words with a tag each, one a line. If it is running text, save it as "
+                'JSON lines with a field text, such as {"text": "..."}.'
             )
         return Choice(task="TokenClassification", seen="one word and its tag a line")
     words = column_of(columns, wishes.text) if wishes.text else _word_column(columns)
@@ -52,6 +52,14 @@ def guess_tagged(sample: Sample, columns: Sequence[Column], wishes: Wishes) -> C
     settings = {"token_column": words.name, "tag_column": tags.name}
     seen = f"lists of words in {words.name!r}, a tag for each in {tags.name!r}"
     return Choice(task="TokenClassification", settings=settings, seen=seen)
+
+
+def _are_tags(column: Column | None) -> bool:
+    """Return whether the entries of the lists of a column repeat, as the last words of lines of a text do not."""
+    if column is None:
+        return False
+    tags = [tag for cell in column.filled for tag in cell]
+    return len(set(tags)) <= len(tags) / 2
 
 
 def _word_column(columns: Sequence[Column]) -> Column | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,14 +53,19 @@ class Trial:
     target_lengths: list[int] = field(default_factory=list)
 
 
-def usual_length(lengths: list[int], most: int) -> int:
+def usual_length(lengths: list[int], most: int, margin: float = 1.0) -> int:
     """Return a maximum that 99 in 100 lengths keep to, a multiple of eight and at most `most`.
 
+    Args:
+        lengths: Tokens of each row.
+        most: Tokens that the backbone takes.
+        margin: What lengths that are estimates are multiplied with.
+
     Example:
-        >>> usual_length([5, 9, 30], most=512), usual_length([900], most=512)
-        (32, 512)
+        >>> usual_length([5, 9, 30], most=512), usual_length([900], most=512), usual_length([30], 512, margin=1.5)
+        (32, 512, 48)
     """
-    wanted = int(np.percentile(lengths, PERCENTILE, method="higher"))
+    wanted = math.ceil(np.percentile(lengths, PERCENTILE, method="higher") * margin)
     rounded = max(-(-wanted // _ROUNDED_TO) * _ROUNDED_TO, _SHORTEST)
     return min(rounded, most)
 

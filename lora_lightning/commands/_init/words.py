@@ -32,7 +32,7 @@ def report(
         f"Task: {choice.task}{f' ({choice.problem})' if choice.problem else ''}, since it has {choice.seen}.",
     ]
     if trial.labels:
-        lines.append(f"Labels: {_labels(sample, choice, trial)}.")
+        lines.append(f"Classes: {_labels(sample, choice, trial)}.")
     left_out = _left_out(trial)
     if left_out:
         lines.append(f"Left out in training: {left_out}.")
@@ -75,7 +75,7 @@ def labels_in_words(labels: Mapping[str, int], word: str) -> str:
 
 
 def _labels(sample: Sample, choice: Choice, trial: Trial) -> str:
-    word = "tags" if choice.task == "TokenClassification" else "labels"
+    word = "tags, with the sentences that have each" if choice.task == "TokenClassification" else "labels"
     where = "" if sample.is_whole else f", of {len(sample.records):,} rows that were looked at"
     return labels_in_words(trial.labels, word) + where
 

@@ -30,10 +30,17 @@ def read_message(counts: Mapping[str, int], needed: str) -> str:
 def bad_rows_file(trainer: Any) -> Path | None:  # noqa: ANN401 - a Trainer, or None
     """Return the file in the run's folder for rows that are left out as broken; None where this process writes none.
 
+    A logger that takes the run's folder for itself (`claim`) does so now, since rows are read before training starts.
+
     All ranks must ask for it together: the main process tells the others where the run's folder is.
     """
     folder = getattr(trainer, "log_dir", None) or getattr(trainer, "default_root_dir", None)
-    return Path(folder) / "bad_rows.jsonl" if folder is not None and trainer.is_global_zero else None
+    if folder is None or not trainer.is_global_zero:
+        return None
+    claim = getattr(getattr(trainer, "logger", None), "claim", None)
+    if claim is not None:
+        claim()
+    return Path(folder) / "bad_rows.jsonl"
 
 
 def write_bad_rows(bad: Sequence[tuple[str, str]], path: Path | None) -> None:
