@@ -62,12 +62,21 @@ class PredictionWriter(L.Callback):
         self._parts: dict[int, Part] = {}
         self._has_indices: dict[int, bool] = {}
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Settle the file and make its folder.
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse to replace the input.
 
         Raises:
             ConfigError: The file is one of the input's.
         """
+        del pl_module
+        find = getattr(trainer.datamodule, "input_files", None)  # type: ignore[attr-defined]  # set by Lightning's data connector
+        if stage != "predict" or self.path is None or find is None:
+            return
+        if Path(self.path).resolve() in [path.resolve() for path in find()]:
+            raise ConfigError(f"{self.path} is the file that is predicted, and would be replaced; name another one.")
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Settle the file and make its folder."""
         self._close()
         self.paths, self._target = [], None
         folder = run_folder(trainer)  # on all ranks
@@ -78,7 +87,6 @@ class PredictionWriter(L.Callback):
             target = folder / f"predictions{ending}"
         else:
             target = Path(self.path)
-        self._refuse_input_files(trainer, target)
         if trainer.is_global_zero:
             self._made = [one for one in (target.parent, *target.parent.parents) if not one.exists()]
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -147,11 +155,6 @@ class PredictionWriter(L.Callback):
         self._made.clear()
 
     # Helpers.
-
-    def _refuse_input_files(self, trainer: L.Trainer, target: Path) -> None:
-        find = getattr(trainer.datamodule, "input_files", None)  # type: ignore[attr-defined]  # set by Lightning's data connector
-        if find is not None and target.resolve() in [path.resolve() for path in find()]:
-            raise ConfigError(f"{target} is the file that is predicted, and would be replaced; name another one.")
 
     def _part(self, trainer: L.Trainer, target: Path, index: int) -> Part:
         if index not in self._parts:
