@@ -170,8 +170,14 @@ class PredictionWriter(L.Callback):
         if not any(part.stat().st_size for part in parts):
             rank_zero_warn(f"predict_step returned nothing, so that there is no {path}.")
             return
-        found = in_order(parts, are_indices=self._has_indices.get(index, True))
-        num_rows = write_table(path, _with_inputs(trainer, module, index, found))
+        are_indices = self._has_indices.get(index, True)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's data connector
+        try:
+            num_rows = write_table(path, _with_inputs(data, module, index, in_order(parts, are_indices=are_indices)))
+        except DataError as error:
+            # What took hours to compute is kept, whatever became of the input in the meantime.
+            rank_zero_warn(f"{path} is written without the columns of the input: {error}")
+            num_rows = write_table(path, _with_inputs(None, module, index, in_order(parts, are_indices=are_indices)))
         self.paths.append(path)
         self._messages.append(f"Predictions: {num_rows} rows in {path}")
 
@@ -202,10 +208,12 @@ def _num_rows(outputs: Any, batch: Any) -> int:  # noqa: ANN401 - whatever the t
 
 
 def _with_inputs(
-    trainer: L.Trainer, module: L.LightningModule, index: int, found: Iterator[tuple[int, Any]]
+    data: Any,  # noqa: ANN401 - a data module of any kind, or None
+    module: L.LightningModule,
+    index: int,
+    found: Iterator[tuple[int, Any]],
 ) -> Iterator[PredictedRow]:
     """Return predictions with the rows that they are for, as columns."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's data connector
     inputs = data.input_rows(index) if hasattr(data, "input_rows") else None
     complete = getattr(data, "complete_prediction", None)
     describe = getattr(module, "prediction_columns", columns_of)

@@ -152,9 +152,16 @@ def test_a_data_module_of_ones_own_may_give_the_inputs_columns(tmp_path):
     assert list(table.columns) == ["index", "name", "input_prediction", "input_index", "prediction"]
     assert list(table["name"]) == [f"n{index}" for index in range(NUM_ROWS)]
     assert list(table["prediction"]) == [4.0 * index for index in range(NUM_ROWS)]
-    with pytest.raises(DataError, match="input_rows of the data module returned no row for row 5"):
-        run(tmp_path, sums, OwnRows(inputs[:5]), "short.csv")
-    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"]
+
+
+def test_predictions_are_kept_where_the_input_is_gone(tmp_path):
+    inputs = [{"name": f"n{index}"} for index in range(5)]
+    told = "written without the columns of the input: input_rows of the data module returned no row for row 5"
+    with pytest.warns(UserWarning, match=told):
+        run(tmp_path, sums, OwnRows(inputs), "short.csv")
+    assert list(pd.read_csv(tmp_path / "short.csv").columns) == ["index", "prediction"]
+    assert len(pd.read_csv(tmp_path / "short.csv")) == NUM_ROWS
+    assert [path.name for path in tmp_path.iterdir()] == ["short.csv"]
 
 
 def test_some_batches_give_some_rows_and_a_trial_none(tmp_path):
