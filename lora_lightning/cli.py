@@ -43,7 +43,7 @@ from lora_lightning.config.parser_errors import reduce_error, unknown_options
 from lora_lightning.config.right_words.misplaced import settings_known
 from lora_lightning.config.saved_data import data_of_run, named_checkpoint, saved_data_class
 from lora_lightning.config.saved_model import KEYWORDS, refuse_conflict, saved_model
-from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect
+from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect, flag_value
 from lora_lightning.config.signatures import (
     Parameters,
     find_class,
@@ -216,7 +216,8 @@ class AdapterCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Take the model's settings from the checkpoint, where one is given, and check that there is a model."""
         config = self.config[self.chosen]
-        ckpt_path = config.get("ckpt_path")
+        # The config of a run, which names no checkpoint, may stand behind the flag.
+        ckpt_path = config["ckpt_path"] = config.get("ckpt_path") or flag_value(self.arguments, "ckpt_path")
         if config.get("weights_only") is False:
             raise ConfigError(
                 "weights_only is false, which would run any code that a checkpoint carries, and no checkpoint of a run "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import iter_acting
-from lora_lightning.adapters.attach import unwrap
+from lora_lightning.adapters.attach import refuse_sharded, unwrap
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.decoding import Draws, RepetitionPenalty, StopAt
 from lora_lightning.tasks.token_loss import IGNORED
@@ -110,10 +110,12 @@ def generate(
 
     Raises:
         ConfigError: A prompt is empty, or leaves no room for a new token.
+        TargetError: The model's parameters are sharded over several processes.
     """
     from transformers import GenerationConfig
 
     bare: Any = unwrap(model)
+    refuse_sharded(bare, "generate")  # ranks that generate differently long would wait for each other
     longest = max((len(prompt) for prompt in prompts), default=0)
     if not all(prompts):
         raise ConfigError("A prompt has no tokens; give at least one word, or a tokenizer that adds a start token.")
@@ -209,8 +211,12 @@ def answer(
 
     Returns:
         The tokens of each answer, without start and end.
+
+    Raises:
+        TargetError: The model's parameters are sharded over several processes.
     """
     bare: Any = unwrap(model)
+    refuse_sharded(bare, "generate")
     config = _without_sampling(bare.generation_config)
     config.update(do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens)
     with _evaluating(bare):
