@@ -168,7 +168,8 @@ def batching_of(model: nn.Module, prompt: Sequence[int]) -> Batching:
     room = max_positions(model) - len(prompt) - _NUM_TRIED
     longer = [*prompt, *list(prompt[:1]) * int(min(_NUM_PADDED, room))]
     alone = _first_logits(model, [prompt])
-    dtype = next(unwrap(model).parameters()).dtype
+    dtypes = (parameter.dtype for parameter in unwrap(model).parameters())
+    dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)  # some may be quantized
     tolerance = torch.finfo(dtype).eps ** 0.5 * float(alone.abs().max())
 
     def is_as_alone(companion: Sequence[int]) -> bool:
