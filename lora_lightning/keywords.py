@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable
 from inspect import Parameter
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.paths import nearest
 from lora_lightning.trust import LIBRARY
+
+T = TypeVar("T")
 
 
 class UnknownSetting(ConfigError, TypeError):  # noqa: N818 - reads as the fact it states
@@ -28,6 +31,22 @@ class NamesNearest:
         del args  # the constructor counts them
         refuse_unknown(cls, settings)
         return super().__new__(cls)
+
+
+def names_nearest(cls: type[T]) -> type[T]:
+    """Have a dataclass refuse a misspelt keyword with the nearest right one; a decorator.
+
+    A base class would do, but jsonargparse writes a dataclass with other bases into configs as a class with arguments.
+    """
+    build: Any = cls.__init__
+
+    @functools.wraps(build)
+    def __init__(self: T, *args: Any, **settings: Any) -> None:  # noqa: ANN401, N807 - the constructor's own
+        refuse_unknown(type(self), settings)
+        build(self, *args, **settings)
+
+    cls.__init__ = __init__  # type: ignore[assignment]  # it has the constructor's signature
+    return cls
 
 
 class ForwardsSettings(NamesNearest):

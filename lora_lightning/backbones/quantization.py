@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from lora_lightning.errors import BackboneError, ConfigError
-from lora_lightning.keywords import NamesNearest
+from lora_lightning.keywords import names_nearest
 
 __all__ = ["Quantization"]
 
@@ -31,8 +31,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _BLOCK, _OUTER_BLOCK = 64, 256
 
 
+@names_nearest
 @dataclass(frozen=True, kw_only=True)
-class Quantization(NamesNearest):
+class Quantization:
     """How the frozen base is stored; the adapters stay in full precision (QLoRA, Dettmers et al. 2023, 2305.14314).
 
     Linear layers are quantized while the model is loaded, each on the device that it will stay on. Embeddings, norms,

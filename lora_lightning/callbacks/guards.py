@@ -10,13 +10,14 @@ from lora_lightning.callbacks.idle_parameter_guard import IdleParameterGuard
 from lora_lightning.callbacks.non_finite_guard import NonFiniteGuard
 from lora_lightning.callbacks.out_of_memory_guard import OutOfMemoryGuard
 from lora_lightning.callbacks.signal_guard import SignalGuard
-from lora_lightning.keywords import NamesNearest
+from lora_lightning.keywords import names_nearest
 
 __all__ = ["Guards"]
 
 
+@names_nearest
 @dataclass(frozen=True, kw_only=True)
-class Guards(NamesNearest):
+class Guards:
     """The guards of a run; each is on unless it is switched off.
 
     In Python: `L.Trainer(callbacks=[AdapterCheckpoint(), *Guards().callbacks()])`.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from lora_lightning.errors import ConfigError
-from lora_lightning.keywords import NamesNearest
+from lora_lightning.keywords import names_nearest
 from lora_lightning.trust import check_import
 
 __all__ = ["Optim"]
@@ -27,8 +27,9 @@ BITSANDBYTES_OPTIMIZERS = (
 """Short names that need no `class_path`; those that torch has too (`AdamW`) are torch's."""
 
 
+@names_nearest
 @dataclass(frozen=True, kw_only=True)
-class Optim(NamesNearest):
+class Optim:
     """Learning rates by role, the optimizer class and the schedule.
 
     LoRA+ (Hayou et al. 2024, arXiv 2402.12354) is `lora_plus_ratio`: only the B factors of low-rank updates take it.
