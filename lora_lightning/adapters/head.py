@@ -17,7 +17,8 @@ class HeadAdapter(ForwardAdapter):
     """A float32 copy of a module that trains in its place.
 
     The frozen original stays in the model, so `disabled` gives the base model's own output. Floating-point inputs
-    are cast to the copy's dtype and its outputs back to the original's, except under autocast, which casts itself.
+    are cast to the copy's dtype, except under autocast, which casts them itself; what the copy returns in its own dtype
+    is cast to the original's, which the layers behind it take.
 
     Args:
         host: The module to copy.
@@ -63,8 +64,11 @@ class HeadAdapter(ForwardAdapter):
     def forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
         """Call the copy instead of the host."""
         own_dtype, host_dtype = _dtype(self.module), _dtype(host)
-        if own_dtype is host_dtype or _is_autocast_on(self.module):
+        if own_dtype is host_dtype:
             return self.module(*args, **kwargs)
+        if _is_autocast_on(self.module):
+            output = self.module(*args, **kwargs)  # embeddings and some norms keep their own dtype
+            return tree_map(lambda value: _cast(value, host_dtype) if _is_of(value, own_dtype) else value, output)
         args, kwargs = tree_map(lambda value: _cast(value, own_dtype), (args, kwargs))
         return tree_map(lambda value: _cast(value, host_dtype), self.module(*args, **kwargs))
 
@@ -81,6 +85,10 @@ def _dtype(module: nn.Module) -> torch.dtype:
 def _is_autocast_on(module: nn.Module) -> bool:
     device = next((p.device.type for p in module.parameters()), "cpu")
     return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _is_of(value: Any, dtype: torch.dtype) -> bool:  # noqa: ANN401 - leaves of any type
+    return isinstance(value, torch.Tensor) and value.dtype is dtype
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:  # noqa: ANN401 - leaves of any type pass through

@@ -133,6 +133,21 @@ def test_under_autocast_the_copy_is_called_as_it_is():
     assert seen == [torch.float32, torch.bfloat16]
 
 
+def test_under_autocast_what_follows_a_copy_gets_the_dtype_of_the_original():
+    """A copied embedding returns float32 under autocast, and a norm in bfloat16 takes none."""
+    model = nn.Sequential(nn.Embedding(8, 4), nn.LayerNorm(4), nn.Linear(4, 2)).bfloat16()
+    attach(model, LoRA(r=1, target_modules=["2"]), modules_to_save=["0"])
+    rows = torch.tensor([[1, 2]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(rows)
+        with disabled(model):
+            assert torch.equal(model(rows), expected)
+        expected.sum().backward()
+    assert model[0]._modules["_lora_lightning"]["head"].module.weight.grad.abs().sum() > 0
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="mixed dtype"):  # control
+        model[1](model[0](rows).float())
+
+
 def test_a_float64_module_gets_a_float64_copy():
     model = Model().double()
     attach(model, QUERY, modules_to_save=["head"])

@@ -250,7 +250,7 @@ def fold_in(world: World) -> None:
     world.expect_other("merged and base", got, answers(world.base, world.batch))
     again, base_off = saved_and_loaded(world, merged)
     if again is not None:
-        within = 2 * max(world.eps(), base_off)
+        within = max(2 * world.eps(), 20 * base_off)  # what the base loses in some kernels
         world.expect_equal("merged, saved and loaded", answers(again, world.batch), got, within)
 
 

@@ -74,7 +74,11 @@ class World:
 
     def eps(self) -> float:
         """Return how far other kernels, which torch chooses by what needs a gradient, may lie: a few last bits."""
-        return 16 * torch.finfo(next(self.base.parameters()).dtype).eps
+        dtype = next(self.base.parameters()).dtype
+        is_eager = getattr(getattr(self.base, "config", None), "_attn_implementation", None) == "eager"
+        if is_eager and dtype is torch.float64:
+            dtype = torch.float32  # of its softmax, which prefixes replace by torch's own attention
+        return 16 * torch.finfo(dtype).eps
 
     def tolerance(self) -> float:
         """Return how far an equal computation in another order may lie from the model's, relative."""
@@ -136,7 +140,7 @@ def tolerance(model: nn.Module, batch: Batch) -> float:
                 noise = torch.rand(parameter.shape, generator=generator) - 0.5
                 wide = parameter.double() * (1 + eps * noise)
                 parameter.copy_(wide)
-        moved += [distance(answers(other, batch), want), 0.2 * eps]
+        moved += [distance(answers(other, batch), want), eps]
     return ROUNDING_FACTOR * max(moved)
 
 
