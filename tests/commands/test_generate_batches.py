@@ -11,6 +11,8 @@ import torch
 import transformers
 
 from lora_lightning.__main__ import main
+from lora_lightning.backbones.load import load_backbone
+from lora_lightning.backbones.quantization import Quantization
 from lora_lightning.commands._language_model import LanguageModel, load_language_model
 from lora_lightning.commands._sampling import Sampling
 from lora_lightning.commands.generate import generate
@@ -19,6 +21,7 @@ from lora_lightning.tasks import generation
 from lora_lightning.tasks.decoding import Draws
 from lora_lightning.tasks.generation import batching_of
 from tests import models
+from tests.checkpoint.runs import save_wide_base
 from tests.commands.language_models import save_language_model, save_lm_checkpoint
 
 PROMPTS = ["w1", "w2 w3 w4 w5 w6", "w7 w8", "w9 w10 w11"]
@@ -61,6 +64,16 @@ def test_a_batch_answers_as_its_prompts_alone(name, settings):
     alone = [generation.generate(model, [ids], max_new_tokens=10, **settings)[0] for ids in IDS]
     assert generation.generate(model, IDS, max_new_tokens=10, **settings) == alone
     assert len({tuple(answer) for answer in alone}) > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*(_check_is_size|kernels).*")
+@pytest.mark.parametrize("settings", [Quantization(), Quantization(bits=8)], ids=["nf4", "int8"])
+def test_a_quantized_model_answers_a_batch_as_its_prompts_alone(tmp_path, settings):
+    folder = save_wide_base("llama", tmp_path / "base")
+    model = load_backbone(str(folder), "AutoModelForCausalLM", quantization=settings).model
+    assert batching_of(model, IDS[0]) == "any"
+    alone = [generation.generate(model, [ids], max_new_tokens=6)[0] for ids in IDS]
+    assert generation.generate(model, IDS, max_new_tokens=6) == alone
 
 
 @pytest.mark.parametrize("name", ["llama", "bart"])
