@@ -54,7 +54,7 @@ def merge_finetuned(
     output = Path(output)
     refuse_taken_file(output)
     content = read_finetuned(Path(path), "cpu", weights_only=weights_only is not False)
-    module = build_finetuned(cls, dict(content), **settings)
+    module = build_finetuned(cls, content, **settings)
     _write(output, {**content, "state_dict": merged_state(module, content["state_dict"])})
     return output
 
