@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lora_lightning.adapters import Method, iter_roles
@@ -18,18 +16,22 @@ from lora_lightning.callbacks.gradients import optimized, quoted
 from lora_lightning.callbacks.merge_at_end import checkpoint_path
 from lora_lightning.callbacks.places import is_trial
 from lora_lightning.errors import ConfigError
-from lora_lightning.finetuning import is_finetuned
 from lora_lightning.finetuning.attaching import builds_later, prepare
+from lora_lightning.finetuning.checks import (
+    announce,
+    averages_stochastically,
+    refuse_methods,
+    refuse_module,
+    refuse_order,
+)
 from lora_lightning.finetuning.cli_optimizer import renew_cli_optimizer
 from lora_lightning.finetuning.merging import refuse_taken_file, refuse_unmergeable, write_merged
 from lora_lightning.finetuning.names import is_of_adapter
-from lora_lightning.finetuning.parts import SHARDS_ITSELF, attach_part, was_taken_off
+from lora_lightning.finetuning.parts import attach_part, was_taken_off
 from lora_lightning.finetuning.record import Part, attached_parts
 from lora_lightning.finetuning.state import note_start
 from lora_lightning.finetuning.steps import MethodSteps
 from lora_lightning.keywords import NamesNearest
-from lora_lightning.strategies.facts import facts_of
-from lora_lightning.tasks import AdapterTask
 from lora_lightning.tasks.settings import methods_from
 
 __all__ = ["AdapterFinetuning"]
@@ -93,10 +95,8 @@ class AdapterFinetuning(NamesNearest, L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Attach the adapters, or have them attached once `configure_model` has created the submodule."""
-        if isinstance(pl_module, AdapterTask):
-            raise ConfigError("An AdapterTask attaches its own `method`; leave AdapterFinetuning out.")
-        self._refuse_strategy(trainer, pl_module)
-        self._refuse_order(trainer)
+        refuse_module(trainer, pl_module)
+        refuse_order(trainer, self)
         if stage == "fit":
             refuse_methods(self.methods, pl_module)
             if self.merge_to is not None:
@@ -105,7 +105,7 @@ class AdapterFinetuning(NamesNearest, L.Callback):
         part = prepare(pl_module, Part(self.module or "", self.methods, saved, statistics))
         # A module's own setup comes after this, and may load weights, which adapters must find in place. Stochastic
         # weight averaging copies the module now.
-        if not builds_later(pl_module) or _averages_stochastically(trainer):
+        if not builds_later(pl_module) or averages_stochastically(trainer):
             attach_part(pl_module, part)
         if stage == "fit" and was_taken_off(pl_module, part):
             raise ConfigError(
@@ -121,7 +121,7 @@ class AdapterFinetuning(NamesNearest, L.Callback):
         adapters = [(name, parameter) for name, parameter, _ in iter_roles(submodule) if parameter.requires_grad]
         held = {id(parameter) for optimizer in trainer.optimizers for parameter in optimized(optimizer)}
         left_out = [name for name, parameter in adapters if id(parameter) not in held]
-        if len(left_out) == len(adapters):
+        if adapters and len(left_out) == len(adapters):
             raise ConfigError(
                 f"The optimizers of {type(pl_module).__name__} hold none of the {len(adapters)} adapter parameters of "
                 f"{part.name}, so they would not train. In configure_optimizers, use self.parameters(), or "
@@ -135,7 +135,7 @@ class AdapterFinetuning(NamesNearest, L.Callback):
         if self.merge_to is not None:
             refuse_unmergeable(pl_module)
         note_start(pl_module)
-        _announce(pl_module, part)
+        announce(pl_module, part)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Have methods act around the steps of the optimizers that hold their adapters."""
@@ -188,67 +188,7 @@ class AdapterFinetuning(NamesNearest, L.Callback):
     def _attached(self, module: L.LightningModule) -> tuple[Part, torch.nn.Module]:
         return next(pair for pair in attached_parts(module) if pair[0].path == (self.module or ""))
 
-    def _refuse_strategy(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        facts = facts_of(trainer)
-        if not facts.keeps_whole:
-            raise ConfigError(
-                f"AdapterFinetuning runs on one device or with DDP, not with {facts.name}. {SHARDS_ITSELF}"
-            )
-        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not is_finetuned(module):
-            raise ConfigError(
-                "This strategy starts processes that get a copy of the module, so the adapters would be lost with "
-                'them. Use strategy="ddp", or call lora_lightning.finetune(module, method, submodule) before the '
-                "Trainer starts."
-            )
-
-    def _refuse_order(self, trainer: L.Trainer) -> None:
-        """Refuse callbacks that copy the module before it has its adapters."""
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
-        before = callbacks[: next(index for index, one in enumerate(callbacks) if one is self)]
-        copying = [one for one in before if isinstance(one, WeightAveraging | StochasticWeightAveraging)]
-        if copying:
-            raise ConfigError(
-                f"{type(copying[0]).__name__} copies the module before it has its adapters. Put AdapterFinetuning "
-                "before it in the list of callbacks."
-            )
-
 
 def _is_thawed(name: str, parameter: torch.nn.Parameter) -> bool:
     """Return whether a parameter of an adapted submodule belongs to no adapter and trains."""
     return parameter.requires_grad and not is_of_adapter(name)
-
-
-def _averages_stochastically(trainer: L.Trainer) -> bool:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
-    return any(isinstance(one, StochasticWeightAveraging) for one in callbacks)
-
-
-def refuse_methods(methods: Sequence[Method], module: L.LightningModule) -> None:
-    """Refuse methods that need more of a module than its steps.
-
-    Raises:
-        ConfigError: A method looks at data before the first step, or adds to the loss of a module that optimizes by
-            itself.
-    """
-    calibrating = [type(method).__name__ for method in methods if method.calibrates]
-    if calibrating:
-        raise ConfigError(
-            f"{calibrating[0]} with these settings looks at training data before the first step, which "
-            "AdapterFinetuning does not offer. Use an AdapterTask, or another init."
-        )
-    penalizing = [type(method).__name__ for method in methods if type(method).extra_loss is not Method.extra_loss]
-    if penalizing and not module.automatic_optimization:
-        raise ConfigError(
-            f"{penalizing[0]} adds a penalty to the loss that training_step returns, and {type(module).__name__} "
-            "optimizes manually. Use another method, or automatic optimization."
-        )
-
-
-def _announce(module: L.LightningModule, part: Part) -> None:
-    """Say how much of the module trains."""
-    num_trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    num_all = sum(parameter.numel() for parameter in module.parameters())
-    names = " and ".join(type(method).__name__ for method in part.methods)
-    rank_zero_info(
-        f"{names} on {part.name}: {num_trained:,} of {num_all:,} parameters of {type(module).__name__} train."
-    )

@@ -68,9 +68,9 @@ def read_finetuned(path: Path, map_location: Any = None, *, weights_only: bool =
 
 
 def build_finetuned(cls: type[M], content: dict[str, Any], *, strict: bool | None = None, **settings: Any) -> M:  # noqa: ANN401 - arguments of any type
-    """Build a module from what a checkpoint holds; `content` is changed."""
-    given = content.setdefault("hyper_parameters", {})
-    given.update(settings)
+    """Build a module from what a checkpoint holds."""
+    given = dict(content.get("hyper_parameters", {}))
+    content = {**content, "hyper_parameters": given}
     own_class = _class_of_cli(cls, given)
     module: Any = _load_state(finetuned_class(own_class), content, strict=strict, **settings)
     tensors = (value for value in content["state_dict"].values() if isinstance(value, torch.Tensor))

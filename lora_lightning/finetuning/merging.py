@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.merge import refuse_unmergeable_kinds
+from lora_lightning.adapters.merge import check_mergeable
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.backbones.attach import merge
 from lora_lightning.checkpoint.files import make_parents, write_atomically
@@ -54,7 +54,7 @@ def merge_finetuned(
     output = Path(output)
     refuse_taken_file(output)
     content = read_finetuned(Path(path), "cpu", weights_only=weights_only is not False)
-    module = build_finetuned(cls, dict(content), **settings)
+    module = build_finetuned(cls, content, **settings)
     _write(output, {**content, "state_dict": merged_state(module, content["state_dict"])})
     return output
 
@@ -86,7 +86,8 @@ def merged_state(module: L.LightningModule, state: dict[str, Any]) -> dict[str, 
         prefix = prefix_of(module, part)
         start = f"{prefix}." if prefix else ""
         plain = _plain_copy(submodule)
-        plain.load_state_dict({name.removeprefix(start): v for name, v in whole.items() if name.startswith(start)})
+        inside = {name.removeprefix(start): value for name, value in whole.items() if name.startswith(start)}
+        plain.load_state_dict(inside, strict=False)  # quantized layers write more than they read
         merge(plain)
         merged |= {start + name: value for name, value in plain.state_dict().items()}
     return {name: value.cpu() if isinstance(value, Tensor) else value for name, value in merged.items()}
@@ -100,7 +101,7 @@ def refuse_unmergeable(module: L.LightningModule) -> None:
     """
     for part, submodule in attached_parts(module):
         try:
-            refuse_unmergeable_kinds(submodule)
+            check_mergeable(submodule)
         except NotMergeable as error:
             raise ConfigError(f"The adapters of {part.name} cannot be merged; leave merge_to out: {error}") from error
 

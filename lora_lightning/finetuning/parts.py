@@ -35,8 +35,9 @@ def attach_parts(module: nn.Module) -> None:
 def attach_part(module: nn.Module, part: Part) -> None:
     """Attach the adapters of one part, unless it has them or had them before they were merged."""
     submodule = part.submodule(module)
-    if MARK in submodule.__dict__:
-        return
+    had_adapters = MARK in submodule.__dict__
+    if had_adapters and (part.base_fingerprint is not None or not is_attached(submodule)):
+        return  # they are there, or were merged
     record = record_of(module)
     assert record is not None
     if is_sharded(submodule):

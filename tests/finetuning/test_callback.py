@@ -16,6 +16,7 @@ from lora_lightning import (
     DeltaLoRA,
     LoRA,
     Optim,
+    attach,
     finetune,
     load_finetuned,
     merge,
@@ -23,9 +24,11 @@ from lora_lightning import (
 )
 from lora_lightning.adapters import attached_methods, is_attached
 from lora_lightning.errors import CheckpointError, ConfigError
+from lora_lightning.finetuning.checks import frozen_heads
 from lora_lightning.finetuning.record import record_of
+from tests import models
 from tests.callbacks.runs import LIGHTNING_WARNINGS, LineData, LineTask
-from tests.finetuning.modules import NUM_BATCHES, Gan, ImageClassifier, SelfSupervised, loader
+from tests.finetuning.modules import NUM_BATCHES, Gan, ImageClassifier, SelfSupervised, SentenceClassifier, loader
 from tests.finetuning.runs import answers, finetuning, fit, same, saved, trained_state, trainer
 from tests.resume.runs import SaveAfter
 
@@ -138,7 +141,7 @@ def test_strategies_that_shard_are_referred_to_attach(strategy, monkeypatch):
     from lora_lightning.strategies.facts import StrategyFacts
 
     facts = StrategyFacts(name=strategy, shards=True)
-    monkeypatch.setattr("lora_lightning.callbacks.adapter_finetuning.facts_of", lambda _: facts)
+    monkeypatch.setattr("lora_lightning.finetuning.checks.facts_of", lambda _: facts)
     with pytest.raises(ConfigError, match=r"not with .*Call lora_lightning.attach in the module's own configure_model"):
         fit(ImageClassifier, **QUICK)
 
@@ -277,6 +280,19 @@ def test_stochastic_averages_are_saved_small(tmp_path):
     held = content["callbacks"]["StochasticWeightAveraging"]["average_model_state"]
     assert held.keys() == content["state_dict"].keys() == trained_state(module).keys()
     assert (tmp_path / "6.ckpt").stat().st_size < plain + 40_000
+
+
+@pytest.mark.parametrize(("saving", "heads"), [([], ["classifier"]), (["classifier"], [])], ids=["frozen", "trained"])
+def test_a_head_that_stays_frozen_is_named(saving, heads, capfd):
+    module, _ = fit(SentenceClassifier, changes={"modules_to_save": saving}, **QUICK)
+    assert frozen_heads(module.bert) == heads
+    assert ("Its head 'classifier' is frozen" in capfd.readouterr().err) is bool(heads)
+
+
+def test_the_output_layer_of_a_language_model_is_no_new_head():
+    model = models.build("gpt2")
+    attach(model, LoRA(r=2))
+    assert frozen_heads(model) == []
 
 
 def test_the_module_keeps_its_class_and_its_own_hooks():

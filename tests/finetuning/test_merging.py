@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 
-from lora_lightning import LoRA, MergeAtEnd, PrefixTuning, load_finetuned, merge_checkpoint, merge_finetuned
+from lora_lightning import (
+    AdapterFinetuning,
+    LoRA,
+    MergeAtEnd,
+    PrefixTuning,
+    load_finetuned,
+    merge_checkpoint,
+    merge_finetuned,
+)
 from lora_lightning.errors import CheckpointError, ConfigError
 from tests.callbacks.runs import LIGHTNING_WARNINGS
 from tests.finetuning.modules import ImageClassifier, SelfSupervised, SentenceClassifier, loader
-from tests.finetuning.runs import MODULES, answers, finetuning, fit, saved, trainer
+from tests.finetuning.runs import MODULES, answers, finetuning, fit, same, saved, trained_state, trainer
 from tests.resume.runs import SaveAfter
 
 pytestmark = LIGHTNING_WARNINGS
@@ -62,6 +72,43 @@ def test_the_callback_merges_the_best_checkpoint(tmp_path):
     merged = answers(ImageClassifier.load_from_checkpoint(tmp_path / "merged.ckpt"))
     assert torch.allclose(merged, best, atol=1e-5)
     assert not torch.allclose(merged, answers(module), atol=1e-3)
+
+
+class Given(L.LightningModule):
+    """Is given its backbone, as many are, and leaves it out of its hyperparameters."""
+
+    def __init__(self, backbone: nn.Module, lr: float = 1e-2) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["backbone"])
+        self.backbone, self.head = backbone, nn.Linear(16, 3)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.hparams.lr)
+
+
+def test_a_module_that_is_given_its_backbone(tmp_path):
+    method = finetuning(ImageClassifier).methods[0]
+    backbone = ImageClassifier().backbone
+    module = Given(backbone)
+    run = trainer(AdapterFinetuning(method, "backbone"), SaveAfter(tmp_path, [3]), limit_train_batches=3, max_epochs=1)
+    run.fit(module, loader(ImageClassifier))
+    path = tmp_path / "3.ckpt"
+    loaded = load_finetuned(Given, path, backbone=ImageClassifier().backbone)
+    assert same(trained_state(loaded), trained_state(module))
+    again = load_finetuned(Given, path, backbone=backbone)  # which has adapters already
+    assert same(trained_state(again), trained_state(module))
+    with pytest.raises(CheckpointError, match="another base model"):
+        load_finetuned(Given, path, backbone=ImageClassifier(seed=6).backbone)
+
+    merged = merge_finetuned(Given, path, tmp_path / "merged.ckpt", backbone=ImageClassifier().backbone)
+    assert torch.load(merged, weights_only=True)["hyper_parameters"] == {"lr": 1e-2}
+    plain = Given.load_from_checkpoint(merged, backbone=ImageClassifier(seed=6).backbone).eval()
+    x = loader(ImageClassifier).dataset.tensors[0]
+    assert torch.allclose(plain.backbone(x), module.eval().backbone(x), atol=1e-5)
+    assert not torch.allclose(plain.backbone(x), ImageClassifier().eval().backbone(x), atol=1e-3)
 
 
 def test_a_merged_checkpoint_needs_no_callback(tmp_path):
