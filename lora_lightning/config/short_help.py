@@ -12,6 +12,9 @@ WIDTH = 36
 """Columns for the name of a setting."""
 
 
+ALL = ("fit", "validate", "test", "predict")
+
+
 @dataclass(frozen=True)
 class Line:
     """A setting of the short help.
@@ -20,13 +23,13 @@ class Line:
         flag: The setting with what it takes, such as `--model.method.r N`.
         text: What it does, in a few words.
         default: Its default as YAML writes it; empty where it has none or depends on the rest.
-        fit_only: Whether only `fit` shows it.
+        commands: The subcommands that show it.
     """
 
     flag: str
     text: str
     default: str = ""
-    fit_only: bool = True
+    commands: tuple[str, ...] = ("fit",)
 
     @property
     def name(self) -> str:
@@ -41,9 +44,11 @@ class Line:
 
 GROUPS = {
     "files": (
-        Line("--config FILE", "YAML file with settings; flags after it go over it", fit_only=False),
-        Line("--ckpt_path FILE", "checkpoint to resume from or to evaluate; last takes the newest", fit_only=False),
-        Line("--trainer.default_root_dir DIR", "folder of all runs", "runs", fit_only=False),
+        Line("--config FILE", "YAML file with settings; flags after it go over it", commands=ALL),
+        Line("--ckpt_path FILE", "checkpoint to resume from or to evaluate; last takes the newest", commands=ALL),
+        Line("--trainer.default_root_dir DIR", "folder of all runs", "runs", commands=ALL),
+        Line("--output FILE", "file of the predictions: .csv, .jsonl or .parquet", commands=("predict",)),
+        Line("--untrained", "allow a model whose head was never trained", "false", commands=ALL[1:]),
     ),
     "model": (
         Line("--model TASK", "what to learn"),
@@ -61,20 +66,21 @@ GROUPS = {
         Line("--model.optim.warmup X", "steps, or a share of all steps below 1", "0.0"),
     ),
     "data": (
-        Line("--data DATA", "how rows are read", fit_only=False),
-        Line("--data.train SOURCE", "file, folder, glob or Hub data set to train on", fit_only=False),
-        Line("--data.val SOURCE", "rows to validate on; split off unless given", fit_only=False),
-        Line("--data.test SOURCE", "rows to test on; split off unless given", fit_only=False),
-        Line("--data.batch_size N", "rows in a batch, on each device", fit_only=False),
-        Line("--data.max_length N", "tokens after which a row is too long", fit_only=False),
+        Line("--data DATA", "how rows are read", commands=ALL),
+        Line("--data.train SOURCE", "file, folder, glob or Hub data set to train on", commands=ALL),
+        Line("--data.val SOURCE", "rows to validate on; split off unless given", commands=ALL),
+        Line("--data.predict SOURCE", "rows to predict; those to test on unless given", commands=("predict",)),
+        Line("--data.test SOURCE", "rows to test on; split off unless given", commands=ALL),
+        Line("--data.batch_size N", "rows in a batch, on each device", commands=ALL),
+        Line("--data.max_length N", "tokens after which a row is too long", commands=ALL),
     ),
     "training": (
         Line("--trainer.max_epochs N", "passes over the training rows"),
         Line("--trainer.max_steps N", "optimizer steps, at most", "-1"),
         Line("--trainer.accumulate_grad_batches N", "batches in an optimizer step", "1"),
-        Line("--trainer.devices X", "number or list of devices", "auto", fit_only=False),
-        Line("--trainer.precision X", "32-true, bf16-mixed, bf16-true, 16-mixed, …", fit_only=False),
-        Line("--seed_everything N", "seed of weights, order and dropout", "42", fit_only=False),
+        Line("--trainer.devices X", "number or list of devices", "auto", commands=ALL),
+        Line("--trainer.precision X", "32-true, bf16-mixed, bf16-true, 16-mixed, …", commands=ALL),
+        Line("--seed_everything N", "seed of weights, order and dropout", "42", commands=ALL),
     ),
 }
 """What the short help shows, in its order."""
@@ -89,7 +95,7 @@ def short_help(command: str, summary: str) -> str:
     """
     lines = [f"usage: {PROG} {command} [--config FILE] [--name value ...]", "", summary]
     for title, settings in GROUPS.items():
-        shown = [str(one) for one in settings if command == "fit" or not one.fit_only]
+        shown = [str(one) for one in settings if command in one.commands]
         if shown:
             lines += ["", f"{title}:", *shown]
     return "\n".join([*lines, "", *_classes(), "", *_more(command)])

@@ -13,6 +13,7 @@ from jsonschema import Draft202012Validator
 import lora_lightning
 from lora_lightning import callbacks, data, methods, tasks
 from lora_lightning.__main__ import main
+from lora_lightning.commands._completion.engine import CommandLine
 from lora_lightning.commands._schema.config import config_schema
 from lora_lightning.config.strict_yaml import read_document
 from lora_lightning.optim import Optim
@@ -237,6 +238,18 @@ def test_types_defaults_and_choices_are_those_of_the_class(schema):
     assert train.keys() == {"description", "default"}  # a file's name, a list or a mapping
     assert set(schema["$defs"]["Optim"]["properties"]) == set(vars(Optim()))
     assert re.search("Rank", lora["r"]["description"])
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_the_sections_are_those_of_the_command_line(command, schema, capsys):
+    assert main([command, "--model", "CausalLM", "--data", "TextClassificationData", "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    taken = schema["$defs"]["run"]["properties"]
+    assert set(printed) <= set(taken)
+    trainer = taken["trainer"]["anyOf"][0]["properties"]
+    assert set(printed["trainer"]) == set(trainer)
+    top = {name for name in CommandLine([command, ""]).options if "." not in name}
+    assert top - {"config", "print_config", "help"} == set(printed) - {"trainer", "guards"}
 
 
 def test_the_command_writes_it(tmp_path, capsys, schema):

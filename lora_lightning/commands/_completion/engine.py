@@ -25,9 +25,19 @@ _OF_LIGHTNING = (
     Option("config", "YAML file with settings."),
     Option("ckpt_path", "Checkpoint to resume from or to evaluate."),
     Option("seed_everything", "Seed of weights, order and dropout."),
+    Option("weights_only", "Whether a checkpoint is read as weights alone.", ("true", "false")),
     Option("print_config", "Print the settings with all defaults, and end."),
     Option("help", "The usual settings; `--help all`: every setting."),
 )
+_OF_EVALUATIONS = {
+    "validate": (Option("verbose", "Print the metrics.", ("true", "false")),),
+    "test": (Option("verbose", "Print the metrics.", ("true", "false")),),
+    "predict": (
+        Option("output", "File of the predictions: .csv, .jsonl or .parquet."),
+        Option("return_predictions", "Keep the predictions in memory.", ("true", "false")),
+    ),
+}
+"""What only these subcommands take, beside `untrained`."""
 _SECTIONS = {"model": "tasks", "data": "data"}
 _USUAL_METHOD = "LoRA"
 
@@ -102,6 +112,9 @@ class CommandLine:
         command = self.words[0]
         if command in LIGHTNING_COMMANDS:
             found = {one.name: one for one in _OF_LIGHTNING}
+            found |= {one.name: one for one in _OF_EVALUATIONS.get(command, ())}
+            if command != "fit":
+                found["untrained"] = Option("untrained", "Use a model whose head was never trained.")
             found |= _below("trainer", options_of_trainer()) | _below("guards", options_of_class("Guards"))
             sections = list(_SECTIONS)
         elif command in table().commands:

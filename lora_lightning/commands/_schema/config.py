@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -13,8 +14,9 @@ from lora_lightning import __version__
 from lora_lightning.adapters import Method
 from lora_lightning.callbacks import Guards
 from lora_lightning.commands._schema.builder import FILE, Builder, Schema, reference
-from lora_lightning.commands._schema.signatures import settings_of, settings_of_function
+from lora_lightning.commands._schema.signatures import Setting, settings_of, settings_of_function
 from lora_lightning.commands.compare import compare
+from lora_lightning.run.trainer import RunTrainer
 from lora_lightning.tasks import AdapterTask
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -26,6 +28,8 @@ KINDS = {
     "logger": Logger,
     "strategy": Strategy,
 }
+_OBJECTS = frozenset({"self", "model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders"})
+"""Parameters of the Trainer's methods that the command line builds."""
 _LOADED = (
     "lora_lightning.data",
     "lora_lightning.callbacks",
@@ -60,8 +64,7 @@ def _run_keys(builder: Builder) -> set[str]:
 
 def _run(builder: Builder) -> Schema:
     """Return the schema of the settings of `fit` and its relatives."""
-    trainer, _ = settings_of(L.Trainer)
-    of_fit = [one for one in settings_of_function(L.Trainer.fit) if one.name in ("ckpt_path", "weights_only")]
+    trainer, _ = settings_of(RunTrainer)
     properties = {
         "seed_everything": {
             "type": ["integer", "boolean"],
@@ -72,9 +75,26 @@ def _run(builder: Builder) -> Schema:
         "data": _section(builder.define_kind("data"), "The data module: which rows, and how they are read."),
         "trainer": _section(builder.of_settings(trainer), "Settings of Lightning's Trainer."),
         "guards": _section(builder.define_class(Guards), "Which guards watch the run."),
-        **builder.of_settings(of_fit)["properties"],
+        **builder.of_settings(_of_subcommands())["properties"],
+        "untrained": {
+            "type": "boolean",
+            "description": "Use a model whose head was never trained; of validate, test and predict.",
+            "default": False,
+        },
+        "output": {
+            "type": ["string", "null"],
+            "description": "File of the predictions: .csv, .jsonl or .parquet; of predict.",
+            "default": None,
+        },
     }
     return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _of_subcommands() -> list[Setting]:
+    """Return what `fit`, `validate`, `test` and `predict` take themselves, each once."""
+    methods: list[Callable[..., Any]] = [L.Trainer.fit, L.Trainer.validate, L.Trainer.test, L.Trainer.predict]
+    found = {one.name: one for method in methods for one in settings_of_function(method)}
+    return [one for name, one in found.items() if name not in _OBJECTS]
 
 
 def _comparison(builder: Builder) -> Schema:
