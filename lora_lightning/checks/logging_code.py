@@ -67,7 +67,8 @@ def _unwrapped(value: object, roots: set[str]) -> Iterator[FunctionType]:
     else:
         candidates = (value,)
     for candidate in candidates:
-        function = inspect.unwrap(candidate) if isinstance(candidate, FunctionType) else None
+        wraps = isinstance(candidate, FunctionType) or hasattr(candidate, "__wrapped__")
+        function = inspect.unwrap(candidate) if wraps and callable(candidate) else None
         if isinstance(function, FunctionType) and _is_of_user(function.__module__, roots):
             yield function
 

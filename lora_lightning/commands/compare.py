@@ -22,6 +22,7 @@ from lora_lightning.commands._compare.plain_classes import build_task, data_spec
 from lora_lightning.commands._compare.runner import Outcome, Runner
 from lora_lightning.commands._compare.study import Study
 from lora_lightning.commands._compare.table import columns_of, rows_of, to_terminal
+from lora_lightning.data.base import TokenizedData
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.tasks import AdapterTask
@@ -108,6 +109,7 @@ def compare(
     )
     _check_reference(steps_to_reach, study)
     study.check_folder()
+    _check_splits(data)
     command = _command()
     study.claim_folder(command)
     console.print(f"{len(study.entries)} rows; budget: {study.budget}.", highlight=False)
@@ -153,6 +155,20 @@ def _check(**numbers: float | None) -> None:
             raise ConfigError(f"{name} is {value}: expected a whole number of at least 1.")
     if numbers["steps"] is not None and numbers["minutes"] is not None:
         raise ConfigError("Both steps and minutes are given; a full run ends by one of them.")
+
+
+def _check_splits(data: L.LightningDataModule) -> None:
+    """Refuse data without a validation or test split: a trial would find it only after its training.
+
+    Raises:
+        ConfigError: A data module has no loader for one of them.
+        DataError: A split has no rows, or the data cannot be divided.
+    """
+    for hook, reason in (("val_dataloader", "learning rates are judged"), ("test_dataloader", "methods are compared")):
+        if getattr(type(data), hook) is getattr(L.LightningDataModule, hook):
+            raise ConfigError(f"{type(data).__name__} defines no {hook}, on whose rows {reason}; define it.")
+    if isinstance(data, TokenizedData):
+        data.require_rows("val", "test")
 
 
 def _seeds(seeds: list[int] | None) -> tuple[int, ...]:

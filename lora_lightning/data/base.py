@@ -121,6 +121,21 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
                     self._encoded[split] = self._encode(split)
                     self._check_encoded(split)
 
+    def require_rows(self, *kinds: str) -> None:
+        """Read and divide the rows, and refuse data that leave a kind without any; nothing is encoded.
+
+        Args:
+            *kinds: `val`, `test`.
+
+        Raises:
+            DataError: A kind has no rows, or the data cannot be divided.
+        """
+        if not self.counts:
+            self._read()
+        for kind in kinds:
+            if not self._splits_of(kind):
+                raise self._no_rows({"val": "validate"}.get(kind, kind), kind)
+
     def train_dataloader(self) -> Batches:
         """Return the training batches of this rank, in an order of their own for every epoch."""
         rows = self._encoded_rows("train")

@@ -154,7 +154,8 @@ def check_optimization(checkpoint: Mapping[str, Any], optim: Optim, trainer: L.T
         trainer: Who loads it, or None.
 
     Raises:
-        CheckpointError: The optimizer is of another class, for which the state in the checkpoint means nothing.
+        CheckpointError: The optimizer is of another class or has other groups, which the state in the checkpoint does
+            not fit.
     """
     before = checkpoint.get("hyper_parameters", {}).get("optim")
     if trainer is None or trainer.state.fn != "fit" or not isinstance(before, dict):
@@ -166,6 +167,13 @@ def check_optimization(checkpoint: Mapping[str, Any], optim: Optim, trainer: L.T
             f"The checkpoint was trained with optim.optimizer={before['optimizer']!r}, and this run has "
             f"{now['optimizer']!r}, which cannot use its state. Keep the optimizer, or start a new run from the "
             "adapter folder beside the checkpoint (model.init_args.adapter)."
+        )
+    if "weight_decay" in changed and bool(before["weight_decay"]) != bool(now["weight_decay"]):
+        raise CheckpointError(
+            f"The checkpoint was trained with optim.weight_decay={before['weight_decay']!r}, and this run has "
+            f"{now['weight_decay']!r}: weight decay puts vectors into a group of their own, so the optimizer's "
+            "state does not fit. Keep it, or start a new run from the adapter folder beside the checkpoint "
+            "(model.init_args.adapter)."
         )
     if changed:
         listed = ", ".join(f"optim.{name} {now[name]!r} (before: {before[name]!r})" for name in changed)
