@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.util.inspect import signature as signature_of
+from sphinx.util.inspect import stringify_signature
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -34,6 +38,7 @@ templates_path = ["_templates"]
 html_theme = "furo"
 html_title = f"lora_lightning {release}"
 html_show_sourcelink = False
+smartquotes = False  # a prime in a formula is not a quotation mark
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
@@ -60,9 +65,27 @@ logging.getLogger("lightning").setLevel(logging.ERROR)
 def setup(app: Sphinx) -> None:
     """Write the generated pages before Sphinx lists its files."""
     app.connect("config-inited", write_reference)
+    app.connect("autodoc-process-signature", signature_of_dataclass)
 
 
 def write_reference(app: Sphinx, config: Config) -> None:
     """Write the pages of the reference that come from the code."""
     del config
     reference_pages.write_all(Path(app.srcdir) / "reference" / "generated")
+
+
+def signature_of_dataclass(
+    app: Sphinx,
+    what: str,
+    name: str,
+    obj: Any,  # noqa: ANN401 - whatever is documented
+    options: Any,  # noqa: ANN401 - Sphinx's own
+    signature: str | None,
+    returns: str | None,
+) -> tuple[str, None] | None:
+    """Show the fields of methods and other settings, whose `__new__` takes any keyword to name misspelt ones."""
+    del app, name, options, signature, returns
+    if what != "class" or not dataclasses.is_dataclass(obj):
+        return None
+    fields = signature_of(obj.__init__, bound_method=True)
+    return stringify_signature(fields, unqualified_typehints=True, show_return_annotation=False), None

@@ -18,7 +18,7 @@ INSTEAD = {
     r"(is|are|was|were) told": "is reported, printed or passed",
     r"all the same": "also, or still",
     r"(go|goes|going|went|gone) on": "continue, resume",
-    r"(is|are) no(?! longer| more| less)": "is not a",
+    r"(?<!there )(is|are) no(?! longer| more| less)": "is not a",
     r"to be made of": "name the value",
     r"bit for bit": "bit-exactly",
     r"tells? whether": "return whether",
@@ -53,7 +53,7 @@ class Hit:
 
     def __str__(self) -> str:
         """Return the place, the phrase, and what to write instead."""
-        instead = next(text for phrase, text in INSTEAD.items() if re.match(phrase, self.phrase, re.IGNORECASE))
+        instead = next(text for phrase, text in INSTEAD.items() if re.fullmatch(phrase, self.phrase, re.IGNORECASE))
         return f"{self.path}:{self.line}: {self.phrase!r}: {instead}"
 
 

@@ -158,7 +158,7 @@ def _of_set(name: str, declared: Declared) -> Iterator[str]:
 
 
 def _refuse(monitor: Monitor, what: str, declared: Declared) -> None:
-    """Raise, or warn if the owner was told to do without the metric."""
+    """Raise, or warn if the owner may do without the metric."""
     names = sorted((name for name in declared if not name.startswith(_TEST)), key=lambda name: (name[0] != "v", name))
     near = nearest(monitor.metric, names)[:1]
     hint = f"did you mean `{near[0]}`? " if near else ""

@@ -35,12 +35,12 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
         group_by_length: Put rows of like length into a batch, so that little is padded.
         seed: Seed of the order of training, at least 0.
         num_workers: Processes that make batches; 0 makes them in the main one.
-        tokenizer: Hub name, folder, or `pkg://package/folder` of the tokenizer; None means the backbone's own.
+        tokenizer: Hub name, folder, or `pkg://package/folder` of the tokenizer; None means the backbone's own. After
+            `setup`, the attribute of this name is the tokenizer itself.
 
     Attributes:
         counts: What became of the rows; empty before `setup`.
         fingerprint: SHA-256 of the rows and their splits.
-        tokenizer: The tokenizer, once `setup` has run.
 
     Raises:
         ConfigError: A setting is out of its range.

@@ -82,7 +82,8 @@ class RecordData(PredictedRows, abc.ABC):
         group_by_length: Put rows of like length into a batch, so that little is padded.
         seed: Seed of the split and of the order of training, at least 0.
         num_workers: Processes that make batches; 0 makes them in the main one, which is fast enough for texts.
-        tokenizer: Hub name, folder, or `pkg://package/folder` of the tokenizer; None means the backbone's own.
+        tokenizer: Hub name, folder, or `pkg://package/folder` of the tokenizer; None means the backbone's own. After
+            `setup`, the attribute of this name is the tokenizer itself.
 
     Attributes:
         counts: What became of the rows: `rows_read`, `rows_filtered` (by `where`), `rows_incomplete` (nothing to learn
@@ -91,7 +92,6 @@ class RecordData(PredictedRows, abc.ABC):
             one trained on); of each named validation set also `val/<name>` and `val/<name>/leaked`.
         ignored_fields: How many records hold each field that nothing reads.
         fingerprint: SHA-256 of the rows and their splits.
-        tokenizer: The tokenizer, once `setup` has run.
 
     Raises:
         ConfigError: A setting is out of its range, or contradicts another.

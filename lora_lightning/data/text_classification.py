@@ -41,11 +41,11 @@ class TextClassificationData(ColumnData):
             may hold 0 or 1 for each.
         problem: `single_label`, `multi_label` or `regression`; None takes that of the task.
         label_separator: What separates several labels in a text; None means `;`, `|` or a comma.
-        label_names: Names of the classes by index; None takes the model's, else those found, sorted.
+        label_names: Names of the classes by index; None takes the model's, else those found, sorted. After
+            `setup`, the attribute of this name holds them.
         **settings: Those of `ColumnData` (`max_length`) and `RecordData`.
 
     Attributes:
-        label_names: Name of each class by its index.
         label_counts: How many training rows have each label.
 
     Raises:

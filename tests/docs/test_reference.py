@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -52,6 +53,28 @@ def test_every_setting_of_a_class_is_explained(name):
     settings = PAGES.settings_of(find(name))
     of_lightning = [one for one in settings if one.name.startswith("theme.")]  # of its progress bar
     assert [one.name for one in settings if not one.text and one not in of_lightning] == []
+
+
+def documented(docstring: str, section: str) -> set[str]:
+    """Return the names that a section of a docstring explains."""
+    body = re.search(rf"^{section}:\n((?:(?: .*)?\n)*)", f"{docstring}\n", re.MULTILINE)
+    return set(re.findall(r"^    (\w+):", body.group(1), re.MULTILINE)) if body else set()
+
+
+def test_names_in_the_sections_of_a_docstring_are_found():
+    docstring = inspect.getdoc(Half) + "\n\nAttributes:\n    told: A number.\n    rest: More:\n        of it.\n"
+    assert documented(docstring, "Args") == {"told"}
+    assert documented(docstring, "Attributes") == {"told", "rest"}
+
+
+@pytest.mark.parametrize("name", CONFIGURABLE)
+def test_no_attribute_hides_what_a_setting_means(name):
+    # `--help` shows the text of the later section.
+    docstrings = [
+        inspect.getdoc(base) or "" for base in find(name).__mro__ if base.__module__.startswith("lora_lightning")
+    ]
+    hidden = [documented(one, "Args") & documented(one, "Attributes") for one in docstrings]
+    assert set().union(*hidden) == set()
 
 
 @pytest.mark.parametrize("name", table().commands)

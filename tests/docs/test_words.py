@@ -33,7 +33,14 @@ def test_phrases_are_found_across_lines_and_in_their_forms():
 
 
 @pytest.mark.parametrize(
-    "text", ["The run resumes.", "It is no longer needed.", "They go only after it.", "It is not a folder."]
+    "text",
+    [
+        "The run resumes.",
+        "It is no longer needed.",
+        "They go only after it.",
+        "There are no rows.",
+        "It is not a folder.",
+    ],
 )
 def test_other_texts_are_left_alone(text):
     assert found(text) == []
