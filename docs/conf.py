@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.config import Config
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -57,10 +58,11 @@ logging.getLogger("lightning").setLevel(logging.ERROR)
 
 
 def setup(app: Sphinx) -> None:
-    """Write the generated pages before autosummary reads the list of files."""
-    app.connect("builder-inited", write_reference, priority=100)
+    """Write the generated pages before Sphinx lists its files."""
+    app.connect("config-inited", write_reference)
 
 
-def write_reference(app: Sphinx) -> None:
+def write_reference(app: Sphinx, config: Config) -> None:
     """Write the pages of the reference that come from the code."""
+    del config
     reference_pages.write_all(Path(app.srcdir) / "reference" / "generated")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import types
+import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ ROOMS = {
     "tasks": "Tasks",
     "methods": "Methods",
     "optim": "Optimization",
+    "backbones": "Quantization",
     "data": "Data modules",
     "callbacks": "Callbacks",
 }
@@ -171,8 +174,11 @@ def _type(hint: object) -> str:
     """Return a type without the modules of its parts."""
     if hint is None:
         return ""
-    text = hint.__name__ if isinstance(hint, type) and not hasattr(hint, "__args__") else str(hint)
-    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text).replace("NoneType", "None")
+    if isinstance(hint, type) and typing.get_origin(hint) is None:
+        return hint.__name__
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(_type(one) for one in typing.get_args(hint)).replace("NoneType", "None")
+    return re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", str(hint)).replace("NoneType", "None")
 
 
 def _first_sentence(cls: type) -> str:
@@ -181,7 +187,7 @@ def _first_sentence(cls: type) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(str(text).split())
+    return " ".join(str(text).split()).replace("``", "`")
 
 
 def _table(settings: list[Setting]) -> str:

@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from lora_lightning import __version__
@@ -17,6 +18,9 @@ from lora_lightning.trust import be_strict
 
 PROG = "lora-lightning"
 OK, BUG, MISTAKE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
+
+_ASKED = frozenset({"-h", "--help", "help", "__complete", "completion", "schema"})
+"""Words of command lines that only print something."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The words after the program's name; None takes those of this process.
 
     Returns:
-        0, 2 after a mistake, 75 after the loss of another rank, 128 plus the number of a signal (130 after Ctrl-C), or
-        what the command returned.
+        0, 2 after a mistake, 75 after the loss of another rank, 128 plus the number of a signal (130 after Ctrl-C, 141
+        where the reader of its output has ended), or what the command returned.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debugging = "--debug" in arguments
@@ -45,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except SystemExit as stop:
         return _status(stop)
-    except BrokenPipeError:  # such as `--help | head`
+    except BrokenPipeError:
+        if not _ASKED.intersection(arguments):
+            raise
+        # The reader has ended first, as in `--help | head`; the interpreter must not write the rest at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
@@ -80,10 +87,13 @@ def run(arguments: list[str]) -> int:
         return OK
     commands = all_commands()
     if name not in commands:
+        from lora_lightning.config.right_words.foreign_names import COMMANDS
         from lora_lightning.wording import suggestion
 
         kind = "the command comes first, but got" if name.startswith("-") else "unknown command"
-        raise ConfigError(f"{kind} `{name}`; {suggestion(name, commands, 'commands')}")
+        meant = COMMANDS.get(name.lower())
+        hint = f"use `{meant}`" if meant else suggestion(name, commands, "commands")
+        raise ConfigError(f"{kind} `{name}`; {hint}")
     if name == "completion" and len(rest) == 1 and not rest[0].startswith("-"):
         load_command(name)(rest[0])  # shells run it as they start: the parser would take seconds
         return OK
@@ -184,6 +194,16 @@ def _status(stop: SystemExit) -> int:
     return stop.code if isinstance(stop.code, int) else MISTAKE
 
 
+def find_modules_of_folder() -> None:
+    """Let classes in files of the current folder be named, as `python -m lora_lightning` does.
+
+    The folder comes last, so that a file there never stands in for an installed module. `python -P` keeps it out.
+    """
+    here = str(Path.cwd())
+    if not sys.flags.safe_path and not {"", here} & set(sys.path):
+        sys.path.append(here)
+
+
 def script() -> NoReturn:
     """Run the command line of this process and end it with the exit status.
 
@@ -191,6 +211,7 @@ def script() -> NoReturn:
     interpreter ends, which aborts a run that has succeeded (`terminate called without an active exception`).
     """
     hide_bars()
+    find_modules_of_folder()
     status = main()
     distributed = sys.modules.get("torch.distributed")
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():

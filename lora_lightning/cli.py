@@ -31,16 +31,19 @@ from lora_lightning.callbacks import (
 )
 from lora_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
 from lora_lightning.callbacks.run_config import RunConfig
-from lora_lightning.callbacks.run_logger import RunLogger
+from lora_lightning.callbacks.run_logger import loggers_of_run
 from lora_lightning.checkpoint.saved_run import SavedRun
+from lora_lightning.checks import RunCheck, mistake_of_settings, refuse_wrong_monitors
 from lora_lightning.config.config_option import StrictConfigFile
-from lora_lightning.config.diagnosis import explain
+from lora_lightning.config.diagnosis import explain, refusal_of_building, refuse_ignored
 from lora_lightning.config.import_policy import set_import_policy
 from lora_lightning.config.last_run import DEFAULT_ROOT, last_of_runs, require_requeued
-from lora_lightning.config.parser_errors import own_message, reduce_error, unknown_options
+from lora_lightning.config.loggers import with_logger_folders
+from lora_lightning.config.parser_errors import reduce_error, unknown_options
+from lora_lightning.config.right_words.misplaced import settings_known
 from lora_lightning.config.saved_data import data_of_run, named_checkpoint, saved_data_class
 from lora_lightning.config.saved_model import KEYWORDS, refuse_conflict, saved_model
-from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect
+from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect, flag_value
 from lora_lightning.config.signatures import (
     Parameters,
     find_class,
@@ -51,7 +54,7 @@ from lora_lightning.config.signatures import (
 )
 from lora_lightning.config.strict_yaml import PARSER_MODE, register
 from lora_lightning.data.record_data import RecordData
-from lora_lightning.errors import ConfigError
+from lora_lightning.errors import ConfigError, UserError
 from lora_lightning.run.ending import ending
 from lora_lightning.run.quiet import tidy_output
 from lora_lightning.run.trainer import LogInterval, RunTrainer
@@ -105,6 +108,8 @@ def default_callbacks(
         callbacks.append(AdapterCheckpoint())
     if wanted(ModelSummary, "enable_model_summary"):
         callbacks.append(AdapterSummary())
+    if wanted(RunCheck):
+        callbacks.append(RunCheck())  # before the callback that writes the run's settings
     if wanted(LogInterval):
         callbacks.append(LogInterval())
     if wanted(Throughput):
@@ -131,7 +136,7 @@ class AdapterCLI(LightningCLI):
     def __init__(self, subcommand: str, arguments: Sequence[str]) -> None:
         self.chosen = subcommand
         self.saved_run: SavedRun | None = None
-        self.arguments = list(arguments)
+        self.arguments = with_logger_folders(arguments, DEFAULT_ROOT)
         super().__init__(
             model_class=AdapterTask,
             datamodule_class=L.LightningDataModule,
@@ -144,7 +149,7 @@ class AdapterCLI(LightningCLI):
             seed_everything_default=DEFAULT_SEED,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,  # tasks keep their own settings, alike in every kind of run
-            args=[subcommand, *arguments],
+            args=[subcommand, *self.arguments],
         )
 
     # Building the parser.
@@ -194,6 +199,7 @@ class AdapterCLI(LightningCLI):
             self.config = parser.parse_args(self._with_saved_data(args))
         except ArgumentError as error:
             raise ConfigError(self._explain(error)) from error
+        refuse_ignored(collect(self.arguments), self._schema())
 
     def _with_saved_data(self, args: list[str]) -> list[str]:
         """Name the data module of the checkpoint, where a command that does not train names none."""
@@ -210,7 +216,8 @@ class AdapterCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Take the model's settings from the checkpoint, where one is given, and check that there is a model."""
         config = self.config[self.chosen]
-        ckpt_path = config.get("ckpt_path")
+        # The config of a run, which names no checkpoint, may stand behind the flag.
+        ckpt_path = config["ckpt_path"] = config.get("ckpt_path") or flag_value(self.arguments, "ckpt_path")
         if config.get("weights_only") is False:
             raise ConfigError(
                 "weights_only is false, which would run any code that a checkpoint carries, and no checkpoint of a run "
@@ -274,10 +281,11 @@ class AdapterCLI(LightningCLI):
 
     def _explain(self, error: Exception) -> str:
         """Return one line that says what is wrong with the command line."""
-        text, schema = str(error), self._schema()
+        text, schema, written = str(error), self._schema(), collect(self.arguments)
+        known = ["--config", *flag_names(schema)]
         return (
-            unknown_options(text, ["--config", *flag_names(schema)])
-            or explain(collect(self.arguments), schema)
+            unknown_options(text, known, settings_known(schema, written.tree))
+            or explain(written, schema)
             or reduce_error(text)
         )
 
@@ -332,8 +340,11 @@ class AdapterCLI(LightningCLI):
                 self.datamodule.expect_run(self.saved_run.facts)
             self.trainer = self.instantiate_trainer()
             self._hand_over_checkpoint()
-        except ValueError as error:
-            raise ConfigError(explain(collect(self.arguments), self._schema()) or own_message(error)) from error
+        except (ValueError, ImportError) as error:
+            refusal = refusal_of_building(error, collect(self.arguments), self._schema())
+            if refusal is None:
+                raise
+            raise ConfigError(refusal) from error
 
     def _hand_over_checkpoint(self) -> None:
         """Give the trainer the content of a checkpoint that was read for its settings, so that it is read once."""
@@ -348,8 +359,8 @@ class AdapterCLI(LightningCLI):
         configured = list(configured) if isinstance(configured, list | tuple) else [configured]
         guards = self._get(self.config_init, "guards")
         config["callbacks"] = configured + default_callbacks(configured, config, guards) + self._writer(configured)
-        if config.get("logger") in (None, True) and not config.get("barebones"):
-            config["logger"] = RunLogger(config["default_root_dir"] or DEFAULT_ROOT)
+        if not config.get("barebones"):
+            config["logger"] = loggers_of_run(config.get("logger"), config["default_root_dir"] or DEFAULT_ROOT)
         return super()._instantiate_trainer(config, callbacks)
 
     def _writer(self, configured: list[L.Callback]) -> list[L.Callback]:
@@ -365,17 +376,21 @@ class AdapterCLI(LightningCLI):
 
         Raises:
             TrainingError: Memory ran out.
+            ConfigError: The trainer refuses a setting.
         """
         trainer = self.trainer
         device = type(trainer.accelerator).__name__.removesuffix("Accelerator").lower()
         processes = "1 process" if trainer.world_size == 1 else f"{trainer.world_size} processes"
         rank_zero_info(f"Running {subcommand} on {device} in {processes}, precision {trainer.precision}.")
         try:
+            if subcommand == "fit":
+                refuse_wrong_monitors(trainer, self.model)  # before data are read
             super()._run_subcommand(subcommand)
         except Exception as error:
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
             guards = [one for one in callbacks if isinstance(one, OutOfMemoryGuard)]
-            told = next((guard.error for guard in guards if guard.error is not None), None)
+            told: UserError | None = next((guard.error for guard in guards if guard.error is not None), None)
+            told = told or mistake_of_settings(error)
             if told is None:
                 raise
             raise told from error

@@ -16,17 +16,8 @@ class UnknownSetting(ConfigError, TypeError):  # noqa: N818 - reads as the fact 
     """A keyword that no constructor takes; also the `TypeError` that Python raises for it."""
 
 
-class ForwardsSettings:
-    """A class whose constructor forwards `**settings` to its base instead of repeating the base's parameters.
-
-    The signature lists the settings of all bases, for `help()` and editors, and a misspelt keyword is refused with the
-    nearest right one.
-    """
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - those of other bases
-        """Give the class the signature of all that it takes."""
-        super().__init_subclass__(**kwargs)
-        cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]  # `inspect` looks for it
+class NamesNearest:
+    """A class that refuses a misspelt keyword of its constructor with the nearest right one."""
 
     def __new__(cls, *args: Any, **settings: Any) -> Self:  # noqa: ANN401 - those of the constructor
         """Refuse keywords that nothing takes.
@@ -37,6 +28,18 @@ class ForwardsSettings:
         del args  # the constructor counts them
         refuse_unknown(cls, settings)
         return super().__new__(cls)
+
+
+class ForwardsSettings(NamesNearest):
+    """A class whose constructor forwards `**settings` to its base instead of repeating the base's parameters.
+
+    The signature lists the settings of all bases, for `help()` and editors.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - those of other bases
+        """Give the class the signature of all that it takes."""
+        super().__init_subclass__(**kwargs)
+        cls.__signature__ = signature_of(cls)  # type: ignore[attr-defined]  # `inspect` looks for it
 
 
 def parameters_taken(cls: type) -> tuple[dict[str, Parameter], bool]:

@@ -30,6 +30,7 @@ from lora_lightning.callbacks import (
     SignalGuard,
     Throughput,
 )
+from lora_lightning.checks import RunCheck
 from lora_lightning.cli import default_callbacks, run_lightning
 from lora_lightning.errors import DataError
 from lora_lightning.methods import LoRA
@@ -371,18 +372,19 @@ def test_print_config(capsys):
 def test_default_callbacks_give_way_to_the_users(monkeypatch):
     guards = [NonFiniteGuard, IdleParameterGuard, OutOfMemoryGuard, SignalGuard]
     others = [MetricCurve, RunReport, RankWatch, *guards]
-    kinds = [AdapterCheckpoint, AdapterSummary, LogInterval, Throughput, PlainProgress, *others]
+    kinds = [AdapterCheckpoint, AdapterSummary, RunCheck, LogInterval, Throughput, PlainProgress, *others]
     assert [type(callback) for callback in default_callbacks([], {})] == kinds
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     mine = [ModelCheckpoint(), Throughput()]
     assert [type(callback) for callback in default_callbacks(mine, {})] == [
         AdapterSummary,
+        RunCheck,
         LogInterval,
         PacedProgressBar,
         *others,
     ]
     off = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    assert [type(callback) for callback in default_callbacks([], off)] == [LogInterval, Throughput, *others]
+    assert [type(callback) for callback in default_callbacks([], off)] == [RunCheck, LogInterval, Throughput, *others]
     assert default_callbacks([], {"barebones": True}) == []
 
 

@@ -75,6 +75,17 @@ def test_a_misspelt_keyword_is_refused_with_the_nearest_right_word(build, wanted
         build()
 
 
+@pytest.mark.parametrize(
+    "cls",
+    [cls for cls in settings_classes() if documented(cls)],
+    ids=lambda c: c.__name__,
+)
+def test_every_class_names_the_nearest_right_word(cls):
+    for name in inspect.signature(cls).parameters:
+        with pytest.raises(ConfigError, match=rf"{cls.__name__} has no setting '{name}_'; did you mean `{name}`\?"):
+            cls(**{f"{name}_": None})
+
+
 def test_an_unknown_keyword_is_a_type_error_as_python_raises_it():
     assert issubclass(UnknownSetting, TypeError)
     with pytest.raises(TypeError, match=r"it takes .*backbone, .*method"):

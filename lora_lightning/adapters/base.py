@@ -280,6 +280,11 @@ class Method(abc.ABC):
         """Whether `calibrate` has anything to do; where it has not, a task sets up no data for it."""
         return type(self).calibrate is not Method.calibrate
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether `extra_loss` may return a penalty."""
+        return type(self).extra_loss is not Method.extra_loss
+
     def calibrate(self, model: nn.Module, batches: Iterable[Any], loss: Callable[[Any], Tensor]) -> None:
         """Look at data before the optimizer is built (never in a resumed run), and change the adapters by it.
 

@@ -92,7 +92,7 @@ def select_weights(view: ModelView, method: TargetedMethod) -> list[tuple[str, n
     chosen = _exclude(places, _by_parameter(places, set(chosen)), method)
     chosen = _keep_layers(chosen, method.layers_to_transform)
     if targets != ALL_LINEAR:
-        chosen = _outside_copies(chosen, targets, saved)
+        chosen = _outside_copies(chosen, targets, saved, view.head_paths())
     for path in chosen:
         _refuse_read_past(path, places[path], view, read_past)
     _refuse_unsupported(places, chosen, saved, method)
@@ -127,13 +127,20 @@ def takes_all_linear(view: ModelView, method: TargetedMethod) -> bool:
     return _targets(view, method) == ALL_LINEAR
 
 
-def _outside_copies(chosen: list[str], targets: Sequence[str] | str, saved: Sequence[str]) -> list[str]:
-    """Leave out what a target takes inside modules that are trained as full copies, if it takes others too."""
-    inside = [path for path in chosen if is_within(path, saved) and path not in saved]
+def _outside_copies(
+    chosen: list[str], targets: Sequence[str] | str, saved: Sequence[str], head: Sequence[str]
+) -> list[str]:
+    """Leave out what targets take inside modules that are trained as full copies, if they take others too.
+
+    A name that fits inside a copy alone contradicts `modules_to_save`, unless the copy is the model's head: a task
+    trains that without being asked.
+    """
+    inside = [path for path in chosen if is_within(path, saved) and (path not in saved or is_within(path, head))]
     outside = [path for path in chosen if path not in inside]
     names = [] if isinstance(targets, str) else targets
     is_wanted_inside = any(not any(has_suffix(path, name) for path in outside) for name in names)
-    if not inside or not outside or is_wanted_inside:
+    is_head = all(is_within(path, head) for path in inside)
+    if not inside or not outside or (is_wanted_inside and not is_head):
         return chosen  # `_refuse_unsupported` says what is wrong with those inside
     warnings.warn(
         f"target_modules leaves out {len(inside)} modules that modules_to_save trains as full copies, such as "
@@ -267,8 +274,8 @@ def _matching(places: Mapping[str, nn.Module], targets: Sequence[str] | str, set
     candidates = {target: list(places) if "." in target else modules for target in targets}
     missing = [target for target in targets if not any(has_suffix(path, target) for path in candidates[target])]
     if missing:
-        hints = " ".join(_parameter_hint(name, places) or _nearest(name, candidates[name]) for name in missing)
-        raise TargetError(f"{setting}: no module is called {', '.join(map(repr, missing))}. {hints}")
+        hints = dict.fromkeys(_parameter_hint(name, places) or _nearest(name, candidates[name]) for name in missing)
+        raise TargetError(f"{setting}: no module is called {', '.join(map(repr, missing))}. {' '.join(hints)}")
     found = {path for target in targets for path in candidates[target] if has_suffix(path, target)}
     return [path for path in places if path in found]
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from lora_lightning.errors import BackboneError, ConfigError
+from lora_lightning.keywords import NamesNearest
 
 __all__ = ["Quantization"]
 
@@ -31,7 +32,7 @@ _BLOCK, _OUTER_BLOCK = 64, 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantization:
+class Quantization(NamesNearest):
     """How the frozen base is stored; the adapters stay in full precision (QLoRA, Dettmers et al. 2023, 2305.14314).
 
     Linear layers are quantized while the model is loaded, each on the device that it will stay on. Embeddings, norms,

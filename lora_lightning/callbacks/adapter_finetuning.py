@@ -27,6 +27,7 @@ from lora_lightning.finetuning.parts import SHARDS_ITSELF, attach_part, was_take
 from lora_lightning.finetuning.record import Part, attached_parts
 from lora_lightning.finetuning.state import note_start
 from lora_lightning.finetuning.steps import MethodSteps
+from lora_lightning.keywords import NamesNearest
 from lora_lightning.strategies.facts import facts_of
 from lora_lightning.tasks import AdapterTask
 from lora_lightning.tasks.settings import methods_from
@@ -34,7 +35,7 @@ from lora_lightning.tasks.settings import methods_from
 __all__ = ["AdapterFinetuning"]
 
 
-class AdapterFinetuning(L.Callback):
+class AdapterFinetuning(NamesNearest, L.Callback):
     """Attach adapters to a LightningModule that exists, freeze what they stand on, and train them.
 
     The module's code stays as it is: `L.Trainer(callbacks=[AdapterFinetuning(LoRA(r=8), module="backbone")])`. The

@@ -10,12 +10,13 @@ from lora_lightning.callbacks.idle_parameter_guard import IdleParameterGuard
 from lora_lightning.callbacks.non_finite_guard import NonFiniteGuard
 from lora_lightning.callbacks.out_of_memory_guard import OutOfMemoryGuard
 from lora_lightning.callbacks.signal_guard import SignalGuard
+from lora_lightning.keywords import NamesNearest
 
 __all__ = ["Guards"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Guards:
+class Guards(NamesNearest):
     """The guards of a run; each is on unless it is switched off.
 
     In Python: `L.Trainer(callbacks=[AdapterCheckpoint(), *Guards().callbacks()])`.

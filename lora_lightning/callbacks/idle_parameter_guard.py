@@ -13,11 +13,12 @@ from torch import Tensor
 from lora_lightning.callbacks.gradients import bit_sum, largest, local, optimized, over_ranks, quoted, trained
 from lora_lightning.callbacks.places import adapted_model
 from lora_lightning.errors import ConfigError
+from lora_lightning.keywords import NamesNearest
 
 __all__ = ["IdleParameterGuard"]
 
 
-class IdleParameterGuard(L.Callback):
+class IdleParameterGuard(NamesNearest, L.Callback):
     """Warn, once, of adapter parameters without a gradient in the first steps, or still exactly at their start.
 
     Only what trains is judged; biases of attention's keys, whose gradient is zero by nature, are not. After those steps

@@ -13,6 +13,7 @@ from lora_lightning.adapters.merge import refuse_unmergeable_kinds
 from lora_lightning.callbacks.places import adapted_model, is_trial, run_folder
 from lora_lightning.errors import ConfigError, NotMergeable
 from lora_lightning.finetuning import is_finetuned
+from lora_lightning.keywords import NamesNearest
 from lora_lightning.merging.merge import merge_checkpoint, refuse_taken
 from lora_lightning.merging.precision import DTYPES
 from lora_lightning.merging.report import MergeReport, UpdateLost
@@ -20,7 +21,7 @@ from lora_lightning.merging.report import MergeReport, UpdateLost
 __all__ = ["MergeAtEnd"]
 
 
-class MergeAtEnd(L.Callback):
+class MergeAtEnd(NamesNearest, L.Callback):
     """Merge a checkpoint of the run into its base when `fit` ends, into a folder that plain transformers loads.
 
     The merge starts from the checkpoint file, with the base loaded anew, exactly as `lora-lightning merge` does; the

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_lightning.callbacks.places import is_trial, passed_interval, run_folder
 from lora_lightning.checkpoint.files import write_atomically
+from lora_lightning.keywords import NamesNearest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,7 @@ MAX_MARKERS = 30
 NOT_METRICS = ("samples_per_second", "tokens_per_second", "epoch", "step", "lr")
 
 
-class MetricCurve(L.Callback):
+class MetricCurve(NamesNearest, L.Callback):
     """Draw every logged loss and metric over the optimizer steps, when `fit` ends or is stopped.
 
     Each metric gets a panel of its own with one line for each stage (`train`, `val`), in `<run folder>/curve.png`.

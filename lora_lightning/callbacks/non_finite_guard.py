@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lora_lightning.callbacks.gradients import finite_flag, largest, local, names_of, optimized, over_ranks, quoted
 from lora_lightning.errors import ConfigError, TrainingError
+from lora_lightning.keywords import NamesNearest
 
 __all__ = ["NonFiniteGuard"]
 
 
-class NonFiniteGuard(L.Callback):
+class NonFiniteGuard(NamesNearest, L.Callback):
     """Stop before an update by a loss or gradient that is NaN or infinite, and where a validation loss is.
 
     Weights and checkpoints stay those of the last good step. Losses and gradients of a step are checked together, on

@@ -137,7 +137,7 @@ def _describe(batch: Any) -> str:  # noqa: ANN401 - the data module's own type
 
 def _hints(trainer: L.Trainer, module: L.LightningModule, num_samples: int, *, is_training: bool) -> list[str]:
     """Return what to change, the least costly first, without what is in place already."""
-    if not hasattr(module, "quantization"):
+    if not hasattr(module, "gradient_checkpointing"):
         return _hints_for_others(trainer, module, num_samples, is_training=is_training)
     data = getattr(trainer, "datamodule", None)
     hints = []

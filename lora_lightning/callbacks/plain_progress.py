@@ -12,6 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 
 from lora_lightning.callbacks.places import log_interval
+from lora_lightning.keywords import NamesNearest
 
 __all__ = ["PlainProgress"]
 
@@ -21,7 +22,7 @@ SECONDS_BETWEEN_LINES = 60.0
 _RATES = {"train/tokens_per_second": "tokens/s", "train/samples_per_second": "samples/s"}
 
 
-class PlainProgress(ProgressBar):
+class PlainProgress(NamesNearest, ProgressBar):
     """Prints a line per logging interval and per validation, and at least one a minute between batches.
 
     A line of training holds epoch, step, loss, learning rates, samples or tokens a second and the time left; a line of

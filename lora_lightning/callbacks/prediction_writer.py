@@ -16,6 +16,7 @@ from lora_lightning.callbacks.predictions.rows import plain, rows_of
 from lora_lightning.callbacks.predictions.tables import PredictedRow, check_format, write_table
 from lora_lightning.data.rows.inputs import InputRow
 from lora_lightning.errors import ConfigError, DataError
+from lora_lightning.keywords import NamesNearest
 from lora_lightning.tasks.evaluation import names_of_sets
 from lora_lightning.tasks.prediction_columns import columns_of
 from lora_lightning.tasks.step_output import batch_size_of
@@ -23,7 +24,7 @@ from lora_lightning.tasks.step_output import batch_size_of
 __all__ = ["PredictionWriter"]
 
 
-class PredictionWriter(L.Callback):
+class PredictionWriter(NamesNearest, L.Callback):
     """Write what `trainer.predict` answers to a file: each row of the input once, in its order, with all its columns.
 
     The columns are `index` (the position of the row in its source, from 0), those of the input, and those of the task
@@ -62,12 +63,21 @@ class PredictionWriter(L.Callback):
         self._parts: dict[int, Part] = {}
         self._has_indices: dict[int, bool] = {}
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Settle the file and make its folder.
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse to replace the input.
 
         Raises:
             ConfigError: The file is one of the input's.
         """
+        del pl_module
+        find = getattr(trainer.datamodule, "input_files", None)  # type: ignore[attr-defined]  # set by Lightning's data connector
+        if stage != "predict" or self.path is None or find is None:
+            return
+        if Path(self.path).resolve() in [path.resolve() for path in find()]:
+            raise ConfigError(f"{self.path} is the file that is predicted, and would be replaced; name another one.")
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Settle the file and make its folder."""
         self._close()
         self.paths, self._target = [], None
         folder = run_folder(trainer)  # on all ranks
@@ -78,7 +88,6 @@ class PredictionWriter(L.Callback):
             target = folder / f"predictions{ending}"
         else:
             target = Path(self.path)
-        self._refuse_input_files(trainer, target)
         if trainer.is_global_zero:
             self._made = [one for one in (target.parent, *target.parent.parents) if not one.exists()]
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -148,11 +157,6 @@ class PredictionWriter(L.Callback):
 
     # Helpers.
 
-    def _refuse_input_files(self, trainer: L.Trainer, target: Path) -> None:
-        find = getattr(trainer.datamodule, "input_files", None)  # type: ignore[attr-defined]  # set by Lightning's data connector
-        if find is not None and target.resolve() in [path.resolve() for path in find()]:
-            raise ConfigError(f"{target} is the file that is predicted, and would be replaced; name another one.")
-
     def _part(self, trainer: L.Trainer, target: Path, index: int) -> Part:
         if index not in self._parts:
             self._parts[index] = Part(_part_path(target, index, trainer.global_rank))
@@ -167,8 +171,14 @@ class PredictionWriter(L.Callback):
         if not any(part.stat().st_size for part in parts):
             rank_zero_warn(f"predict_step returned nothing, so that there is no {path}.")
             return
-        found = in_order(parts, are_indices=self._has_indices.get(index, True))
-        num_rows = write_table(path, _with_inputs(trainer, module, index, found))
+        are_indices = self._has_indices.get(index, True)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's data connector
+        try:
+            num_rows = write_table(path, _with_inputs(data, module, index, in_order(parts, are_indices=are_indices)))
+        except DataError as error:
+            # What took hours to compute is kept, whatever became of the input in the meantime.
+            rank_zero_warn(f"{path} is written without the columns of the input: {error}")
+            num_rows = write_table(path, _with_inputs(None, module, index, in_order(parts, are_indices=are_indices)))
         self.paths.append(path)
         self._messages.append(f"Predictions: {num_rows} rows in {path}")
 
@@ -199,10 +209,12 @@ def _num_rows(outputs: Any, batch: Any) -> int:  # noqa: ANN401 - whatever the t
 
 
 def _with_inputs(
-    trainer: L.Trainer, module: L.LightningModule, index: int, found: Iterator[tuple[int, Any]]
+    data: Any,  # noqa: ANN401 - a data module of any kind, or None
+    module: L.LightningModule,
+    index: int,
+    found: Iterator[tuple[int, Any]],
 ) -> Iterator[PredictedRow]:
     """Return predictions with the rows that they are for, as columns."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning's data connector
     inputs = data.input_rows(index) if hasattr(data, "input_rows") else None
     complete = getattr(data, "complete_prediction", None)
     describe = getattr(module, "prediction_columns", columns_of)

@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from lora_lightning.callbacks.rank_links import Loss, RankLinks
 from lora_lightning.errors import ConfigError, RankLost
+from lora_lightning.keywords import NamesNearest
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import ParallelStrategy
@@ -26,7 +27,7 @@ __all__ = ["RankWatch"]
 _OF_COMMUNICATION = re.compile(r"gloo|nccl|process group|socket|connection (was )?(closed|reset)|broken pipe", re.I)
 
 
-class RankWatch(L.Callback):
+class RankWatch(NamesNearest, L.Callback):
     """End every rank when one is gone, in a sentence that names it; in a run of one process it does nothing.
 
     A collective with a rank that died fails at once (gloo) or only after the process group's timeout of half an hour

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.cloud_io import get_filesystem
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from lora_lightning.errors import ConfigError
@@ -62,6 +63,27 @@ class RunLogger(CSVLogger):
                 f"{self.log_dir} was taken by another run in the meantime; start this one again."
             ) from error
         self._is_claimed = True
+
+
+def loggers_of_run(given: Logger | Iterable[Logger] | bool | None, root: str | Path) -> list[Logger] | Logger | bool:
+    """Return the loggers of a run, the one whose folder is the run's first.
+
+    Checkpoints and settings go into the folder of the first logger. Only Lightning's CSV and TensorBoard loggers have
+    one; beside others (Weights & Biases, MLflow) a `RunLogger` comes first.
+
+    Args:
+        given: What the user set; None and True stand for the `RunLogger` alone, False for none.
+        root: Folder of all runs.
+    """
+    if given is None or isinstance(given, bool):
+        return False if given is False else RunLogger(root)
+    loggers = [given] if isinstance(given, Logger) else list(given)
+    with_folder = [one for one in loggers if isinstance(one, CSVLogger | TensorBoardLogger)] or [RunLogger(root)]
+    first = with_folder[0]
+    for other in with_folder[1:]:
+        if other._version is None and other.root_dir == first.root_dir:
+            other._version = first.version  # else each would take a number of its own
+    return [*with_folder, *(one for one in loggers if one not in with_folder)]
 
 
 class _LazyWriter(ExperimentWriter):

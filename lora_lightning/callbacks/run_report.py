@@ -14,6 +14,7 @@ from lora_lightning.callbacks.metric_curve import MetricCurve, draw
 from lora_lightning.callbacks.places import is_trial, run_folder
 from lora_lightning.callbacks.sample_generations import SampleGenerations
 from lora_lightning.checkpoint.files import write_atomically
+from lora_lightning.keywords import NamesNearest
 from lora_lightning.tasks.tables import Table
 
 __all__ = ["RunReport"]
@@ -21,7 +22,7 @@ __all__ = ["RunReport"]
 _CONFIG = "config.yaml"
 
 
-class RunReport(L.Callback):
+class RunReport(NamesNearest, L.Callback):
     """Write one HTML page about a run, `<run folder>/report.html`, when `fit` ends or is stopped.
 
     It holds the curves (of `MetricCurve`), the last value of each metric, the confusion matrix or the table of entities

@@ -14,6 +14,7 @@ from lora_lightning.adapters.attach import refuse_sharded
 from lora_lightning.backbones.load import load_tokenizer
 from lora_lightning.callbacks.places import adapted_model, is_trial, run_folder
 from lora_lightning.errors import ConfigError
+from lora_lightning.keywords import NamesNearest
 from lora_lightning.tasks.generation import Example, examples_of, generate
 
 __all__ = ["SampleGenerations"]
@@ -27,7 +28,7 @@ class Sample(NamedTuple):
     generated: str
 
 
-class SampleGenerations(L.Callback):
+class SampleGenerations(NamesNearest, L.Callback):
     """Let the model answer a few prompts after each validation, and show what it says.
 
     The answers are printed, appended to `<run folder>/samples.jsonl`, and given to loggers that take text (TensorBoard,

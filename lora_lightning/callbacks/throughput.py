@@ -10,6 +10,7 @@ import lightning as L
 from torch import Tensor
 
 from lora_lightning.callbacks.places import passed_interval
+from lora_lightning.checks.monitors import Direction
 
 __all__ = ["Throughput"]
 
@@ -28,6 +29,10 @@ class Throughput(L.Callback):
         self._started = 0.0
         self._paused_at: float | None = None
         self._last_step = 0
+
+    def logged_metrics(self) -> dict[str, Direction | None]:
+        """Return what is logged."""
+        return {"train/samples_per_second": "max", "train/tokens_per_second": "max"}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""

@@ -179,7 +179,7 @@ def _room(gpu: str | None) -> tuple[int | None, str]:
     """Return the memory to fit into, in bytes, and how to call it.
 
     Raises:
-        ConfigError: It is neither a known name nor an amount of memory.
+        ConfigError: It is neither a known name nor an amount of memory that a GPU has.
     """
     if gpu is None:
         if not torch.cuda.is_available():
@@ -196,6 +196,10 @@ def _room(gpu: str | None) -> tuple[int | None, str]:
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(GPUS)}."
         raise ConfigError(f"gpu: {gpu!r} is neither an amount of memory, such as 24GB, nor a GPU known here; {hint}")
     num_bytes = int(float(amount[1]) * _UNITS[amount[2].upper()])
+    if num_bytes <= RESERVED_BY_CUDA:
+        raise ConfigError(
+            f"gpu: {gpu!r} means {num_bytes:,} bytes, less than CUDA itself takes; did you mean {amount[1]}GB?"
+        )
     return num_bytes, f"a GPU of {_size(num_bytes)}"
 
 

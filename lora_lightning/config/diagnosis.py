@@ -13,7 +13,8 @@ from typing import Any, get_args, get_origin
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lora_lightning.adapters.base import PEFT_SPELLINGS, Method
-from lora_lightning.config.parser_errors import refused_import
+from lora_lightning.config.parser_errors import missing_package, own_message, refused_import
+from lora_lightning.config.right_words.misplaced import right_setting, right_value, settings_known
 from lora_lightning.config.settings import CLASS_PATH, DICT_KWARGS, INIT_ARGS, SPEC_KEYS, Settings
 from lora_lightning.config.signatures import (
     Parameters,
@@ -25,16 +26,24 @@ from lora_lightning.config.signatures import (
     subclasses,
 )
 from lora_lightning.config.strict_yaml import KeyPath
+from lora_lightning.errors import ConfigError
 from lora_lightning.trust import is_allowed, refusal
 from lora_lightning.wording import one_line, suggestion
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A mistake and the path of keys that leads to it."""
+    """A mistake.
+
+    Args:
+        path: The keys that lead to it.
+        message: What is wrong.
+        is_unknown: Whether the last key names no setting.
+    """
 
     path: KeyPath
     message: str
+    is_unknown: bool = False
 
 
 def explain(settings: Settings, schema: Parameters) -> str | None:
@@ -46,10 +55,60 @@ def explain(settings: Settings, schema: Parameters) -> str | None:
             the key is a group of plain settings, such as the trainer's.
     """
     problem = next(_problems_of_arguments(settings.tree, schema, ()), None)
-    if problem is None:
-        return None
+    return None if problem is None else _told(problem, settings, schema)
+
+
+def refuse_ignored(settings: Settings, schema: Parameters) -> None:
+    """Refuse a key that names no setting and has no value, which the parser drops without a word.
+
+    Args:
+        settings: What the user wrote.
+        schema: As `explain` takes it.
+
+    Raises:
+        ConfigError: There is such a key.
+    """
+    empties = set(_empties(settings.tree, ()))
+    if not empties:
+        return
+    unknown = (problem for problem in _problems_of_arguments(settings.tree, schema, ()) if problem.is_unknown)
+    problem = next((problem for problem in unknown if problem.path in empties), None)
+    if problem is not None:
+        raise ConfigError(_told(problem, settings, schema))
+
+
+def refusal_of_building(error: Exception, settings: Settings, schema: Parameters) -> str | None:
+    """Return one line about an exception with which a class refuses its settings, or None if it is a bug.
+
+    Args:
+        error: The exception.
+        settings: What the user wrote.
+        schema: As `explain` takes it.
+    """
+    missing = missing_package(error)
+    if missing is not None or isinstance(error, ImportError):
+        return missing
+    return explain(settings, schema) or own_message(error)
+
+
+def _told(problem: Problem, settings: Settings, schema: Parameters) -> str:
+    """Return a problem as one line, with the setting that is meant where one is for sure, and where it was written."""
+    message = problem.message
+    if problem.is_unknown:
+        written = ".".join(key for key in problem.path if key != INIT_ARGS)
+        right = right_setting(written, settings_known(schema, settings.tree), as_flag=False)
+        message = f"unknown key `{dotted(problem.path)}`; use {right}" if right else message
     origin = settings.origin(problem.path)
-    return f"{origin}: {problem.message}" if origin else problem.message
+    return f"{origin}: {message}" if origin else message
+
+
+def _empties(tree: Any, path: KeyPath) -> Iterator[KeyPath]:  # noqa: ANN401 - values out of YAML are of any type
+    """Yield the path of each value that is empty."""
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _empties(value, (*path, str(key)))
+    elif tree is None or tree == {} or tree == []:
+        yield path
 
 
 def problems(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:  # noqa: ANN401 - any value, any type hint
@@ -71,7 +130,10 @@ def problems(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:  # noqa
     else:
         error = _error_of(hint, value)
         if error is not None:
+            right = right_value(hint, value)
             expected = f"{dotted(path)}: expected {describe(hint)}, got {value!r}"
+            if right is not None:
+                expected = f"{dotted(path)}: {value!r} is not a value of it; did you mean `{right}`?"
             yield Problem(path, refused_import(error) or expected)
 
 
@@ -94,7 +156,8 @@ def _problems_of_arguments(arguments: Any, parameters: Parameters, path: KeyPath
         if key in parameters.types:
             yield from problems(value, parameters.types[key], place)
         elif not parameters.is_open:
-            yield Problem(place, f"unknown key `{dotted(place)}`; {suggestion(str(key), parameters.types)}")
+            text = f"unknown key `{dotted(place)}`; {suggestion(str(key), parameters.types)}"
+            yield Problem(place, text, is_unknown=True)
     for name in sorted(parameters.required - arguments.keys()):
         yield Problem(path, f"`{dotted((*path, name))}` is missing; give {describe(parameters.types[name])}")
 

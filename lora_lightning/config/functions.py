@@ -8,9 +8,10 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lora_lightning.config.config_option import StrictConfigFile
-from lora_lightning.config.diagnosis import explain
+from lora_lightning.config.diagnosis import explain, refusal_of_building, refuse_ignored
 from lora_lightning.config.import_policy import set_import_policy
-from lora_lightning.config.parser_errors import own_message, reduce_error, unknown_options
+from lora_lightning.config.parser_errors import reduce_error, unknown_options
+from lora_lightning.config.right_words.misplaced import settings_known
 from lora_lightning.config.settings import collect
 from lora_lightning.config.signatures import Parameters, alternatives, flag_names, parameters_of_function
 from lora_lightning.config.strict_yaml import PARSER_MODE, register
@@ -41,13 +42,15 @@ def call_from_arguments(prog: str, function: Callable[..., Any], arguments: Sequ
         config = parser.parse_args(arguments)
     except ArgumentError as error:
         raise ConfigError(_explain(error, function, arguments)) from error
+    refuse_ignored(collect(arguments), parameters_of_function(function))
     config.pop("config", None)
     try:
         settings = parser.instantiate(config).as_dict()
-    except ValueError as error:  # a class refuses its settings
-        raise ConfigError(
-            explain(collect(arguments), parameters_of_function(function)) or own_message(error)
-        ) from error
+    except (ValueError, ImportError) as error:  # a class refuses its settings
+        refusal = refusal_of_building(error, collect(arguments), parameters_of_function(function))
+        if refusal is None:
+            raise
+        raise ConfigError(refusal) from error
     return function(**settings)
 
 
@@ -79,6 +82,6 @@ def plain_flags(arguments: Sequence[str], parameters: Parameters) -> list[str]:
 
 
 def _explain(error: Exception, function: Callable[..., Any], arguments: Sequence[str]) -> str:
-    schema = parameters_of_function(function)
-    text = unknown_options(str(error), flag_names(schema))
-    return text or explain(collect(arguments), schema) or reduce_error(str(error))
+    schema, written = parameters_of_function(function), collect(arguments)
+    text = unknown_options(str(error), flag_names(schema), settings_known(schema, written.tree))
+    return text or explain(written, schema) or reduce_error(str(error))

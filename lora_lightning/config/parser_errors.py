@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
+from lora_lightning.config.right_words.misplaced import right_setting
 from lora_lightning.errors import UserError
 from lora_lightning.trust import is_allowed, refusal
 from lora_lightning.wording import one_line, suggestion
@@ -14,6 +16,18 @@ _NOISE = re.compile(
     r"|a dict with(out)? )"
 )
 _CLASS = re.compile(r"<class '(?:[\w.]*\.)?(\w+)'>")
+
+
+_MISSING = (
+    re.compile(r"Requirement '([^']+)' not met"),  # Lightning's loggers
+    re.compile(r"Module not found: '([\w.]+)'"),
+    re.compile(r"Neither `(tensorboard)` nor `tensorboardX` is available"),
+    re.compile(r"No module named '(\w+)"),
+    re.compile(r"import of (\w+) halted"),
+)
+
+
+_CONFIGS = (".yaml", ".yml", ".json")
 
 
 def reduce_error(text: str) -> str:
@@ -44,7 +58,22 @@ def own_message(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__ or cause.__context__
-    return str(error if cause is None else cause)
+    return reduce_error(str(error)) if cause is None else str(cause)
+
+
+def missing_package(error: BaseException) -> str | None:
+    """Return what to install where a class needs a package that is not there, or None for another error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        text = str(cause)
+        found = next((match for match in (pattern.search(text) for pattern in _MISSING) if match), None)
+        if found is not None:
+            package, requirement = re.split(r"[^\w.-]", found[1])[0], found[1]
+            named = re.findall(r"class_path '(?:[\w.]+\.)?(\w+)'", str(error))
+            owner = named[-1] if named else "A class that the settings name"
+            return f"{owner} needs the package {package}, which is not installed: pip install '{requirement}'."
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def refused_import(text: str) -> str | None:
@@ -57,18 +86,24 @@ def refused_import(text: str) -> str | None:
     return f"{match[1]} is not imported because a setting names it: it could run any command; name another."
 
 
-def unknown_options(text: str, known: list[str]) -> str | None:
+def unknown_options(text: str, known: list[str], settings: Collection[str] = ()) -> str | None:
     """Explain `unrecognized arguments: --ckpt_pth X`, or return None for another error.
 
     Args:
         text: The parser's error.
         known: The options that there are, with their dashes.
+        settings: All settings, those of classes too, without dashes; a misplaced one is looked for among them.
     """
     match = re.match(r"unrecognized arguments: (.*)", text)
     if match is None:
         return None
     option = next((word for word in match[1].split() if word.startswith("-")), None)
     if option is None:
-        return f"unexpected words: {match[1]}; settings are given as --name value"
+        file = next((word for word in match[1].split() if word.endswith(_CONFIGS)), None)
+        hint = "settings are given as --name value" if file is None else f"did you mean --config {file}?"
+        return f"unexpected words: {match[1]}; {hint}"
     name = option.partition("=")[0]
+    right = right_setting(name.lstrip("-").removesuffix("+"), settings, as_flag=True)
+    if right is not None:
+        return f"unknown option `{name}`; use {right}"
     return f"unknown option `{name}`; {suggestion(name, known, 'options')}"

@@ -10,7 +10,7 @@ import lightning as L
 
 from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.config.saved_model import KEYWORDS
-from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect
+from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect, flag_value
 from lora_lightning.config.signatures import find_class
 from lora_lightning.data.predicted_rows import SOURCES, settings_to_use
 from lora_lightning.errors import CheckpointError
@@ -20,7 +20,7 @@ from lora_lightning.trust import LIBRARY, check_import
 def named_checkpoint(arguments: list[str]) -> str | None:
     """Return the checkpoint that a command line names without naming a data module; None for any other."""
     tree = collect(arguments).tree
-    data, path = tree.get("data"), tree.get("ckpt_path")
+    data, path = tree.get("data"), tree.get("ckpt_path") or flag_value(arguments, "ckpt_path")
     has_class = isinstance(data, str) or (isinstance(data, Mapping) and CLASS_PATH in data)
     return path if isinstance(path, str) and path not in KEYWORDS and not has_class else None
 

@@ -58,6 +58,16 @@ def collect(arguments: Sequence[str]) -> Settings:
     return settings
 
 
+def flag_value(arguments: Sequence[str], name: str) -> str | None:
+    """Return the value of the last flag of a name, wherever config files stand; None if there is none.
+
+    Example:
+        >>> flag_value(["--ckpt_path=last.ckpt", "--config", "run.yaml"], "ckpt_path")
+        'last.ckpt'
+    """
+    return dict(_flags(arguments)).get(name)
+
+
 def is_config_text(value: str) -> bool:
     """Return whether the value of `--config` is YAML itself, not the name of a file."""
     return "\n" in value or value.lstrip().startswith("{")

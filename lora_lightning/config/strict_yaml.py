@@ -55,6 +55,8 @@ def read_document(path: str | Path) -> Document:
     text = _read_text(path)
     lines = check_yaml(text, source)
     data = get_loader("yaml")(text)
+    if isinstance(data, str):
+        data = yaml.load(text, Loader=_Loader)  # jsonargparse's takes a lone `key:` for a string; the text is checked
     if not isinstance(data, dict):
         kind = "nothing" if data is None or not text.strip() else f"a {type(data).__name__}"
         raise ConfigError(f"{source}: expected a mapping (`key: value` lines) at the top, got {kind}.")

@@ -111,8 +111,8 @@ class PredictedRows(TokenizedData, abc.ABC):
         needs_training = self.needs_training_rows()
         if needs_training and self.plan.sources["train"] is None:
             raise DataError(
-                "The names of the labels are not known: load the model from its checkpoint, or set label_names, or "
-                "name the training rows as train."
+                "The names of the labels are not known: take the model from its checkpoint (--ckpt_path), or set "
+                "label_names, or name the training rows as train."
             )
         is_alone = stage == "predict" and has_own and not needs_training
         if self._reads_alone and not is_alone:

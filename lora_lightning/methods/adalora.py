@@ -133,7 +133,7 @@ class AdaLoRA(TargetedMethod):
     """W' = W + s P Λ Q with P: [out, r], Λ diagonal, Q: [r, in] (Zhang et al. 2023, arXiv 2303.10512, section 3.1).
 
     Every host starts with `init_r` triplets (an element of Λ with its column of P and row of Q). A triplet's importance
-    is the sensitivity |w · ∂L/∂w| of its weights, smoothed by two moving averages (section 3.2). While the
+    is the sensitivity `|w · ∂L/∂w|` of its weights, smoothed by two moving averages (section 3.2). While the
     budget of the whole model falls along a cubic curve (section 3.3), the least important triplets get Λ = 0; such a
     triplet may come back until the final pruning, which leaves `target_r` times the number of hosts for good. Hosts
     differ in what they are left with. Λ starts at zero, so the first forward equals the base model's exactly.

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.keywords import NamesNearest
 from lora_lightning.trust import check_import
 
 __all__ = ["Optim"]
@@ -27,7 +28,7 @@ BITSANDBYTES_OPTIMIZERS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Optim:
+class Optim(NamesNearest):
     """Learning rates by role, the optimizer class and the schedule.
 
     LoRA+ (Hayou et al. 2024, arXiv 2402.12354) is `lora_plus_ratio`: only the B factors of low-rank updates take it.

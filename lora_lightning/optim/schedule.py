@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim.config import Optim, Schedule
@@ -85,5 +86,11 @@ def build_schedule(optimizer: torch.optim.Optimizer, optim: Optim, num_steps: fl
             )
         num_steps = 0
     num_warmup = math.ceil(optim.warmup * num_steps) if share else int(optim.warmup)
+    if 0 < num_steps <= num_warmup:
+        percent = 100 * num_steps / (num_warmup + 1)
+        rank_zero_warn(
+            f"The run has {num_steps:g} optimizer steps and warmup is {num_warmup}, so the learning rate reaches only "
+            f"{percent:.2g} % of lr. Set fewer warm-up steps, or a share such as optim.warmup: 0.1."
+        )
     factor = partial(lr_factor, schedule=optim.schedule, num_warmup=num_warmup, num_steps=int(num_steps))
     return RateSchedule(optimizer, factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Collection, Mapping, Sequence
 
@@ -17,6 +18,9 @@ _TASK_TYPES: Mapping[str, str] = {
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+_HANDED_ON = ("input_ids", "inputs_embeds")
+_HANDED_TO_DECODERS = ("decoder_input_ids", "decoder_inputs_embeds")
+"""What the wrappers hand on by name, whether it was given or not; other models take PEFT's general wrapper alone."""
 _ADDED_BY_TASK_TYPE: Mapping[str | None, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -62,8 +66,16 @@ def extra_copies(
 
 
 def task_type_of(model: nn.Module) -> str | None:
-    """Return the `task_type` by which PEFT picks its wrapper for a transformers model, or None."""
+    """Return the `task_type` by which PEFT picks its wrapper for a transformers model; None for its general one.
+
+    A model takes a wrapper that hands on what its forward knows: one that reads sounds or images alone takes none.
+    """
     if not hasattr(model, "config"):
         return None
     names = [cls.__name__ for cls in type(model).__mro__]
-    return next((kind for suffix, kind in _TASK_TYPES.items() if any(n.endswith(suffix) for n in names)), None)
+    kind = next((kind for suffix, kind in _TASK_TYPES.items() if any(n.endswith(suffix) for n in names)), None)
+    if kind == "SEQ_2_SEQ_LM" and not getattr(model.config, "is_encoder_decoder", False):
+        kind = "CAUSAL_LM"  # models of images and text generate behind their input
+    handed_on = _HANDED_ON + (_HANDED_TO_DECODERS if kind == "SEQ_2_SEQ_LM" else ())
+    taken = inspect.signature(model.forward).parameters
+    return kind if all(name in taken for name in handed_on) else None

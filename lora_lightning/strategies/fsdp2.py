@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.errors import ConfigError
+from lora_lightning.keywords import NamesNearest
 from lora_lightning.strategies.sharding import average_gradients, broadcast_adapters, shard_base
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["FSDP2Strategy"]
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class FSDP2Strategy(NamesNearest, ModelParallelStrategy):
     """Train a task whose frozen base is spread over all processes (FSDP2), as `trainer.strategy: fsdp2`.
 
     The adapters and their optimizer state are whole on every process; their gradients are averaged once per optimizer

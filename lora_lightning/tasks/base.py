@@ -30,6 +30,8 @@ from lora_lightning.checkpoint.fingerprint import fingerprint
 from lora_lightning.checkpoint.manifest import class_config
 from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.checkpoint.starting import StartingAdapter, read_starting_adapter, starting_adapter
+from lora_lightning.checks import RunCheck
+from lora_lightning.checks.monitors import Direction
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods import LoRA
 from lora_lightning.optim import Optim, build_optimizer, build_schedule
@@ -178,6 +180,18 @@ class AdapterTask(EvaluatedTask):
         del batch
         raise TypeError(f"{type(self).__name__} must define compute_loss(self, batch) -> StepOutput.")
 
+    def logged_metrics(self) -> dict[str, Direction | None]:
+        """Return the names that a fit or test logs, each with the better direction (`min`, `max`, None if unknown).
+
+        A callback that monitors another name is refused before the first step. Override it to add what a subclass logs:
+        `return {**super().logged_metrics(), "val/quality": "max"}`. The names of named sets follow from these.
+        """
+        penalties = [label for one, label in zip(self.methods, labels(self.methods), strict=True) if one.penalizes]
+        names: dict[str, Direction | None] = {"train/loss": "min"}
+        names |= dict.fromkeys([f"train/{label}_penalty" for label in penalties], "min")
+        found = self._measured()
+        return names | {f"{stage}/{name}": found[name] for stage in ("val", "test") for name in found}
+
     def predict(self, batch: Any) -> Any:  # noqa: ANN401 - the task's own type
         """Return the predictions for a batch without targets."""
         return self(batch)
@@ -197,9 +211,9 @@ class AdapterTask(EvaluatedTask):
     # What Lightning calls.
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callbacks that every run gets, from Python too: `ExactResume`, where the trainer has none."""
+        """Return the callbacks that every run gets, from Python too, less those that the trainer has already."""
         given: list[L.Callback] = getattr(self.trainer, "callbacks", [])
-        return [] if any(isinstance(one, ExactResume) for one in given) else [ExactResume()]
+        return [kind() for kind in (RunCheck, ExactResume) if not any(isinstance(one, kind) for one in given)]
 
     @property
     def adapted(self) -> nn.Module:

@@ -6,8 +6,9 @@ import abc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lora_lightning.checks.monitors import Direction
 from lora_lightning.tasks.checkpoint_state import CheckpointState
-from lora_lightning.tasks.evaluation import EvaluationSets, Measures, sets_of
+from lora_lightning.tasks.evaluation import EvaluationSets, Measures, measured, sets_of
 from lora_lightning.tasks.step_output import StepOutput, batch_size_of
 
 if TYPE_CHECKING:
@@ -97,6 +98,10 @@ class EvaluatedTask(CheckpointState, abc.ABC):
         for prefix in sets.prefixes:
             for name, metric in self._measures(prefix).named():
                 self.log(f"{prefix}/{name}", metric, prog_bar=sets.is_all(prefix), metric_attribute=prefix)
+
+    def _measured(self) -> dict[str, Direction | None]:
+        """Return what is measured of each set, by name."""
+        return measured(self.configure_metrics())
 
     def _measures(self, prefix: str) -> Measures:
         """Return what is measured under a prefix; the names of sets are known only once there are loaders."""

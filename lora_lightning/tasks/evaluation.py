@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lora_lightning.checks.monitors import Direction
 from lora_lightning.tasks.step_output import StepOutput
 
 if TYPE_CHECKING:
@@ -74,6 +75,21 @@ def names_of_sets(loaders: Any) -> tuple[str, ...]:  # noqa: ANN401 - Lightning'
     if isinstance(given, Mapping) and len(given) == num_sets:
         return tuple(map(str, given))
     return tuple(map(str, range(num_sets))) if num_sets > 1 else ()
+
+
+def measured(metrics: MetricCollection | None) -> dict[str, Direction | None]:
+    """Return the names that a set's figures have, each with the direction that is better.
+
+    Example:
+        >>> from torchmetrics import MeanSquaredError, MetricCollection, SumMetric
+        >>> measured(MetricCollection({"mse": MeanSquaredError(), "sum": SumMetric()}))
+        {'loss': 'min', 'mse': 'min', 'sum': None}
+    """
+    directions: dict[bool | None, Direction | None] = {True: "max", False: "min", None: None}
+    found: dict[str, Direction | None] = {"loss": "min"}
+    for name, metric in (metrics or {}).items():
+        found[name] = directions[metric.higher_is_better]
+    return found
 
 
 class MeanLoss(Metric):

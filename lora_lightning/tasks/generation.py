@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import iter_acting
-from lora_lightning.adapters.attach import unwrap
+from lora_lightning.adapters.attach import refuse_sharded, unwrap
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.decoding import Draws, RepetitionPenalty, StopAt
 from lora_lightning.tasks.token_loss import IGNORED
@@ -110,10 +110,12 @@ def generate(
 
     Raises:
         ConfigError: A prompt is empty, or leaves no room for a new token.
+        TargetError: The model's parameters are sharded over several processes.
     """
     from transformers import GenerationConfig
 
     bare: Any = unwrap(model)
+    refuse_sharded(bare, "generate")  # ranks that generate differently long would wait for each other
     longest = max((len(prompt) for prompt in prompts), default=0)
     if not all(prompts):
         raise ConfigError("A prompt has no tokens; give at least one word, or a tokenizer that adds a start token.")
@@ -166,7 +168,8 @@ def batching_of(model: nn.Module, prompt: Sequence[int]) -> Batching:
     room = max_positions(model) - len(prompt) - _NUM_TRIED
     longer = [*prompt, *list(prompt[:1]) * int(min(_NUM_PADDED, room))]
     alone = _first_logits(model, [prompt])
-    dtype = next(unwrap(model).parameters()).dtype
+    dtypes = (parameter.dtype for parameter in unwrap(model).parameters())
+    dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)  # some may be quantized
     tolerance = torch.finfo(dtype).eps ** 0.5 * float(alone.abs().max())
 
     def is_as_alone(companion: Sequence[int]) -> bool:
@@ -209,8 +212,12 @@ def answer(
 
     Returns:
         The tokens of each answer, without start and end.
+
+    Raises:
+        TargetError: The model's parameters are sharded over several processes.
     """
     bare: Any = unwrap(model)
+    refuse_sharded(bare, "generate")
     config = _without_sampling(bare.generation_config)
     config.update(do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens)
     with _evaluating(bare):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lora_lightning.checks.monitors import Direction
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.base import AdapterTask
 from lora_lightning.tasks.class_weights import ClassWeights, balanced_weights, weights_by_name
@@ -76,6 +77,16 @@ class LabelledTask(AdapterTask, abc.ABC):
             self.keep_settings(label_names=names)
         self.loss_weights = self._loss_weights(self.label_names)
         super().configure_model()
+
+    def _measured(self) -> dict[str, Direction | None]:
+        """Return what is measured; the names of the figures are the same whatever the classes."""
+        if self.label_names is not None:
+            return super()._measured()
+        self.label_names = list(self.placeholder_names)
+        try:
+            return super()._measured()
+        finally:
+            self.label_names = None
 
     def backbone_config(self) -> dict[str, Any]:
         """Return the label names in both directions, as transformers keeps them."""

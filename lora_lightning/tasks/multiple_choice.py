@@ -19,6 +19,8 @@ __all__ = ["MultipleChoice"]
 class ChoiceAccuracy(MeanMetric):
     """Share of questions whose choice is right, however many choices each has."""
 
+    higher_is_better = True  # type: ignore[assignment]  # the base class leaves it open
+
     def update(self, predictions: Tensor, targets: Tensor) -> None:  # type: ignore[override]  # as tasks call it
         """Count right choices; both `[batch]`."""
         super().update((predictions == targets).float())

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lora_lightning.checks.monitors import Direction
 from lora_lightning.tasks.base import AdapterTask
 from lora_lightning.tasks.evaluation import EvaluationSets
 from lora_lightning.tasks.settings import labels
@@ -109,6 +110,9 @@ class PerTokenTask(AdapterTask, abc.ABC):
         super().on_before_optimizer_step(optimizer)
 
     # Helpers.
+
+    def _measured(self) -> dict[str, Direction | None]:
+        return {"loss": "min", "perplexity": "min", "accuracy": "max"}
 
     def _start_evaluation(self, sets: EvaluationSets) -> None:
         super()._start_evaluation(sets)

@@ -14,6 +14,7 @@ from lora_lightning.adapters.attach import unwrap
 from lora_lightning.adapters.view import output_embeddings
 from lora_lightning.backbones.decoder_head import decoder_states, find_decoder_head
 from lora_lightning.backbones.output_head import without_cache
+from lora_lightning.checks.monitors import Direction
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.strategies.facts import facts_of
 from lora_lightning.tasks.evaluation import EvaluationSets
@@ -183,6 +184,10 @@ class Seq2SeqLM(PerTokenTask):
             found = overlap(self._text(ids), self._text(target))
             for prefix in prefixes:
                 self._overlaps[prefix].append(found)
+
+    def _measured(self) -> dict[str, Direction | None]:
+        overlaps: dict[str, Direction | None] = dict.fromkeys(Overlap._fields if self.num_generated else (), "max")
+        return super()._measured() | overlaps
 
     def _values_of(self, prefix: str) -> dict[str, Any]:
         values = super()._values_of(prefix)

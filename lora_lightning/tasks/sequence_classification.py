@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.checks.monitors import Direction
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.class_weights import ClassWeights
 from lora_lightning.tasks.evaluation import EvaluationSets
@@ -140,6 +141,11 @@ class SequenceClassification(LabelledTask):
         if self._problem.name != "single_label" or len(names) > MAX_CLASSES_OF_TABLE:
             return None
         return ConfusionTable(names)
+
+    def logged_metrics(self) -> dict[str, Direction | None]:
+        """Return what is logged; with several labels the threshold too."""
+        threshold: dict[str, Direction | None] = {"val/threshold": None} if self.problem == "multi_label" else {}
+        return super().logged_metrics() | threshold
 
     def predict(self, batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         """Return the label, the labels or the numbers of each text of a batch; see the class."""

@@ -79,7 +79,9 @@ BROKEN = [
     ("trainer.callbacks.0", "AdapterCheckpoints"),
     ("trainer.strategy.class_path", "DPPStrategy"),
     ("model.class_path", REMOVED),
-    ("data.init_args.train", REMOVED),
+    ("trainer.callbacks.0.class_path", REMOVED),
+    ("trainer.callbacks.1", "EarlyStopping"),
+    ("trainer.callbacks.1", {"class_path": "EarlyStopping", "init_args": {"mode": "min"}}),
     # Values of a wrong type, or not among the allowed ones.
     ("seed_everything", "zero"),
     ("model.init_args.problem", "multilabel"),
@@ -191,6 +193,8 @@ def test_a_broken_comparison_is_refused(path, value, errors):
         ("model.init_args.quantization", {"bits": 8}),
         ("model.init_args.quantization", None),
         ("data.init_args.test_size", 0.1),
+        ("data.init_args.train", [{"source": "a.csv", "weight": 0.7}, {"source": "b.csv", "weight": 0.3}]),
+        ("data.init_args.train", REMOVED),
         ("data.init_args.val", {"reviews": "a.csv", "tweets": "b.csv"}),
         ("trainer.callbacks.1", "ModelSummary"),
         ("trainer.callbacks", "my_project.Callback"),
@@ -227,8 +231,10 @@ def test_types_defaults_and_choices_are_those_of_the_class(schema):
     lora = schema["$defs"]["LoRA"]["properties"]
     assert (lora["r"]["type"], lora["r"]["default"]) == ("integer", 8)
     assert lora["scaling"]["enum"] == ["standard", "rslora", "alpha"]
-    assert "default" not in schema["$defs"]["TextClassificationData"]["properties"]["train"]
-    assert schema["$defs"]["TextClassificationData"]["required"] == ["train"]
+    assert "default" not in schema["$defs"]["EarlyStopping"]["properties"]["monitor"]
+    assert schema["$defs"]["EarlyStopping"]["required"] == ["monitor"]
+    train = schema["$defs"]["TextClassificationData"]["properties"]["train"]
+    assert train.keys() == {"description", "default"}  # a file's name, a list or a mapping
     assert set(schema["$defs"]["Optim"]["properties"]) == set(vars(Optim()))
     assert re.search("Rank", lora["r"]["description"])
 

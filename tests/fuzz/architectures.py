@@ -165,6 +165,9 @@ def _candidates(model: Any) -> Iterator[Batch]:
             choices.append([{name: ids}])
     for chosen in itertools.islice(itertools.product(*choices), 24):
         yield {key: value for one in chosen for key, value in one.items()}
+    of_text = [some[0] for some in choices if some and next(iter(some[0])).endswith("input_ids")]
+    if of_text:  # models of images and text read text alone too
+        yield {key: value for one in of_text for key, value in one.items()}
 
 
 def _images(config: Any) -> list[tuple[int, ...]]:

@@ -14,12 +14,12 @@ import torch
 
 from lora_lightning.errors import UserError
 from tests import models
-from tests.fuzz import architectures, exchange
+from tests.fuzz import architectures, exchange, regimes
 from tests.fuzz.architectures import Architecture, UnbuildableError, vary
 from tests.fuzz.steps import STEPS, base_is_unchanged, begin
 from tests.fuzz.world import Pointless, World
 
-_ = exchange  # which adds its steps
+_ = exchange, regimes  # which add their steps
 DTYPES = (torch.float32,) * 4 + (torch.float64, torch.bfloat16)
 
 

@@ -243,7 +243,13 @@ def test_however_target_and_copy_are_named(how):
         assert not any(path.startswith("classifier.") for path in attach(model, methods, **settings).hosts)
 
 
-@pytest.mark.parametrize("targets", [["query", "out_proj"], ["classifier.dense"], r"classifier\.dense", ["classifier"]])
+def test_a_name_that_only_fits_the_head_is_left_out_beside_others():
+    with pytest.warns(UserWarning, match=r"leaves out 1 modules.*'classifier\.out_proj'"):
+        report = attach(roberta(), LoRA(r=2, target_modules=["query", "out_proj"], modules_to_save=["classifier"]))
+    assert [path for path in report.hosts if path.startswith("classifier")] == ["classifier"]
+
+
+@pytest.mark.parametrize("targets", [["classifier.dense"], r"classifier\.dense", ["classifier"]])
 def test_a_target_that_only_fits_a_copy_is_refused(targets):
     with pytest.raises(TargetError, match="both a target and in modules_to_save"):
         attach(roberta(), LoRA(r=2, target_modules=targets, modules_to_save=["classifier"]))

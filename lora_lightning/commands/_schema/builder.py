@@ -51,6 +51,8 @@ class Builder:
 
     def of_type(self, hint: Any) -> Schema:  # noqa: ANN401 - a type hint
         """Return the schema of the values of a type, as a config file writes them."""
+        if hint is Any:  # which is a class
+            return {}
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
         if origin in (Union, types.UnionType):
             return _any_of(self.of_type(one) for one in arguments)

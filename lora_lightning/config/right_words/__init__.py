@@ -1,0 +1,1 @@
+"""What is meant by the names of other tools, and by settings in the wrong section."""
