@@ -59,7 +59,7 @@ def _shipped_config(path: str) -> Path:
     """Return where a config of the package is; its `.yaml` may be left out.
 
     Raises:
-        UserError: There is no such config; the nearest names are given.
+        UserError: No config has this name; the nearest names are given.
     """
     folder = Path(__file__).with_name("configs")
     names = sorted(one.name for one in folder.glob("*.yaml"))
