@@ -1,4 +1,7 @@
-"""Paths as users write them: plain ones, and `pkg://package/sub/file` for a file inside an installed package."""
+"""Paths as users write them: plain ones, `pkg://package/sub/file` for a file inside an installed package, `config://name`.
+
+`config://quickstart.yaml` is the config of this name that comes with the package.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 from lora_lightning.errors import UserError
 
 _SCHEME = "pkg://"
+_CONFIG_SCHEME = "config://"
 
 
 def resolve(path: str) -> Path:
@@ -19,7 +23,8 @@ def resolve(path: str) -> Path:
 
     Args:
         path: A plain path (a leading `~` is the home folder; it need not exist), or `pkg://package/sub/file`, which
-            names a file or folder inside an installed package and must exist.
+            names a file or folder inside an installed package and must exist, or `config://name.yaml`, which names a
+            config that comes with this package.
 
     Raises:
         UserError: The package is not installed, or holds no such file; the nearest names are given.
@@ -28,6 +33,8 @@ def resolve(path: str) -> Path:
         >>> resolve("pkg://lora_lightning/paths.py").name
         'paths.py'
     """
+    if path.startswith(_CONFIG_SCHEME):
+        return _shipped_config(path)
     if not path.startswith(_SCHEME):
         try:
             return Path(path).expanduser()
@@ -46,6 +53,23 @@ def resolve(path: str) -> Path:
     if found is None:
         raise UserError(f"{path!r} does not exist: {_where_it_ends(folders[0], relative)}.")
     return found
+
+
+def _shipped_config(path: str) -> Path:
+    """Return where a config of the package is; its `.yaml` may be left out.
+
+    Raises:
+        UserError: No config has this name; the nearest names are given.
+    """
+    folder = Path(__file__).with_name("configs")
+    names = sorted(one.name for one in folder.glob("*.yaml"))
+    name = path.removeprefix(_CONFIG_SCHEME)
+    found = next((one for one in (name, f"{name}.yaml") if one in names), None)
+    if found is None:
+        near = nearest(name, names)
+        hint = f"the nearest: {', '.join(near)}" if near else f"there are {some_of(names, 50)}"
+        raise UserError(f"{path!r}: no config of this name comes with the package; {hint}.")
+    return folder / found
 
 
 def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:

@@ -20,7 +20,7 @@ from lora_lightning.backbones.load import locate
 from lora_lightning.callbacks import AdapterCheckpoint, MergeAtEnd
 from lora_lightning.cli import AdapterCLI, run_lightning
 
-CONFIG = "configs/quickstart.yaml"
+CONFIG = "config://quickstart.yaml"
 SUMMARY = Path("runs/quickstart/summary.json")
 MAX_LOGIT_DIFFERENCE = 1e-5
 console = Console()
@@ -153,7 +153,7 @@ def show(summary: dict[str, Any]) -> None:
         "Next:\n"
         f"  .venv/bin/lora-lightning test --config {CONFIG} --ckpt_path {summary['checkpoint']}\n"
         f"  .venv/bin/lora-lightning merge --ckpt_path {summary['checkpoint']} --output_dir my-model\n"
-        "  .venv/bin/lora-lightning fit --config configs/dora_classification.yaml\n"
+        "  .venv/bin/lora-lightning fit --config config://dora_classification.yaml\n"
         f"  .venv/bin/lora-lightning fit --config {CONFIG} --model.method.r 16 --model.optim.lora_plus_ratio 8",
         soft_wrap=True,
         highlight=False,

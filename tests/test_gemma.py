@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-CONFIG = Path(__file__).parent.parent / "configs" / "lora_gemma270m.yaml"
+import lora_lightning
+
+CONFIG = Path(lora_lightning.__file__).parent / "configs" / "lora_gemma270m.yaml"
 QUIET = ("--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu")
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]  # public, though not in its `__all__`
 
-from lora_lightning.config.settings import is_config_text, parse_value
+from lora_lightning.config.settings import config_path, is_config_text, parse_value
 from lora_lightning.config.strict_yaml import read_document
 from lora_lightning.errors import ConfigError
 
 
 class StrictConfigFile(ActionConfigFile):
-    """The option `--config`, which reads nothing but strict YAML."""
+    """The option `--config`, which reads nothing but strict YAML; `config://name.yaml` is a config of the package."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:  # noqa: ANN401 - argparse's own signature
         """Check the file, then let jsonargparse read it.
@@ -20,8 +20,9 @@ class StrictConfigFile(ActionConfigFile):
         Raises:
             ConfigError: It is missing or is not strict YAML.
         """
-        check_config(values)
-        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]  # jsonargparse leaves it untyped
+        path = config_path(values)
+        check_config(path)
+        super().__call__(parser, cfg, path, option_string)  # type: ignore[no-untyped-call]  # jsonargparse leaves it untyped
 
 
 def check_config(value: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from lora_lightning.config.strict_yaml import KeyPath, load_text, read_document
+from lora_lightning.paths import resolve
 
 CLASS_PATH, INIT_ARGS, DICT_KWARGS = "class_path", "init_args", "dict_kwargs"
 SPEC_KEYS = frozenset({CLASS_PATH, INIT_ARGS, DICT_KWARGS})
@@ -72,6 +73,15 @@ def is_config_text(value: str) -> bool:
     return "\n" in value or value.lstrip().startswith("{")
 
 
+def config_path(value: str) -> str:
+    """Return the value of `--config` with the path of the file that `config://name.yaml` stands for.
+
+    Raises:
+        UserError: No config of this name comes with the package.
+    """
+    return str(resolve(value)) if value.startswith("config://") else value
+
+
 def is_file_name(value: object) -> bool:
     """Return whether the value of a whole section, such as `model`, is the name of a file that holds it."""
     return isinstance(value, str) and value.endswith((".yaml", ".yml"))
@@ -132,6 +142,7 @@ def _add_config(settings: Settings, value: str) -> None:
     if is_config_text(value):
         settings.tree = _merged(settings.tree, load_text(value))
         return
+    value = config_path(value)
     document = read_document(Path(value))
     data = dict(document.data)
     origins = {path: f"{document.source}, line {line}" for path, line in document.lines.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import lora_lightning
 from lora_lightning.__main__ import main
 from lora_lightning.commands._compare import charts, ends, measure, runner, trial
 from lora_lightning.commands._compare.budget import Skeleton, sized
@@ -314,7 +315,7 @@ def test_the_study_of_lora_plus(in_process, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*texts of pkg.*are longer than")  # the test makes them so
 @pytest.mark.filterwarnings("ignore:.*rows of pkg.*are left out")  # what the data say of theirs
 @pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "configs").glob("compare_*.yaml")), ids=lambda p: p.stem
+    "path", sorted((Path(lora_lightning.__file__).parent / "configs").glob("compare_*.yaml")), ids=lambda p: p.stem
 )
 def test_shipped_studies_run(in_process, path, tmp_path, monkeypatch):
     def only_lora(self, outcome):

@@ -96,7 +96,7 @@ def wishes_from(
     for option, names in given.items():
         for one in names:
             if one not in columns:
-                raise ConfigError(f"{option} is {one!r}, and there is no such column: {suggestion(one, columns)}.")
+                raise ConfigError(f"{option} is {one!r}, which is not a column: {suggestion(one, columns)}.")
     is_problem = name in PROBLEMS
     return Wishes(
         task=CLASSIFICATION if is_problem else name,

@@ -55,7 +55,7 @@ class Column:
 
     @cached_property
     def is_text(self) -> bool:
-        """Whether it holds texts that are no numbers."""
+        """Whether it holds texts other than numbers."""
         texts = [cell for cell in self.filled if isinstance(cell, str)]
         numbers = sum(number_of(text) is not None for text in texts)
         return len(texts) > _MOSTLY * len(self.filled) and numbers < (1 - _MOSTLY) * max(len(texts), 1)
