@@ -263,10 +263,8 @@ class AdapterCLI(LightningCLI):
         if backbone is not None:
             settings["backbone"] = backbone
         optim = given.get(f"{INIT_ARGS}.optim")
-        if trains and optim is not None and settings.get("optim") is not None:
-            settings["optim"].update(optim)
-        elif trains and optim is not None:
-            settings["optim"] = optim
+        if trains and optim is not None:
+            settings["optim"] = optim if settings.get("optim") is None else settings["optim"].update(optim)
 
     def _take_data_from(self, run: SavedRun) -> None:
         """Take the data settings that the user left open from a checkpoint of the same data module."""
