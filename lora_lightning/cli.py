@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any, Union
 
 import lightning as L
 from jsonargparse import ArgumentError
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning import __version__
 from lora_lightning import data as _data  # noqa: F401 - its classes are known by their short names
 from lora_lightning.callbacks import (
-    AdapterCheckpoint,
-    AdapterSummary,
     Guards,
-    MetricCurve,
     OutOfMemoryGuard,
-    PacedProgressBar,
-    PlainProgress,
     PredictionWriter,
-    RankWatch,
-    RunReport,
-    Throughput,
 )
 from lora_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
 from lora_lightning.callbacks.run_config import RunConfig
 from lora_lightning.callbacks.run_logger import loggers_of_run
 from lora_lightning.checkpoint.saved_run import SavedRun
-from lora_lightning.checks import RunCheck, mistake_of_settings, refuse_wrong_monitors
+from lora_lightning.checks import mistake_of_settings, refuse_wrong_monitors
 from lora_lightning.config.config_option import StrictConfigFile
 from lora_lightning.config.diagnosis import explain, refusal_of_building, refuse_ignored
 from lora_lightning.config.import_policy import set_import_policy
@@ -60,9 +50,10 @@ from lora_lightning.config.signatures import (
 from lora_lightning.config.strict_yaml import PARSER_MODE, register
 from lora_lightning.data.record_data import RecordData
 from lora_lightning.errors import ConfigError, UserError
+from lora_lightning.run.defaults import default_callbacks
 from lora_lightning.run.ending import ending
 from lora_lightning.run.quiet import tidy_output
-from lora_lightning.run.trainer import LogInterval, RunTrainer
+from lora_lightning.run.trainer import RunTrainer
 from lora_lightning.tasks import AdapterTask, CausalLM, Seq2SeqLM
 
 PROG = "lora-lightning"
@@ -89,45 +80,6 @@ def run_lightning(subcommand: str, arguments: Sequence[str]) -> AdapterCLI:
     set_import_policy()
     with tidy_output(is_fit=subcommand == "fit"):
         return AdapterCLI(subcommand, arguments)
-
-
-def default_callbacks(
-    configured: list[L.Callback], trainer: dict[str, Any], guards: Guards | None = None
-) -> list[L.Callback]:
-    """Return the callbacks that every run gets, less those that the user configured himself or switched off.
-
-    Args:
-        configured: The callbacks that the user named.
-        trainer: The trainer's settings.
-        guards: Which guards are on; None means all.
-    """
-
-    def wanted(kind: type, switch: str | None = None) -> bool:
-        is_off = switch is not None and trainer.get(switch) is False
-        return not is_off and not any(isinstance(callback, kind) for callback in configured)
-
-    if trainer.get("barebones"):
-        return []
-    callbacks: list[L.Callback] = []
-    if wanted(Checkpoint, "enable_checkpointing"):
-        callbacks.append(AdapterCheckpoint())
-    if wanted(ModelSummary, "enable_model_summary"):
-        callbacks.append(AdapterSummary())
-    if wanted(RunCheck):
-        callbacks.append(RunCheck())  # before the callback that writes the run's settings
-    if wanted(LogInterval):
-        callbacks.append(LogInterval())
-    if wanted(Throughput):
-        callbacks.append(Throughput())
-    if wanted(ProgressBar, "enable_progress_bar"):  # after Throughput, whose figures it shows
-        callbacks.append(PacedProgressBar() if sys.stdout.isatty() else PlainProgress())
-    if wanted(MetricCurve):
-        callbacks.append(MetricCurve())
-    if wanted(RunReport):
-        callbacks.append(RunReport())
-    if wanted(RankWatch):
-        callbacks.append(RankWatch())
-    return callbacks + [guard for guard in (guards or Guards()).callbacks() if wanted(type(guard))]
 
 
 class AdapterCLI(LightningCLI):

@@ -11,7 +11,8 @@ import yaml
 
 from lora_lightning.__main__ import main
 from lora_lightning.callbacks import Guards, IdleParameterGuard, NonFiniteGuard, OutOfMemoryGuard, SignalGuard
-from lora_lightning.cli import default_callbacks, run_lightning
+from lora_lightning.cli import run_lightning
+from lora_lightning.run.defaults import default_callbacks
 from tests.callbacks.runs import LIGHTNING_WARNINGS
 from tests.cli_toys import ToyTask
 

@@ -22,7 +22,8 @@ from lora_lightning.callbacks import (
     Throughput,
 )
 from lora_lightning.checks import RunCheck
-from lora_lightning.cli import default_callbacks, run_lightning
+from lora_lightning.cli import run_lightning
+from lora_lightning.run.defaults import default_callbacks
 from lora_lightning.run.trainer import LogInterval
 from tests.cli.lines import QUIET, metrics_of
 
