@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Union
 
 import lightning as L
@@ -41,7 +40,13 @@ from lora_lightning.config.last_run import DEFAULT_ROOT, last_of_runs, require_r
 from lora_lightning.config.loggers import with_logger_folders
 from lora_lightning.config.parser_errors import reduce_error, unknown_options
 from lora_lightning.config.right_words.misplaced import settings_known
-from lora_lightning.config.saved_data import data_of_run, named_checkpoint, saved_data_class
+from lora_lightning.config.saved_data import (
+    data_of_run,
+    known_data_modules,
+    named_checkpoint,
+    refuse_unnamed_data,
+    saved_data_class,
+)
 from lora_lightning.config.saved_model import KEYWORDS, refuse_conflict, saved_model
 from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect, flag_value
 from lora_lightning.config.signatures import (
@@ -204,11 +209,10 @@ class AdapterCLI(LightningCLI):
     def _with_saved_data(self, args: list[str]) -> list[str]:
         """Name the data module of the checkpoint, where a command that does not train names none."""
         path = None if self.chosen == "fit" else named_checkpoint(self.arguments)
-        if path is None or not Path(path).is_file():
-            return args
-        self.saved_run = SavedRun.of_checkpoint(path)
-        class_path = saved_data_class(self.saved_run)
+        self.saved_run = None if path is None else SavedRun.of_checkpoint(path)
+        class_path = None if self.saved_run is None else saved_data_class(self.saved_run)
         if class_path is None:
+            refuse_unnamed_data(self.arguments)
             return args
         self.arguments.insert(0, f"--data={class_path}")
         return [self.chosen, *self.arguments]
@@ -263,10 +267,8 @@ class AdapterCLI(LightningCLI):
         if backbone is not None:
             settings["backbone"] = backbone
         optim = given.get(f"{INIT_ARGS}.optim")
-        if trains and optim is not None and settings.get("optim") is not None:
-            settings["optim"].update(optim)
-        elif trains and optim is not None:
-            settings["optim"] = optim
+        if trains and optim is not None:
+            settings["optim"] = optim if settings.get("optim") is None else settings["optim"].update(optim)
 
     def _take_data_from(self, run: SavedRun) -> None:
         """Take the data settings that the user left open from a checkpoint of the same data module."""
@@ -319,8 +321,9 @@ class AdapterCLI(LightningCLI):
         config, hook = self.config[self.chosen], DATALOADER_HOOKS[self.chosen]
         task = find_class(config["model"][CLASS_PATH], AdapterTask) or AdapterTask
         if config.get("data") is None and getattr(task, hook) is getattr(L.LightningModule, hook):
-            known = ", ".join(sorted(subclasses(L.LightningDataModule).keys() - {L.LightningDataModule.__name__}))
-            raise ConfigError(f"no data are given; name them under `data:` in a config or with --data ({known}).")
+            raise ConfigError(
+                f"no data are given; name them under `data:` in a config or with --data ({known_data_modules()})."
+            )
         if self.chosen == "predict" and config.get("return_predictions") is None:
             config["return_predictions"] = False  # they go into a file, and would fill the memory
 

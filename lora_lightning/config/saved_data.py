@@ -10,10 +10,10 @@ import lightning as L
 
 from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.config.saved_model import KEYWORDS
-from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect, flag_value
-from lora_lightning.config.signatures import find_class
+from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, SPEC_KEYS, collect, flag_value
+from lora_lightning.config.signatures import find_class, subclasses
 from lora_lightning.data.predicted_rows import SOURCES, settings_to_use
-from lora_lightning.errors import CheckpointError
+from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.trust import LIBRARY, check_import
 
 
@@ -23,6 +23,26 @@ def named_checkpoint(arguments: list[str]) -> str | None:
     data, path = tree.get("data"), tree.get("ckpt_path") or flag_value(arguments, "ckpt_path")
     has_class = isinstance(data, str) or (isinstance(data, Mapping) and CLASS_PATH in data)
     return path if isinstance(path, str) and path not in KEYWORDS and not has_class else None
+
+
+def known_data_modules() -> str:
+    """Return the short names of the data modules, for messages."""
+    return ", ".join(sorted(subclasses(L.LightningDataModule).keys() - {L.LightningDataModule.__name__}))
+
+
+def refuse_unnamed_data(arguments: list[str]) -> None:
+    """Refuse settings of a data module that is not named.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    data = collect(arguments).tree.get("data")
+    keys = [] if not isinstance(data, Mapping) or CLASS_PATH in data else [key for key in data if key not in SPEC_KEYS]
+    if keys:
+        raise ConfigError(
+            f"`data.{keys[0]}` is set, but no data module is named, and no checkpoint that knows one; name it with "
+            f"--data in front of its settings ({known_data_modules()})."
+        )
 
 
 def saved_data_class(run: SavedRun) -> str | None:
