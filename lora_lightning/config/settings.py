@@ -13,6 +13,8 @@ from lora_lightning.config.strict_yaml import KeyPath, load_text, read_document
 from lora_lightning.paths import resolve
 
 CLASS_PATH, INIT_ARGS, DICT_KWARGS = "class_path", "init_args", "dict_kwargs"
+SECTIONS = ("model", "data", "trainer", "guards")
+"""Settings that a file may hold, as in `--model model.yaml`."""
 SPEC_KEYS = frozenset({CLASS_PATH, INIT_ARGS, DICT_KWARGS})
 
 
@@ -50,7 +52,9 @@ def collect(arguments: Sequence[str]) -> Settings:
         if name == "config":
             _add_config(settings, value)
         else:
-            setting = read_document(value).data if is_file_name(value) and "." not in name else parse_value(value)
+            # A text such as that of `--output config.yaml` only names a file.
+            is_section = name in SECTIONS and is_file_name(value)
+            setting = read_document(value).data if is_section else parse_value(value)
             path = set_flag(settings.tree, name.removesuffix("+").split("."), setting)
             for origin in [key for key in settings.origins if key[: len(path)] == path]:
                 del settings.origins[origin]

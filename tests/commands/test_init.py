@@ -304,6 +304,19 @@ def test_no_file_is_overwritten(capsys):
     assert Path("config.yaml").read_text() == "mine"
 
 
+def test_the_file_is_written_where_output_says(encoder):
+    kinds.write_csv(Path("reviews.csv"), kinds.labelled())
+    assert main(["init", "--data", "reviews.csv", "--backbone", encoder, "--output", "mine.yaml"]) == 0
+    assert Path("mine.yaml").read_text().startswith("# TextClassificationData reads")
+    assert not Path("config.yaml").exists()
+
+
+def test_numbers_of_tags_need_names(capsys):
+    rows = [{"tokens": words, "ner_tags": [len(tag) for tag in tags]} for words, tags in kinds.tagged()]
+    kinds.write_lines(Path("numbers.jsonl"), rows)
+    assert "Set tag_names" in refused(capsys, "--data", "numbers.jsonl")
+
+
 def test_several_labels_that_may_be_meant_are_named(capsys):
     rows = [{**row, "genre": "xyz"[row["id"] % 3]} for row in kinds.labelled()]
     kinds.write_csv(Path("reviews.csv"), rows)
@@ -344,11 +357,13 @@ def test_options_that_do_not_fit_are_refused(capsys, encoder, options, expected)
     [
         ("notes.txt", "A line of words.\nAnother line\n", "JSON lines"),
         ("empty.csv", "", "empty"),
+        ("bare.csv", "".join(f"{n % 2},words of row {n}\n" for n in range(30)), "should name the columns"),
+        ("objects.jsonl", '{"context": "a b", "question": "c d", "answers": {"text": ["e"]}}\n' * 9, "--task"),
         ("pairs.csv", "premise,hypothesis,label\n" + "a b c,d e f,yes\ng h i,j k l,no\n" * 30, "pairs of texts"),
         ("numbers.csv", "x,y\n" + "1.5,2\n2.5,3\n" * 30, "--task"),
         ("one.csv", "text,label\n" + "".join(f"text {n},same\n" for n in range(30)), "in every row"),
     ],
-    ids=["running-text", "empty", "pairs", "numbers", "one-class"],
+    ids=["running-text", "empty", "no-header", "objects", "pairs", "numbers", "one-class"],
 )
 def test_data_that_no_task_fits_are_refused(capsys, name, content, expected):
     Path(name).write_text(content)

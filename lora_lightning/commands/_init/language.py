@@ -42,6 +42,7 @@ _LANGUAGES = words(
     "ar bg cs da de el en es et fa fi fr he hi hu id it ja ko lt lv nl no pl pt ro ru sk sl sv tr uk vi zh"
 )
 _WORDS_OF_A_TEXT = 2
+_PLAIN_NAMES = ("text", "content", "document", "body")
 
 
 def guess_conversation(sample: Sample, columns: Sequence[Column], wishes: Wishes) -> Choice | None:
@@ -93,10 +94,13 @@ def guess_plain_text(sample: Sample, columns: Sequence[Column], wishes: Wishes) 
     """Find texts that stand alone."""
     del sample
     texts = [column for column in columns if column.is_text and column.is_content]
-    text = column_of(columns, wishes.text) if wishes.text else named(texts, TEXT_NAMES)
+    names = _PLAIN_NAMES if wishes.task is None else TEXT_NAMES
+    text = column_of(columns, wishes.text) if wishes.text else named(texts, names)
     if text is None and len(texts) == 1:
         text = texts[0]
-    if text is None or wishes.label:
+    # Objects beside a text, such as the answers of a question, say that there is more to learn.
+    has_objects = wishes.task is None and any(isinstance(cell, dict) for one in columns for cell in one.filled)
+    if text is None or wishes.label or has_objects:
         return None
     return Choice(task="CausalLM", settings=_renamed(text=text), seen=f"plain texts in {text.name!r}")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lora_lightning.data.rows.cells import number_of
 from lora_lightning.data.sources import ReadSettings, is_hub_name, read_records, source_files
 from lora_lightning.data.sources.files import CONLL
 from lora_lightning.data.sources.text import kind_of_file, open_bytes
@@ -19,6 +20,8 @@ from lora_lightning.paths import resolve
 MOST_ROWS = 4000
 """Rows that are looked at."""
 _BLOCK = 1 << 20
+_MOST_WORDS = 8
+"""Words in the name of a column."""
 _USUAL_ENCODING = "utf-8"
 _OTHER_ENCODINGS = ("utf-16", "cp1252", "latin-1")
 _SEPARATED = {".csv": ",", ".tsv": "\t"}
@@ -94,6 +97,7 @@ def take_sample(source: str) -> Sample:
         # A file may be sorted by its labels, so that its first rows tell of one only.
         if stride > 1:
             records, num_broken, _ = _read(train, settings, stride=stride)
+    _require_names(train, settings, records)
     if not records:
         raise DataError(f"{source}: no row can be read; all {num_broken} are broken.")
     return Sample(
@@ -126,6 +130,22 @@ def _estimate(source: str, settings: ReadSettings, records: list[Mapping[str, An
     read = sum(len(str(value).encode()) + 1 for record in records for value in record.values())
     total = sum(path.stat().st_size for path, _ in files)
     return max(round(total * len(records) / max(read, 1)), len(records) + 1)
+
+
+def _require_names(source: str, settings: ReadSettings, records: list[Mapping[str, Any]]) -> None:
+    """Refuse a table whose first line holds a row instead of the names of columns.
+
+    Raises:
+        DataError: It does.
+    """
+    files = source_files(source, settings)
+    names = list(records[0]) if records and files and kind_of_file(files[0][0]) in _SEPARATED else []
+    odd = next((name for name in names if number_of(name) is not None or len(name.split()) > _MOST_WORDS), None)
+    if odd is not None:
+        raise DataError(
+            f"{source}: the first line should name the columns, and {odd[:40]!r} looks like data. Put a line such as "
+            "text,label in front."
+        )
 
 
 # Splits.

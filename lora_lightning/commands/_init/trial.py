@@ -26,6 +26,7 @@ PERCENTILE = 99
 _ROUNDED_TO = 8
 _SHORTEST = 16
 _CHARACTERS_OF_A_TOKEN = 4
+_SHARE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,9 @@ def try_on(sample: Sample, choice: Choice, backbone: Backbone) -> Trial:
         settings |= {"tokenizer": backbone.name, **_limits(choice, backbone)}
     with _quietly():
         data = build(sample, choice, settings)
-        data.setup("fit") if backbone.is_here else data._read()
+        _read(data)
+        if backbone.is_here:
+            data.setup("fit")
         _refuse_broken(sample, data, choice)
         lengths = _counted(data) if backbone.is_here else _estimated(sample, choice)
         targets = _target_lengths(data, sample, choice, is_here=backbone.is_here)
@@ -122,8 +125,11 @@ def check_splits(sample: Sample, choice: Choice, settings: dict[str, Any]) -> No
     Raises:
         DataError: The rows cannot be divided so, or another split cannot be read.
     """
+    if not sample.is_whole:  # numbers of rows of the whole source are too many for the sample
+        sizes = {name: _SHARE for name in ("val_size", "test_size") if settings.get(name)}
+        settings = {**settings, **sizes}
     with _quietly():
-        build(sample, choice, {**choice.settings, **settings})._read()
+        _read(build(sample, choice, {**choice.settings, **settings}))
 
 
 def build(sample: Sample, choice: Choice, settings: dict[str, Any]) -> RecordData:
@@ -135,6 +141,12 @@ def build(sample: Sample, choice: Choice, settings: dict[str, Any]) -> RecordDat
         source, **{**sample.data_settings, **problem, "cache": False, "bad_rows": "skip", **settings}
     )
     return made
+
+
+def _read(data: RecordData) -> None:
+    """Read and divide the rows and settle the labels, which needs no tokenizer."""
+    data._read()
+    data._settle_labels()
 
 
 def _limits(choice: Choice, backbone: Backbone) -> dict[str, int]:
