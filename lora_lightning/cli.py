@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Union
 
 import lightning as L
@@ -41,7 +40,7 @@ from lora_lightning.config.last_run import DEFAULT_ROOT, last_of_runs, require_r
 from lora_lightning.config.loggers import with_logger_folders
 from lora_lightning.config.parser_errors import reduce_error, unknown_options
 from lora_lightning.config.right_words.misplaced import settings_known
-from lora_lightning.config.saved_data import data_of_run, named_checkpoint, saved_data_class
+from lora_lightning.config.saved_data import data_class_of, data_of_run, known_data_modules, named_checkpoint
 from lora_lightning.config.saved_model import KEYWORDS, refuse_conflict, saved_model
 from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect, flag_value
 from lora_lightning.config.signatures import (
@@ -204,10 +203,8 @@ class AdapterCLI(LightningCLI):
     def _with_saved_data(self, args: list[str]) -> list[str]:
         """Name the data module of the checkpoint, where a command that does not train names none."""
         path = None if self.chosen == "fit" else named_checkpoint(self.arguments)
-        if path is None or not Path(path).is_file():
-            return args
-        self.saved_run = SavedRun.of_checkpoint(path)
-        class_path = saved_data_class(self.saved_run)
+        self.saved_run = None if path is None else SavedRun.of_checkpoint(path)
+        class_path = data_class_of(self.saved_run, self.arguments)
         if class_path is None:
             return args
         self.arguments.insert(0, f"--data={class_path}")
@@ -319,7 +316,7 @@ class AdapterCLI(LightningCLI):
         config, hook = self.config[self.chosen], DATALOADER_HOOKS[self.chosen]
         task = find_class(config["model"][CLASS_PATH], AdapterTask) or AdapterTask
         if config.get("data") is None and getattr(task, hook) is getattr(L.LightningModule, hook):
-            known = ", ".join(sorted(subclasses(L.LightningDataModule).keys() - {L.LightningDataModule.__name__}))
+            known = known_data_modules()
             raise ConfigError(f"no data are given; name them under `data:` in a config or with --data ({known}).")
         if self.chosen == "predict" and config.get("return_predictions") is None:
             config["return_predictions"] = False  # they go into a file, and would fill the memory

@@ -10,10 +10,10 @@ import lightning as L
 
 from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.config.saved_model import KEYWORDS
-from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect, flag_value
-from lora_lightning.config.signatures import find_class
+from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, SPEC_KEYS, collect, flag_value
+from lora_lightning.config.signatures import find_class, subclasses
 from lora_lightning.data.predicted_rows import SOURCES, settings_to_use
-from lora_lightning.errors import CheckpointError
+from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.trust import LIBRARY, check_import
 
 
@@ -25,12 +25,40 @@ def named_checkpoint(arguments: list[str]) -> str | None:
     return path if isinstance(path, str) and path not in KEYWORDS and not has_class else None
 
 
-def saved_data_class(run: SavedRun) -> str | None:
-    """Return the import path of the data module that trained a checkpoint, if it is known and its settings are.
+def known_data_modules() -> str:
+    """Return the short names of the data modules, for messages."""
+    return ", ".join(sorted(subclasses(L.LightningDataModule).keys() - {L.LightningDataModule.__name__}))
+
+
+def data_class_of(run: SavedRun | None, arguments: list[str]) -> str | None:
+    """Return the import path of the data module that a command line takes from a checkpoint; None if it takes none.
+
+    Args:
+        run: The checkpoint, where one is named and no data module.
+        arguments: The command line.
 
     Raises:
-        CheckpointError: It would have to be imported on the checkpoint's word alone.
+        CheckpointError: The class would have to be imported on the checkpoint's word alone.
+        ConfigError: There are settings of a data module, and nothing names it.
     """
+    class_path = None if run is None else _saved_class(run)
+    if class_path is None:
+        _refuse_unnamed(arguments)
+    return class_path
+
+
+def _refuse_unnamed(arguments: list[str]) -> None:
+    data = collect(arguments).tree.get("data")
+    keys = [] if not isinstance(data, Mapping) or CLASS_PATH in data else [key for key in data if key not in SPEC_KEYS]
+    if keys:
+        raise ConfigError(
+            f"`data.{keys[0]}` is set, but no data module is named, and no checkpoint that knows one; name it with "
+            f"--data in front of its settings ({known_data_modules()})."
+        )
+
+
+def _saved_class(run: SavedRun) -> str | None:
+    """Return the import path of the data module that trained a checkpoint, if it is known and its settings are."""
     class_path = run.data_class_path
     if class_path is None:
         return None

@@ -152,6 +152,24 @@ def test_names_of_labels_must_come_from_somewhere(run, capsys):
     assert "--ckpt_path" in line
 
 
+def test_what_is_named_wrongly_is_told_in_one_line(run, capsys):
+    def told(*words):
+        return refused(capsys, "predict", *words)
+
+    new = "--data.predict=new.csv"
+    assert "nope.ckpt" in told("--ckpt_path=nope.ckpt", new)
+    assert "is a folder" in told(f"--ckpt_path={run.with_suffix('')}", new)
+    assert "`data.predict` is set, but no data module is named" in told(new)
+    assert "did you mean `predict`" in told("--ckpt_path", run, "--data.predit=new.csv")
+    assert "did you mean `--output`" in told("--ckpt_path", run, new, "--outptu=a.csv")
+    content = torch.load(run, weights_only=True)
+    content["lora_lightning"].pop("data")  # as earlier versions wrote it
+    torch.save(content, "earlier.ckpt")
+    assert "name it with --data in front of its settings" in told("--ckpt_path=earlier.ckpt", new)
+    predict(Path("earlier.ckpt"), "--data=TextClassificationData", new, "--output=earlier.csv")
+    assert len(pd.read_csv("earlier.csv")) == 3
+
+
 def test_the_input_is_not_written_over(run, capsys):
     line = refused(capsys, "predict", "--ckpt_path", run, "--data.predict=new.csv", "--output=new.csv")
     assert "new.csv is the file that is predicted" in line
