@@ -30,13 +30,7 @@ from lora_lightning.config.last_run import DEFAULT_ROOT, last_of_runs, require_r
 from lora_lightning.config.loggers import with_logger_folders
 from lora_lightning.config.parser_errors import reduce_error, unknown_options
 from lora_lightning.config.right_words.misplaced import settings_known
-from lora_lightning.config.saved_data import (
-    data_of_run,
-    known_data_modules,
-    named_checkpoint,
-    refuse_unnamed_data,
-    saved_data_class,
-)
+from lora_lightning.config.saved_data import data_class_of, data_of_run, known_data_modules, named_checkpoint
 from lora_lightning.config.saved_model import KEYWORDS, refuse_conflict, saved_model
 from lora_lightning.config.settings import CLASS_PATH, INIT_ARGS, collect, flag_value
 from lora_lightning.config.signatures import (
@@ -162,9 +156,8 @@ class AdapterCLI(LightningCLI):
         """Name the data module of the checkpoint, where a command that does not train names none."""
         path = None if self.chosen == "fit" else named_checkpoint(self.arguments)
         self.saved_run = None if path is None else SavedRun.of_checkpoint(path)
-        class_path = None if self.saved_run is None else saved_data_class(self.saved_run)
+        class_path = data_class_of(self.saved_run, self.arguments)
         if class_path is None:
-            refuse_unnamed_data(self.arguments)
             return args
         self.arguments.insert(0, f"--data={class_path}")
         return [self.chosen, *self.arguments]
@@ -273,9 +266,8 @@ class AdapterCLI(LightningCLI):
         config, hook = self.config[self.chosen], DATALOADER_HOOKS[self.chosen]
         task = find_class(config["model"][CLASS_PATH], AdapterTask) or AdapterTask
         if config.get("data") is None and getattr(task, hook) is getattr(L.LightningModule, hook):
-            raise ConfigError(
-                f"no data are given; name them under `data:` in a config or with --data ({known_data_modules()})."
-            )
+            known = known_data_modules()
+            raise ConfigError(f"no data are given; name them under `data:` in a config or with --data ({known}).")
         if self.chosen == "predict" and config.get("return_predictions") is None:
             config["return_predictions"] = False  # they go into a file, and would fill the memory
 

@@ -30,12 +30,24 @@ def known_data_modules() -> str:
     return ", ".join(sorted(subclasses(L.LightningDataModule).keys() - {L.LightningDataModule.__name__}))
 
 
-def refuse_unnamed_data(arguments: list[str]) -> None:
-    """Refuse settings of a data module that is not named.
+def data_class_of(run: SavedRun | None, arguments: list[str]) -> str | None:
+    """Return the import path of the data module that a command line takes from a checkpoint; None if it takes none.
+
+    Args:
+        run: The checkpoint, where one is named and no data module.
+        arguments: The command line.
 
     Raises:
-        ConfigError: There are some.
+        CheckpointError: The class would have to be imported on the checkpoint's word alone.
+        ConfigError: There are settings of a data module, and nothing names it.
     """
+    class_path = None if run is None else _saved_class(run)
+    if class_path is None:
+        _refuse_unnamed(arguments)
+    return class_path
+
+
+def _refuse_unnamed(arguments: list[str]) -> None:
     data = collect(arguments).tree.get("data")
     keys = [] if not isinstance(data, Mapping) or CLASS_PATH in data else [key for key in data if key not in SPEC_KEYS]
     if keys:
@@ -45,12 +57,8 @@ def refuse_unnamed_data(arguments: list[str]) -> None:
         )
 
 
-def saved_data_class(run: SavedRun) -> str | None:
-    """Return the import path of the data module that trained a checkpoint, if it is known and its settings are.
-
-    Raises:
-        CheckpointError: It would have to be imported on the checkpoint's word alone.
-    """
+def _saved_class(run: SavedRun) -> str | None:
+    """Return the import path of the data module that trained a checkpoint, if it is known and its settings are."""
     class_path = run.data_class_path
     if class_path is None:
         return None
