@@ -12,6 +12,7 @@ import lightning as L
 from lora_lightning.errors import ConfigError
 
 _LIGHTNING = Path(L.__file__).parent
+_LOGGERS = _LIGHTNING / "pytorch" / "loggers"
 _CALLBACKS = _LIGHTNING / "pytorch" / "callbacks"
 
 
@@ -26,6 +27,10 @@ def mistake_of_settings(error: BaseException) -> ConfigError | None:
     """
     frames = traceback.extract_tb(error.__traceback__)
     raised_in = Path(frames[-1].filename) if frames else Path()
+    in_loggers = any(Path(frame.filename).is_relative_to(_LOGGERS) for frame in frames)
+    if isinstance(error, ModuleNotFoundError) and error.name and in_loggers:
+        package = error.name.partition(".")[0]
+        return ConfigError(f"The logger needs the package {package}, which cannot be imported: pip install {package}.")
     is_value = isinstance(error, ValueError) and raised_in.is_relative_to(_LIGHTNING)
     is_callback = isinstance(error, RuntimeError) and raised_in.is_relative_to(_CALLBACKS)
     if not (is_value or is_callback):

@@ -265,3 +265,9 @@ def test_targets_of_another_architecture(here, capsys, targets):
     error = mistake(capsys, *fit(f"--model.method.target_modules={json.dumps(targets)}"))
     assert all(repr(target) in error for target in targets)
     assert error.count("word_embeddings") == 1
+
+
+def test_a_logger_whose_package_cannot_be_imported(here, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    error = mistake(capsys, *fit("--trainer.logger=WandbLogger"), leaves=True)
+    assert error == "The logger needs the package wandb, which cannot be imported: pip install wandb."
