@@ -14,7 +14,7 @@ from lora_lightning import __version__
 from lora_lightning.commands import LIGHTNING_COMMANDS, all_commands, load_command
 from lora_lightning.errors import ConfigError, UserError, trouble_of_disk
 from lora_lightning.run.quiet import hide_bars
-from lora_lightning.trust import be_strict
+from lora_lightning.trust import be_strict, check_import
 
 PROG = "lora-lightning"
 OK, BUG, MISTAKE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A mistake of the user (a `UserError`, or Lightning's `MisconfigurationException`) ends in one line on stderr and
     status 2; `--debug`, anywhere on the line, shows its traceback as well. Any other exception is a bug and is raised.
     `--strict`, anywhere on the line, lets settings and checkpoints name classes of an allowed list alone.
+    `--import my_module`, anywhere on the line, imports a module whose classes a checkpoint names.
 
     Args:
         argv: The words after the program's name; None takes those of this process.
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if is_strict:
             be_strict()
-        return run(arguments)
+        return run(_import_modules(arguments))
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as stop:
@@ -65,6 +66,42 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"{PROG}: error: {' '.join(mistake.split())}", file=sys.stderr)
         return getattr(error, "status", MISTAKE)
+
+
+def _import_modules(arguments: list[str]) -> list[str]:
+    """Import the modules that `--import` names, and return the other words.
+
+    A checkpoint imports nothing by itself, so a task or method of the user's own must be there before.
+
+    Raises:
+        ConfigError: A module is not found, has a name that strict mode does not allow, or none is named.
+    """
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        option, has_value, value = word.partition("=")
+        if option != "--import":
+            rest.append(word)
+            continue
+        name = value if has_value else next(words, "")
+        if not name or name.startswith("-"):
+            raise ConfigError("--import needs the name of a module, such as `--import my_methods`.")
+        _import_module(name)
+    return rest
+
+
+def _import_module(name: str) -> None:
+    import importlib
+
+    check_import(f"{name}.*", "--import")  # strict mode lets names without a dot pass, which import nothing elsewhere
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # a module that it imports itself
+        raise ConfigError(
+            f"--import {name}: there is no module {error.name!r} among the installed ones and in {Path.cwd()}."
+        ) from error
 
 
 def run(arguments: list[str]) -> int:
@@ -134,6 +171,7 @@ def help_text() -> str:
             "",
             f"{PROG} COMMAND --help shows a command's usual settings, {PROG} fit --help all every setting.",
             "--version shows the version; --debug shows tracebacks.",
+            "--import MODULE imports a module whose classes a checkpoint names, such as a method of your own.",
             "--strict imports nothing that a config or checkpoint names, but from an allowed list (see SECURITY.md).",
         ]
     )

@@ -97,7 +97,9 @@ def _method_from_plain(spec: Mapping[str, Any]) -> Method:
             return cls(**spec.get("init_args") or {})
     near = nearest(class_path.rpartition(".")[2], {cls.__name__ for cls in _subclasses(Method) if not isabstract(cls)})
     hint = f"did you mean {' or '.join(near)}? If it is a method of your own, " if near else ""
-    raise ConfigError(f"The method {class_path!r} is not known here; {hint}import the module that defines it first.")
+    raise ConfigError(
+        f"The method {class_path!r} is not known here; {hint}import the module that defines it first (--import)."
+    )
 
 
 def _subclasses(cls: type[Any]) -> Iterator[type[Method]]:

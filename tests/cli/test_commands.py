@@ -93,6 +93,19 @@ def test_a_real_process_ends_with_status_2_and_one_line(folder):
     )
 
 
+def test_import_of_a_module_that_a_checkpoint_names(folder, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(folder)
+    Path("named_by_import.py").write_text("VALUE = 1\n")
+    assert main(["--import", "named_by_import", "--version"]) == 0
+    assert sys.modules.pop("named_by_import").VALUE == 1
+    assert main(["--version", "--import=named_by_import"]) == 0
+    assert "named_by_import" in sys.modules
+    assert "there is no module 'nowhere_at_all'" in mistake(capsys, "--version", "--import", "nowhere_at_all")
+    assert "--import needs the name of a module" in mistake(capsys, "--version", "--import")
+    monkeypatch.setenv("LORA_LIGHTNING_ALLOWED", "other_module")
+    assert "named_by_import" in mistake(capsys, "--version", "--import", "named_by_import")
+
+
 # Mistakes in settings.
 
 
