@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-import lora_lightning.backbones.codecs  # noqa: F401 - registers how transformers' and bitsandbytes' layers are read
+import lora_lightning.backbones.storage.codecs  # noqa: F401 - registers how transformers' and bitsandbytes' layers are read
 from lora_lightning import adapters
 from lora_lightning.adapters import AttachReport, Method
-from lora_lightning.backbones.loftq import start_at_quantization_error
-from lora_lightning.backbones.quantized import settle
+from lora_lightning.backbones.storage.loftq import start_at_quantization_error
+from lora_lightning.backbones.storage.quantized import settle
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import BackboneError
 

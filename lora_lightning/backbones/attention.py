@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lora_lightning.adapters.base import AttentionAdapter
 from lora_lightning.adapters.view import AttentionPlace
 from lora_lightning.adapters.weights import RESERVED
-from lora_lightning.backbones.trial import Call, Trial, first_tensor, has_values, is_same, path_of, quiet
+from lora_lightning.backbones.trials.trial import Call, Trial, first_tensor, has_values, is_same, path_of, quiet
 from lora_lightning.errors import TargetError
 
 ROUTED = "lora_lightning"

@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from lora_lightning.adapters.targets import is_within
-from lora_lightning.backbones.gguf import gguf_folder, gguf_parts
 from lora_lightning.backbones.quantization import Quantization
-from lora_lightning.backbones.quantized import load_quantized
 from lora_lightning.backbones.reasons import reason_of
 from lora_lightning.backbones.skeleton import build_skeleton, is_without_weights
+from lora_lightning.backbones.storage.gguf import gguf_folder, gguf_parts
+from lora_lightning.backbones.storage.quantized import load_quantized
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import BackboneError
 from lora_lightning.paths import nearest_in_folder, resolve
@@ -55,7 +55,7 @@ def locate(name: str) -> str:
 
     Args:
         name: `pkg://package/sub/folder`, a folder, a Hub name (`owner/model`), or a GGUF file, which is converted to a
-            folder the first time (see `lora_lightning.backbones.gguf`).
+            folder the first time (see `lora_lightning.backbones.storage.gguf`).
 
     Raises:
         BackboneError: A folder was meant and is not there, or the Hub does not give that name.

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from lora_lightning.adapters.targets import is_within
-from lora_lightning.backbones.gguf import gguf_config, gguf_parts
 from lora_lightning.backbones.reasons import reason_of
+from lora_lightning.backbones.storage.gguf import gguf_config, gguf_parts
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import BackboneError
 

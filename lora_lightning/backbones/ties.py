@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.view import output_embeddings
-from lora_lightning.backbones.read_past import trial_inputs
+from lora_lightning.backbones.trials.read_past import trial_inputs
 from lora_lightning.errors import NotMergeable
 
 _FLAG = "tie_word_embeddings"

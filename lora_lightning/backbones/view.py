@@ -19,8 +19,8 @@ from lora_lightning.adapters.view import (
 from lora_lightning.backbones import attention, ties
 from lora_lightning.backbones.blocks import BLOCKS
 from lora_lightning.backbones.defaults import USUAL_TARGETS
-from lora_lightning.backbones.prompt_place import find_prompt_place
-from lora_lightning.backbones.read_past import read_past
+from lora_lightning.backbones.trials.prompt_place import find_prompt_place
+from lora_lightning.backbones.trials.read_past import read_past
 from lora_lightning.errors import TargetError
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters import iter_adapters
 from lora_lightning.adapters.weights import RESERVED, Host, HostKind, codec_of
-from lora_lightning.backbones.samples import sample_positions
+from lora_lightning.backbones.storage.samples import sample_positions
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods.trainable_tokens import TrainableTokensAdapter
 

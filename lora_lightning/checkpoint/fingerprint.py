@@ -13,7 +13,7 @@ from lora_lightning.adapters.base import Role
 from lora_lightning.adapters.experts import expert_weights
 from lora_lightning.adapters.targets import is_within
 from lora_lightning.adapters.weights import RESERVED, find_codec, original_class
-from lora_lightning.backbones.samples import host_samples
+from lora_lightning.backbones.storage.samples import host_samples
 from lora_lightning.checkpoint.base_sample import (
     BaseSample,
     base_sample_of,

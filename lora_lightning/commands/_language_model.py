@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_lightning.adapters import is_attached
 from lora_lightning.backbones.load import load_backbone, load_tokenizer, locate
-from lora_lightning.backbones.quantized import is_quantized
+from lora_lightning.backbones.storage.quantized import is_quantized
 from lora_lightning.checkpoint.folder import is_adapter_folder
 from lora_lightning.checkpoint.manifest import read_manifest
 from lora_lightning.checkpoint.saved_run import SavedRun

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora_lightning.backbones.samples import sample_positions
+from lora_lightning.backbones.storage.samples import sample_positions
 
 _MANY = 1 << 20
 """Up to so many values, a checksum covers the bytes of each one."""

@@ -17,7 +17,7 @@ from lora_lightning.adapters import (
 from lora_lightning.adapters.frozen import trains_statistics
 from lora_lightning.adapters.weights import read_weight
 from lora_lightning.backbones.attach import attach
-from lora_lightning.backbones.quantized import quantized_modules
+from lora_lightning.backbones.storage.quantized import quantized_modules
 from lora_lightning.peft_format.copies import is_copy
 
 

@@ -15,7 +15,7 @@ from lora_lightning.adapters import adapter_state_dict, attached_methods, is_att
 from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.merge import check_mergeable, refuse_unmergeable_kinds
 from lora_lightning.backbones.attach import merge
-from lora_lightning.backbones.quantized import is_quantized
+from lora_lightning.backbones.storage.quantized import is_quantized
 from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import fingerprint
 from lora_lightning.checkpoint.manifest import Manifest, class_config

@@ -19,8 +19,8 @@ from lora_lightning.adapters.targets import is_within
 from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec
 from lora_lightning.backbones.attach import attach
 from lora_lightning.backbones.quantization import Quantization
-from lora_lightning.backbones.quantized import dense_modules
 from lora_lightning.backbones.skeleton import without_weights
+from lora_lightning.backbones.storage.quantized import dense_modules
 from lora_lightning.errors import ConfigError, UserError
 from lora_lightning.methods.recompute import recompute_activations
 from lora_lightning.optim import Optim

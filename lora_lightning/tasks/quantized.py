@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lora_lightning.backbones.quantized import is_quantized
 from lora_lightning.backbones.skeleton import is_without_weights
+from lora_lightning.backbones.storage.quantized import is_quantized
 from lora_lightning.errors import ConfigError
 from lora_lightning.strategies.facts import facts_of
 

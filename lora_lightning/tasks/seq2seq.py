@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.attach import unwrap
 from lora_lightning.adapters.view import output_embeddings
-from lora_lightning.backbones.decoder_head import decoder_states, find_decoder_head
-from lora_lightning.backbones.output_head import without_cache
+from lora_lightning.backbones.heads.decoder_head import decoder_states, find_decoder_head
+from lora_lightning.backbones.heads.output_head import without_cache
 from lora_lightning.checks.monitors import Direction
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.strategies.facts import facts_of

@@ -15,7 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from lora_lightning.backbones.output_head import LogitMap
+from lora_lightning.backbones.heads.output_head import LogitMap
 
 __all__ = ["TokenSums"]
 

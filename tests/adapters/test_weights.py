@@ -4,7 +4,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import nn
 
-import lora_lightning.backbones.codecs  # noqa: F401 - registers the 4-bit codec
+import lora_lightning.backbones.storage.codecs  # noqa: F401 - registers the 4-bit codec
 from lora_lightning.adapters import attach
 from lora_lightning.adapters.weights import (
     HostKind,

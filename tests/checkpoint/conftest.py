@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import lora_lightning.backbones.codecs  # noqa: F401 - registers how to read Conv1D
+import lora_lightning.backbones.storage.codecs  # noqa: F401 - registers how to read Conv1D
 from tests import models
 
 

@@ -11,7 +11,7 @@ import transformers
 from lora_lightning.__main__ import main
 from lora_lightning.adapters import iter_adapters
 from lora_lightning.backbones.quantization import Quantization
-from lora_lightning.backbones.quantized import quantized_modules
+from lora_lightning.backbones.storage.quantized import quantized_modules
 from lora_lightning.commands.plan import GIB, GPUS, plan
 from lora_lightning.errors import BackboneError, ConfigError
 from lora_lightning.methods import DoRA, LoRA

@@ -19,7 +19,7 @@ from lora_lightning.adapters import (
 )
 from lora_lightning.backbones.attach import attach as attach_to_backbone
 from lora_lightning.backbones.quantization import Quantization
-from lora_lightning.backbones.quantized import is_quantized
+from lora_lightning.backbones.storage.quantized import is_quantized
 from lora_lightning.checkpoint import read_manifest
 from lora_lightning.checkpoint.manifest import MANIFEST_NAME
 from lora_lightning.errors import CheckpointError, NotMergeable

@@ -15,7 +15,7 @@ from lora_lightning.adapters import (
     load_adapter_state_dict,
 )
 from lora_lightning.backbones.attach import attach, merge
-from lora_lightning.backbones.output_head import without_cache
+from lora_lightning.backbones.heads.output_head import without_cache
 from lora_lightning.errors import CheckpointError, ConfigError, NotMergeable, TargetError
 from lora_lightning.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2
 from lora_lightning.methods.prefix import PrefixAdapter

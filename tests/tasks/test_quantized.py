@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lightning import AdapterCheckpoint, AdapterTask, LoRA, Optim, SequenceClassification
 from lora_lightning.backbones.quantization import Quantization
-from lora_lightning.backbones.quantized import is_quantized, quantized_modules
+from lora_lightning.backbones.storage.quantized import is_quantized, quantized_modules
 from lora_lightning.checkpoint import load_adapter
 from lora_lightning.errors import BackboneError, ConfigError
 from tests import models, quantizable

@@ -12,7 +12,7 @@ from torchmetrics.functional.text.rouge import rouge_score
 
 from lora_lightning import DoRA, LoRA, Optim, Seq2SeqData, Seq2SeqLM
 from lora_lightning.__main__ import main
-from lora_lightning.backbones.decoder_head import find_decoder_head
+from lora_lightning.backbones.heads.decoder_head import find_decoder_head
 from lora_lightning.errors import ConfigError, DataError
 from tests import models
 from tests.tasks.languages import largest_gap

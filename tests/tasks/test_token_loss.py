@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_lightning import DoRA, LoRA, attach
-from lora_lightning.backbones.output_head import LogitMap
+from lora_lightning.backbones.heads.output_head import LogitMap
 from lora_lightning.tasks.token_loss import chunked_token_loss, supervised
 from tests import models
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from lora_lightning.backbones import gguf as module
-from lora_lightning.backbones.gguf import cache_root, gguf_config, gguf_folder, gguf_parts
 from lora_lightning.backbones.load import load_backbone, load_tokenizer, locate
 from lora_lightning.backbones.skeleton import without_weights
+from lora_lightning.backbones.storage import gguf as module
+from lora_lightning.backbones.storage.gguf import cache_root, gguf_config, gguf_folder, gguf_parts
 from lora_lightning.errors import BackboneError
 
 CAUSAL = "AutoModelForCausalLM"

@@ -8,7 +8,7 @@ from torch import nn
 
 from lora_lightning import LoRA, attach
 from lora_lightning.adapters.weights import RESERVED
-from lora_lightning.backbones.output_head import LogitMap, find_output_head
+from lora_lightning.backbones.heads.output_head import LogitMap, find_output_head
 from tests import models
 from tests.tasks import languages
 

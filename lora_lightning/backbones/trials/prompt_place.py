@@ -14,7 +14,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.host import hang, unhang
 from lora_lightning.adapters.selection.state import Selector
 from lora_lightning.adapters.view import PromptPlace, input_embeddings
-from lora_lightning.backbones.trial import (
+from lora_lightning.backbones.trials.trial import (
     NUM_FRONT,
     Call,
     Rows,

@@ -8,8 +8,8 @@ import transformers
 from torch import nn
 
 from lora_lightning import BitFit, DoRA, LoRA, attach
-from lora_lightning.backbones import read_past as trial
-from lora_lightning.backbones.read_past import read_past
+from lora_lightning.backbones.trials import read_past as trial
+from lora_lightning.backbones.trials.read_past import read_past
 from lora_lightning.errors import TargetError
 from tests import models
 

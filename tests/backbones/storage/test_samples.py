@@ -3,7 +3,7 @@ import copy
 import torch
 from torch import nn
 
-from lora_lightning.backbones.samples import SAMPLES, host_sample, keep_sample, sample
+from lora_lightning.backbones.storage.samples import SAMPLES, host_sample, keep_sample, sample
 
 
 def test_the_first_and_the_last_value_are_taken():

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.targets import has_suffix, is_within
 from lora_lightning.adapters.weights import HostKind, find_codec
-from lora_lightning.backbones.codecs import restore_layout
 from lora_lightning.backbones.defaults import DENSE_MODULES, DENSE_MODULES_BY_TYPE
 from lora_lightning.backbones.quantization import Quantization, require_packages
-from lora_lightning.backbones.samples import keep_sample, sample
+from lora_lightning.backbones.storage.codecs import restore_layout
+from lora_lightning.backbones.storage.samples import keep_sample, sample
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import BackboneError
 

@@ -11,11 +11,11 @@ from lora_lightning import DoRA, LoRA
 from lora_lightning.adapters import iter_roles
 from lora_lightning.adapters.weights import read_weight
 from lora_lightning.backbones import quantization as settings_module
-from lora_lightning.backbones import quantized as quantized_module
 from lora_lightning.backbones.attach import attach, merge
 from lora_lightning.backbones.load import load_backbone
 from lora_lightning.backbones.quantization import Quantization
-from lora_lightning.backbones.quantized import (
+from lora_lightning.backbones.storage import quantized as quantized_module
+from lora_lightning.backbones.storage.quantized import (
     cpu_needs_whole_blocks,
     dense_modules,
     is_quantized,

@@ -1,0 +1,1 @@
+"""The module that turns hidden states into logits, and what enters it."""
