@@ -48,6 +48,8 @@ RESERVED_BY_CUDA = 600 << 20
 DOES_NOT_FIT = 1
 USUAL_LENGTH = 2048
 """Tokens in a row where the data leave it to the model."""
+_LEAST_MEMORY = 1 << 20
+"""Less is a number whose unit was left out."""
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -196,10 +198,8 @@ def _room(gpu: str | None) -> tuple[int | None, str]:
         hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(GPUS)}."
         raise ConfigError(f"gpu: {gpu!r} is neither an amount of memory, such as 24GB, nor a GPU known here; {hint}")
     num_bytes = int(float(amount[1]) * _UNITS[amount[2].upper()])
-    if num_bytes <= RESERVED_BY_CUDA:
-        raise ConfigError(
-            f"gpu: {gpu!r} means {num_bytes:,} bytes, less than CUDA itself takes; did you mean {amount[1]}GB?"
-        )
+    if num_bytes < _LEAST_MEMORY:
+        raise ConfigError(f"gpu: {gpu!r} means {num_bytes:,} bytes, which no GPU has; did you mean {amount[1]}GB?")
     return num_bytes, f"a GPU of {_size(num_bytes)}"
 
 

@@ -66,8 +66,8 @@ class CheckpointState(CheckedLoading):
         """
         own = own_entry(checkpoint, len(self.methods))
         require_training_state(checkpoint, self._trainer)
-        check_optimization(checkpoint, self.optim, self._trainer)
         self.configure_model()
+        check_optimization(checkpoint, self.optim, self._trainer, self.adapted)
         double_before_loading(self)
         self._is_calibrated = True
         self._check_base(own)

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint, tokenizer_of
 from lora_lightning.checkpoint.base_sample import base_sample_of
@@ -19,7 +20,7 @@ from lora_lightning.checkpoint.reading import read_file
 from lora_lightning.checkpoint.task_class import argument_names, build_task, class_path_of
 from lora_lightning.errors import CheckpointError
 from lora_lightning.keywords import ForwardsSettings
-from lora_lightning.optim import Optim
+from lora_lightning.optim import Optim, param_groups
 from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
 _CLASS_PATH = "_class_path"
@@ -145,13 +146,16 @@ def refuse_unread_adapter(adapter: str | None) -> NoReturn:
     )
 
 
-def check_optimization(checkpoint: Mapping[str, Any], optim: Optim, trainer: L.Trainer | None) -> None:
+def check_optimization(
+    checkpoint: Mapping[str, Any], optim: Optim, trainer: L.Trainer | None, model: nn.Module
+) -> None:
     """Warn where a run resumes with other rates or another schedule; refuse another optimizer.
 
     Args:
         checkpoint: The content of a `.ckpt` file.
         optim: The settings of the run that resumes.
         trainer: Who loads it, or None.
+        model: The model that trains.
 
     Raises:
         CheckpointError: The optimizer is of another class or has other groups, which the state in the checkpoint does
@@ -168,7 +172,7 @@ def check_optimization(checkpoint: Mapping[str, Any], optim: Optim, trainer: L.T
             f"{now['optimizer']!r}, which cannot use its state. Keep the optimizer, or start a new run from the "
             "adapter folder beside the checkpoint (model.init_args.adapter)."
         )
-    if "weight_decay" in changed and bool(before["weight_decay"]) != bool(now["weight_decay"]):
+    if "weight_decay" in changed and _num_groups(checkpoint) != len(param_groups(model, optim)):
         raise CheckpointError(
             f"The checkpoint was trained with optim.weight_decay={before['weight_decay']!r}, and this run has "
             f"{now['weight_decay']!r}: weight decay puts vectors into a group of their own, so the optimizer's "
@@ -178,6 +182,12 @@ def check_optimization(checkpoint: Mapping[str, Any], optim: Optim, trainer: L.T
     if changed:
         listed = ", ".join(f"optim.{name} {now[name]!r} (before: {before[name]!r})" for name in changed)
         rank_zero_warn(f"Resumed with {listed}: from here on this is no longer the run that was stopped.")
+
+
+def _num_groups(checkpoint: Mapping[str, Any]) -> int:
+    """Return how many groups of parameters the optimizer in a checkpoint has."""
+    states = checkpoint.get("optimizer_states") or [{}]
+    return len(states[0].get("param_groups", ()))
 
 
 def require_training_state(checkpoint: Mapping[str, Any], trainer: L.Trainer | None) -> None:

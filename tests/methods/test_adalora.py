@@ -249,6 +249,8 @@ def test_a_host_without_survivors_keeps_one_empty_row():
     assert not a.any()
 
 
+# The resumed run is complete, and only loads.
+@pytest.mark.filterwarnings("ignore:Nothing was trained")
 def test_fit(tmp_path):
     method = AdaLoRA(target_r=2, init_r=4, delta_t=1, target_modules=["linear1", "linear2"])
     task = Tagger(method=method)

@@ -213,6 +213,8 @@ def test_two_in_one_list_keep_to_their_own():
     assert shared(other) == shared(model)
 
 
+# The resumed run is complete, and only loads.
+@pytest.mark.filterwarnings("ignore:Nothing was trained")
 def test_fit_and_resume(tmp_path, capsys):
     method = LoRADrop(
         r=2, target_modules=["linear1", "linear2"], calibration_steps=6, sample_batches=2, threshold=0.1, dropout=0.1

@@ -231,7 +231,7 @@ def test_another_rate_from_a_checkpoint_on(here, capsys):
     assert settings["model"]["init_args"]["optim"]["lr"] == 1e-5
 
 
-@pytest.mark.parametrize("setting", ["--model.optim.optimizer=SGD", "--model.optim.weight_decay=0.1"])
+@pytest.mark.parametrize("setting", ["--model.optim.optimizer=SGD"])
 def test_what_does_not_fit_the_optimizer_of_a_checkpoint(here, capsys, setting):
     error = mistake(capsys, *resume("--trainer.max_epochs=2", setting))
     assert f"The checkpoint was trained with {setting.removeprefix('--model.').partition('=')[0]}=" in error

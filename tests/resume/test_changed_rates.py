@@ -55,6 +55,16 @@ def test_unchanged_rates_resume_bit_for_bit_without_a_word(tmp_path):
     assert all(torch.equal(weight, resumed[1][name]) for name, weight in full[1].items())
 
 
+def test_weight_decay_that_divides_the_groups_is_refused(tmp_path):
+    head = LoRA(r=2, target_modules=["2"], modules_to_save=["5"])  # a head's bias gets no decay, its weight does
+    fit(Reader(head, Optim(**OLD)), Tokens(), SaveAfter(tmp_path, [6]))
+    without = Reader(head, Optim(**{**OLD, "weight_decay": 0.0}))
+    with pytest.raises(
+        CheckpointError, match=r"optim\.weight_decay=0\.1.*0\.0: weight decay puts vectors into a group"
+    ):
+        fit(without, Tokens(), SaveAfter(tmp_path), ckpt_path=tmp_path / "6.ckpt")
+
+
 def test_another_optimizer_is_refused(tmp_path):
     run(tmp_path, [6])
     with pytest.raises(CheckpointError, match=r"optim\.optimizer='AdamW'.*'SGD'.*model\.init_args\.adapter"):

@@ -298,6 +298,7 @@ def test_an_order_that_cannot_be_brought_back_is_told(tmp_path):
     check(Case(data=Tokens), tmp_path, 9)  # data of this library do not mind
 
 
+@pytest.mark.filterwarnings("ignore:The run has 1 optimizer steps and warmup is 2")
 def test_a_users_own_callback_stays():
     mine = ExactResume()
     trace, _ = Case().fit(mine, max_steps=1)
