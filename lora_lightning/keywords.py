@@ -22,8 +22,6 @@ class UnknownSetting(ConfigError, TypeError):  # noqa: N818 - reads as the fact 
 class NamesNearest:
     """A class that refuses a misspelt keyword of its constructor with the nearest right one."""
 
-    __slots__ = ()  # so that an object of a base class may become one of a derived class, as strategies do
-
     def __new__(cls, *args: Any, **settings: Any) -> Self:  # noqa: ANN401 - those of the constructor
         """Refuse keywords that nothing takes.
 
@@ -56,8 +54,6 @@ class ForwardsSettings(NamesNearest):
 
     The signature lists the settings of all bases, for `help()` and editors.
     """
-
-    __slots__ = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:  # noqa: ANN401 - those of other bases
         """Give the class the signature of all that it takes."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["FSDP2Strategy"]
 
 
-class FSDP2Strategy(NamesNearest, ModelParallelStrategy):
+class FSDP2Strategy(ModelParallelStrategy, NamesNearest):
     """Train a task whose frozen base is spread over all processes (FSDP2), as `trainer.strategy: fsdp2`.
 
     The adapters and their optimizer state are whole on every process; their gradients are averaged once per optimizer

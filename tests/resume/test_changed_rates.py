@@ -62,7 +62,7 @@ def test_weight_decay_that_divides_the_groups_is_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"optim\.weight_decay=0\.1.*0\.0: weight decay puts vectors into a group"
     ):
-        fit(without, Tokens(), SaveAfter(tmp_path), ckpt_path=tmp_path / "6.ckpt")
+        fit(without, Tokens(), SaveAfter(tmp_path, []), ckpt_path=tmp_path / "6.ckpt")
 
 
 def test_another_optimizer_is_refused(tmp_path):
