@@ -124,6 +124,7 @@ def test_the_words_of_a_comparison_come_from_the_classes():
     assert words_of("Unknown").suits == Method.about.suits == "-"
 
 
+@pytest.mark.slow
 def test_a_new_method_is_one_file_one_line_and_one_example(copied):
     (copied / "lora_lightning" / "methods" / "half_lora.py").write_text(NEW_METHOD)
     line = "from lora_lightning.methods.half_lora import HalfLoRA as HalfLoRA"
@@ -145,6 +146,7 @@ def test_a_new_method_is_one_file_one_line_and_one_example(copied):
     assert int(with_example.stdout.split(" passed")[0].split()[-1]) >= 3
 
 
+@pytest.mark.slow
 def test_a_new_method_has_its_short_name_everywhere(copied):
     (copied / "lora_lightning" / "methods" / "half_lora.py").write_text(NEW_METHOD)
     assert run(copied, "scripts/public.py").returncode == 0

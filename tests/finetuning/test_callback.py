@@ -146,6 +146,7 @@ def test_strategies_that_shard_are_referred_to_attach(strategy, monkeypatch):
         fit(ImageClassifier, **QUICK)
 
 
+@pytest.mark.slow
 def test_a_strategy_that_copies_the_module_needs_the_adapters_before(tmp_path):
     settings = {"strategy": "ddp_spawn", "devices": 1, **QUICK}
     with pytest.raises(Exception, match=r"call lora_lightning.finetune\(module, method, submodule\) before"):

@@ -54,6 +54,7 @@ def run(folder: Path, *arguments: str, module: str = "backbone") -> subprocess.C
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")  # Lightning's own call
 def test_fit_resume_and_test(tmp_path):
     done = run(tmp_path, "fit")
@@ -88,6 +89,7 @@ def test_fit_resume_and_test(tmp_path):
     assert torch.equal(load_finetuned(Classifier, path).head.weight, last["state_dict"]["head.weight"])
 
 
+@pytest.mark.slow
 def test_an_unknown_submodule_is_named(tmp_path):
     done = run(tmp_path, "fit", module="backbon")
     assert done.returncode != 0

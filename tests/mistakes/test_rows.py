@@ -145,6 +145,7 @@ PACKAGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("logger", "module", "requirement"), PACKAGES, ids=[name for name, _, _ in PACKAGES])
 def test_a_logger_without_its_package(here, logger, module, requirement):
     # In a process of its own, in which nothing of the package is found.
@@ -191,6 +192,7 @@ def test_a_class_in_the_current_folder(here, start):
     assert list(Path("runs").rglob("*.ckpt"))
 
 
+@pytest.mark.slow
 def test_python_minus_p_keeps_the_folder_out(here):
     Path("my_task.py").write_text(OWN_TASK)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

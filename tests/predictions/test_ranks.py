@@ -35,6 +35,7 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_texts_in_csv_and_parquet(tmp_path):
     save_encoder(tmp_path / "base")
     rows = [{"text": f"film {index} is {'good' if index % 2 else 'bad'}", "label": index % 2} for index in range(40)]
@@ -60,6 +61,7 @@ def test_texts_in_csv_and_parquet(tmp_path):
     assert left == {"train.csv", "new.csv", "one.csv", "two.csv", "one.parquet", "two.parquet", "other.csv"}
 
 
+@pytest.mark.slow
 def test_a_task_of_ones_own_whose_rows_lightning_shares_out():
     words = (
         *("--model=tests.predictions.own_task.Sums", "--model.method=LoRA", "--model.method.r=2"),
