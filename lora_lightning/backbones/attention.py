@@ -106,7 +106,7 @@ def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a tran
         key: Tensor,
         value: Tensor,
         *args: Any,  # noqa: ANN401 - the interface's own
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401 - the attention interface of transformers
     ) -> tuple[Tensor, Any]:
         found[module] = (key.shape[1], key.shape[3], value.shape[3])
         return attend(module, query, key, value, *args, **kwargs)

@@ -101,7 +101,7 @@ def _stored(source: str) -> dict[str, torch.dtype]:
             with safe_open(weights, framework="pt") as tensors:
                 named = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 - no mapping
         except SafetensorError as error:
-            raise BackboneError(f"{weights} is no readable safetensors file ({error}); get it again.") from error
+            raise BackboneError(f"{weights} is not a readable safetensors file ({error}); get it again.") from error
         return {key: _STORED_DTYPES.get(dtype, torch.float32) for key, dtype in named.items()}
     if index is not None:
         return dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"], torch.float32)

@@ -42,7 +42,7 @@ class AdapterFinetuning(NamesNearest, L.Callback):
 
     The module's code stays as it is: `L.Trainer(callbacks=[AdapterFinetuning(LoRA(r=8), module="backbone")])`. The
     submodule is frozen and gets its adapters before the optimizers are built; whatever else of the LightningModule
-    trains goes on training. Checkpoints hold the adapters, all that trains, and the module's own buffers, and load
+    trains continues to train. Checkpoints hold the adapters, all that trains, and the module's own buffers, and load
     strictly. Training resumes from them, and `validate`, `test` and `predict` load them, with the same callback.
     Without a Trainer, `load_finetuned` loads them.
 

@@ -48,7 +48,7 @@ class MetricCurve(NamesNearest, L.Callback):
         self._path = run_folder(trainer) / self.filename
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step from which training goes on."""
+        """Note the step from which training continues."""
         del pl_module
         self._last_step = trainer.global_step
 

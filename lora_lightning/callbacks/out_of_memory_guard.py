@@ -167,7 +167,7 @@ def _hints(trainer: L.Trainer, module: L.LightningModule, num_samples: int, *, i
 def _hints_for_others(
     trainer: L.Trainer, module: L.LightningModule, num_samples: int, *, is_training: bool
 ) -> list[str]:
-    """Return what to change in a module that is no task of this library, and has none of its settings."""
+    """Return what to change in a module that is not a task of this library and lacks its settings."""
     hints = []
     if num_samples > 1:
         accumulated = trainer.accumulate_grad_batches

@@ -116,33 +116,11 @@ class PlainProgress(NamesNearest, ProgressBar):
     ) -> None:
         """Print after a minute without a line."""
         del pl_module, outputs, batch
-        self._evaluation_line("validation", batch_idx, trainer.num_val_batches, dataloader_idx)
+        if self._is_overdue():
+            self._line(_evaluation_line(trainer, batch_idx, dataloader_idx))
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's own signature
-        batch: Any,  # noqa: ANN401 - Lightning's own signature
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Print after a minute without a line."""
-        del pl_module, outputs, batch
-        self._evaluation_line("test", batch_idx, trainer.num_test_batches, dataloader_idx)
-
-    def on_predict_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's own signature
-        batch: Any,  # noqa: ANN401 - Lightning's own signature
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Print after a minute without a line."""
-        del pl_module, outputs, batch
-        self._evaluation_line("predict", batch_idx, trainer.num_predict_batches, dataloader_idx)
+    on_test_batch_end = on_validation_batch_end
+    on_predict_batch_end = on_validation_batch_end
 
     # Lines.
 
@@ -171,15 +149,20 @@ class PlainProgress(NamesNearest, ProgressBar):
         seconds = (time.monotonic() - self._started_at) / num_done * (total - trainer.global_step)
         return f"{_clock(seconds)} left"
 
-    def _evaluation_line(
-        self, stage: str, batch_idx: int, totals: Sequence[float] | float, dataloader_idx: int
-    ) -> None:
-        if not self._is_overdue():
-            return
-        total = totals[dataloader_idx] if isinstance(totals, Sequence) else totals
-        of_total = "" if math.isinf(total) else f"/{int(total)}"
-        of_set = f" of set {dataloader_idx + 1}" if dataloader_idx else ""
-        self._line(f"{stage}: batch {batch_idx + 1}{of_total}{of_set}")
+
+def _evaluation_line(trainer: L.Trainer, batch_idx: int, dataloader_idx: int) -> str:
+    """Return how far the validation, test or prediction in progress is."""
+    totals: Sequence[float]
+    if trainer.predicting:
+        stage, totals = "predict", trainer.num_predict_batches
+    elif trainer.testing:
+        stage, totals = "test", trainer.num_test_batches
+    else:
+        stage, totals = "validation", trainer.num_val_batches
+    total = totals[dataloader_idx]
+    of_total = "" if math.isinf(total) else f"/{int(total)}"
+    of_set = f" of set {dataloader_idx + 1}" if dataloader_idx else ""
+    return f"{stage}: batch {batch_idx + 1}{of_total}{of_set}"
 
 
 def _steps_and_epochs(trainer: L.Trainer) -> str:

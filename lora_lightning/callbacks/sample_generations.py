@@ -35,7 +35,7 @@ class SampleGenerations(NamesNearest, L.Callback):
     Weights & Biases, MLflow). Rank 0 alone generates. Neither the model's mode nor the run's random numbers change.
 
     Args:
-        prompts: Texts to go on from; None takes the first rows of the validation data (of its first set, where it has
+        prompts: Texts to continue; None takes the first rows of the validation data (of its first set, where it has
             several), whose own answers are shown beside the model's. Where the tokenizer has a chat template, a text is
             what the user says.
         num_samples: How many rows to take where no prompts are given.

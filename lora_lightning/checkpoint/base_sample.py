@@ -108,7 +108,7 @@ def read_base_sample(folder: Path) -> BaseSample | None:
             quantized = json.loads((file.metadata() or {}).get(_QUANTIZED, "{}"))
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no readable safetensors file ({error}); get the adapter again.") from error
+        raise CheckpointError(f"{path} is not a readable safetensors file ({error}); get the adapter again.") from error
     if not isinstance(quantized, dict) or not all(bits in MAX_ERRORS for bits in quantized.values()):
         raise CheckpointError(f"{path} does not say which of its values are quantized; get the adapter again.")
     return BaseSample(values=values, quantized=quantized)

@@ -315,7 +315,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
             raise SafetensorError(f"its header claims {size} bytes, and this library reads up to {MAX_BYTES}")
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no readable safetensors file ({error}); use another checkpoint.") from error
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}); use another checkpoint."
+        ) from error
 
 
 def load_config(path: Path) -> dict[str, Any]:

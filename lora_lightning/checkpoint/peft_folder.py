@@ -81,7 +81,7 @@ def export_peft(
     `load_peft`. Trained copies (heads) go in as `modules_to_save`. A relative of LoRA goes in as the LoRA that computes
     the same, from its `factors()`: often of another rank, and no longer to be trained by its own method. IA3, soft
     prompts, prefixes and trainable tokens go in as PEFT's own kinds; the folder then holds the adapter a second time in
-    this library's format, from which training goes on. `docs/peft.md` lists what goes in and out.
+    this library's format, from which training continues. `docs/peft.md` lists what goes in and out.
 
     Args:
         model: A model with adapters of a method that PEFT has too, or of a relative of LoRA.
@@ -183,7 +183,7 @@ def _check_there(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder} holds an adapter in this library's own format alone; attach its method and use load_adapter."
             )
-        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}, so it is no adapter of PEFT.")
+        raise CheckpointError(f"{folder} holds no {CONFIG_NAME}, so it is not an adapter of PEFT.")
     if (folder / PEFT_WEIGHTS_NAME).is_file():
         return
     if (folder / _PICKLED_NAME).is_file():

@@ -73,7 +73,7 @@ def read_checkpoint(path: Path) -> CheckpointFile:
         The file, whose content holds `state_dict` and `hyper_parameters`.
 
     Raises:
-        CheckpointError: It cannot be read safely, or is no checkpoint of a task of this library.
+        CheckpointError: It cannot be read safely, or is not a checkpoint of a task of this library.
     """
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; name the .ckpt file that stands beside it.")

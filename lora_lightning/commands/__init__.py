@@ -2,7 +2,7 @@
 
 A new command is a file here, named as the command, that holds a function of the same name; `scripts/public` then writes
 its line into the static table. Its parameters become the options, its docstring the help; return an int to set the exit
-status. Files that start with an underscore are no commands.
+status. Files that start with an underscore are not commands.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class Target:
         """Check what a command line says, before anything is written; None where nothing is to be uploaded.
 
         Raises:
-            ConfigError: The name is no name of a repository, or this process cannot reach the Hub as a user.
+            ConfigError: The name is not that of a repository, or this process cannot reach the Hub as a user.
         """
         if repo is None:
             if private:
@@ -61,7 +61,7 @@ class Target:
     def upload(self, folder: Path) -> str:
         """Create the repository where it is missing, upload a folder in one go, and return where it is.
 
-        The repository's model card stays where somebody else wrote or edited it. Weights that the folder does not have
+        The repository's model card stays where another person wrote or edited it. Weights that the folder does not have
         are removed, since transformers would load them instead.
 
         Raises:

@@ -15,7 +15,7 @@ DEFAULT_ROOT = "runs"
 
 
 def last_of_runs(trainer: Mapping[str, Any]) -> SavedRun:
-    """Read the newest complete checkpoint of all runs, for a process that starts a new one to go on from.
+    """Read the newest complete checkpoint of all runs, for a process that starts a new run and resumes from it.
 
     Lightning would look in the folder of the new run, find nothing there, and start anew.
 
@@ -31,7 +31,7 @@ def last_of_runs(trainer: Mapping[str, Any]) -> SavedRun:
     newest = newest_run(folders)
     if newest is None:
         raise ConfigError(
-            f"--ckpt_path last: there is no complete checkpoint in {root} to go on from; name the .ckpt file, or leave "
+            f"--ckpt_path last: no complete checkpoint to resume from is in {root}; name the .ckpt file, or leave "
             "the option out to start anew."
         )
     return newest

@@ -54,7 +54,7 @@ def refuse_conflict(
         saved: The same of the checkpoint, with all settings.
         path: The checkpoint, for the message.
         ignored: Names of `init_args` that may differ.
-        trains: Whether training is to go on, and so may start from the adapter instead.
+        trains: Whether training continues, and so may start from the adapter instead.
 
     Raises:
         ConfigError: A setting differs.

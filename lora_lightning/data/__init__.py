@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from lora_lightning.public import import_classes
 
 if TYPE_CHECKING:
-    from lora_lightning import *  # noqa: F403
+    from lora_lightning import *  # noqa: F403 - for type checkers alone, which read the static table
 
 _CLASSES = import_classes("data")
 globals().update(_CLASSES)

@@ -39,7 +39,7 @@ def load_finetuned(
         path: The `.ckpt` file.
         map_location: As `torch.load` takes it.
         strict: As `load_from_checkpoint` takes it.
-        weights_only: False also runs code that the file may carry, for hyperparameters that are no plain types.
+        weights_only: False also runs code that the file may carry, for hyperparameters that are not plain types.
         **settings: Arguments of `cls` that the checkpoint does not hold, or to use instead of those.
 
     Returns:

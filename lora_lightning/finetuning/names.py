@@ -46,7 +46,7 @@ def names_of(module: nn.Module) -> Names:
     # By identity: what is tied, or reached by a second attribute of the module, has several names.
     names.public = {name: shown[id(tensor)] for name, tensor in tensors.items() if id(tensor) in shown}
     names.inside = {name for name, tensor in tensors.items() if id(tensor) in base}
-    # State that is no tensor has no identity.
+    # State that is not a tensor has no identity.
     names.inside |= {
         name
         for name in module.state_dict()

@@ -115,7 +115,7 @@ class Finetuning:
         parts: The submodules with adapters.
         frozen: Digest of each parameter outside the parts that was frozen when the first part was attached.
         at_start: Checksum of each frozen tensor that training code might change itself; None before training.
-        kept: Frozen tensors that a checkpoint holds all the same, because they were changed.
+        kept: Frozen tensors that a checkpoint also holds, because they were changed.
     """
 
     parts: list[Part] = field(default_factory=list)

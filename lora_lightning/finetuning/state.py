@@ -148,7 +148,7 @@ def _fit_structure(module: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def _kept(module: nn.Module, names: Names) -> set[str]:
-    """Return the frozen names that a checkpoint holds all the same."""
+    """Return the frozen names that a checkpoint also holds."""
     record = record_of(module)
     assert record is not None
     trained = {

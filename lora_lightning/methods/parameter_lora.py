@@ -1,4 +1,4 @@
-"""LoRA on parameters of a module that is no layer of a known kind, such as the router of a mixture."""
+"""LoRA on parameters of a module that is not a layer of a known kind, such as the router of a mixture."""
 
 from __future__ import annotations
 

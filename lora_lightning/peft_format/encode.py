@@ -69,7 +69,7 @@ def to_peft(
         model: A model with adapters.
         state: What `folded_state_dict` gives, where the caller has gathered it already.
         as_lora: Write every relative of LoRA as the LoRA that computes the same (at another rank, if need be), from
-            which its own method could not go on training; and take what PEFT keeps of the base beside a LoRA: shifted
+            which its own method could not train on; and take what PEFT keeps of the base beside a LoRA: shifted
             biases (BitFit), trained rows of embeddings and single parameters.
 
     Returns:
@@ -158,7 +158,7 @@ def _sort_adapters(model: nn.Module, state: Mapping[str, Tensor], *, as_lora: bo
 def _updates(
     path: str, host: nn.Module, adapter: Adapter, state: Mapping[str, Tensor], *, as_lora: bool
 ) -> dict[str, Update]:
-    """Return the updates of one adapter by their paths; none where PEFT has none, or could not go on training."""
+    """Return the updates of one adapter by their paths; none where PEFT has none, or could not continue to train."""
     if isinstance(adapter, ParameterLoRAAdapter):
         return parameter_updates(path, host, adapter) if as_lora else {}
     if isinstance(adapter, ExpertLoRAAdapter):  # PEFT has no dropout there

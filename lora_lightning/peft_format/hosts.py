@@ -82,7 +82,7 @@ def check_hosts(expected: Sequence[str], found: Collection[str]) -> None:
     if missing or unknown:
         raise CheckpointError(
             f"The adapter's tensors do not fit its config on this model: of {len(expected)} targets, {len(missing)} "
-            f"have no tensors{some(missing)}, and {len(unknown)} modules with tensors are no targets here"
+            f"have no tensors{some(missing)}, and {len(unknown)} modules with tensors are not targets here"
             f"{some(unknown)}. Load the base that it was trained on, or get the adapter again."
         )
 

@@ -34,7 +34,7 @@ KEY = "exact_resume"
 
 
 class ExactResume(L.Callback):
-    """Save what a run needs to go on from any batch: random numbers of every rank, data position, unfinished steps.
+    """Save what a run needs to resume from any batch: random numbers of every rank, data position, unfinished steps.
 
     Every `AdapterTask` brings one along; give it to the Trainer beside `AdapterFinetuning`. Manual optimization and
     several optimizers are resumed as well. Losses and weights of the continued run are bit for bit those of the

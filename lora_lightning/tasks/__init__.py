@@ -6,7 +6,7 @@ from lora_lightning.public import import_classes
 from lora_lightning.strategies import FSDP2Strategy
 
 if TYPE_CHECKING:
-    from lora_lightning import *  # noqa: F403
+    from lora_lightning import *  # noqa: F403 - for type checkers alone, which read the static table
 
 _CLASSES = import_classes("tasks")
 globals().update(_CLASSES)

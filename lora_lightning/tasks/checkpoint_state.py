@@ -45,7 +45,7 @@ class CheckpointState(CheckedLoading):
     @property
     def adapted(self) -> nn.Module:
         """The adapted model."""
-        raise NotImplementedError
+        raise NotImplementedError  # a subclass defines it
 
     def adapter_state(self) -> dict[str, Tensor]:
         """Return what a checkpoint keeps: adapters, trained copies, and state of this module outside the model."""

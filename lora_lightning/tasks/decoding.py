@@ -74,7 +74,7 @@ class StopAt:
     """Ends the rows whose new tokens a function finds complete.
 
     Args:
-        start: Tokens that each row starts with and that are no part of its answer.
+        start: Tokens that each row starts with and that are not part of its answer.
         is_complete: Tells whether an answer, given as tokens, needs no more.
     """
 

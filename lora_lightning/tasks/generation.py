@@ -250,7 +250,7 @@ def _padded(
 ) -> tuple[Tensor, Tensor]:
     """Return ids and mask of a batch, `[batch, length]`.
 
-    A decoder goes on from the last position, so its prompts end there. An encoder's start at the first position, since
+    A decoder continues the last position, so its prompts end there. Those of an encoder start at the first, since
     some count positions from there whatever the mask says (BART).
     """
     longest = max(len(prompt) for prompt in prompts)

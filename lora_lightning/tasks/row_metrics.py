@@ -134,7 +134,7 @@ class StoredRows(Metric):
 
     def value(self, predictions: Tensor, targets: Tensor) -> Tensor:
         """Return the metric of all rows."""
-        raise NotImplementedError
+        raise NotImplementedError  # a subclass defines it
 
 
 class MultilabelF1(StoredRows):

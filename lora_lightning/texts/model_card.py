@@ -117,7 +117,7 @@ def is_untouched(path: Path) -> bool:
 
 
 def keep_edited(old: Path, new: Path) -> None:
-    """Take the card of a folder that is about to be replaced along, where somebody wrote or edited it.
+    """Take the card of a folder that is about to be replaced along, where a person wrote or edited it.
 
     Args:
         old: The folder; it may be missing.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_lightning.callbacks import PlainProgress, Throughput, plain_progress
-from tests.callbacks.runs import LIGHTNING_WARNINGS, fit
+from tests.callbacks.runs import LIGHTNING_WARNINGS, LineData, LineTask, fit, make_trainer
 from tests.clock import Clock
 
 pytestmark = LIGHTNING_WARNINGS
@@ -50,3 +50,19 @@ def test_time_left_is_that_of_the_steps_so_far(tmp_path: Path, monkeypatch, caps
     seconds = [100, 80, 60, 40, 20, 0]  # before the last of 12 steps
     expected = [f"0:{second // 60:02}:{second % 60:02}" for second in seconds]
     assert re.findall(r"(\S+) left", capsys.readouterr().out) == expected
+
+
+class Predicting(LineTask):
+    def predict(self, batch):
+        return self.adapted(batch["x"])
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_slow_evaluations_say_how_far_they_are(tmp_path: Path, monkeypatch, capsys, stage) -> None:
+    monkeypatch.setattr(plain_progress, "time", Clock(61.0))
+    trainer = make_trainer(tmp_path, PlainProgress(), enable_progress_bar=True)
+    getattr(trainer, stage)(
+        Predicting(), LineData().val_dataloader(), **({} if stage == "predict" else {"verbose": False})
+    )
+    name = "validation" if stage == "validate" else stage
+    assert re.findall(rf"{name}: batch (\d)/6", capsys.readouterr().out) == [*"123456"]

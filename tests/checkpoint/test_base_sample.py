@@ -118,7 +118,7 @@ def test_a_folder_of_an_older_version_says_that_nothing_was_compared(bases: dict
     (tmp_path / "adapter" / BASE_SAMPLE_NAME).unlink()
     with pytest.warns(UserWarning, match="was not compared with this model's"):
         load_peft(theirs(bases["base"], "nf4"), tmp_path / "adapter")
-    with pytest.raises(CheckpointError, match="have fingerprint"):  # a dense base is compared all the same
+    with pytest.raises(CheckpointError, match="have fingerprint"):  # a dense base is also compared
         load_peft(theirs(bases["other"], None), tmp_path / "adapter")
 
 

@@ -88,7 +88,7 @@ def nothing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         (without_a_key, "1 are missing .*query.lora_A"),
         (without_a_host, "1 have no tensors .*layer.0.attention.self.query"),
         (without_a_copy, "1 are missing .*classifier.bias"),
-        (with_another_host, "1 modules with tensors are no targets here .*self.key"),
+        (with_another_host, "1 modules with tensors are not targets here .*self.key"),
         (with_a_foreign_key, r"no targets here \(encoder.layer.7\)"),
         (with_an_unknown_tensor, "1 of .* keys belong to nothing in this model .*something"),
         (with_another_rank, r"another shape .*\[2, 32\] instead of \[3, 32\]"),

@@ -47,7 +47,7 @@ def test_last_is_the_newest_complete_checkpoint_of_all_runs():
 
 def test_without_a_checkpoint_last_is_a_mistake(capsys):
     assert main(["fit", "--config", "good.yaml", "--ckpt_path", "last"]) == 2
-    assert "there is no complete checkpoint in runs to go on from" in capsys.readouterr().err
+    assert "no complete checkpoint to resume from is in runs" in capsys.readouterr().err
     assert not Path("runs").exists()
 
 

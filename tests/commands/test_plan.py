@@ -268,7 +268,7 @@ def test_nothing_is_loaded(tmp_path, monkeypatch):
 def test_damaged_files_are_a_sentence(tmp_path):
     folder = save_language_model(tmp_path / "lm")
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000])
-    with pytest.raises(BackboneError, match=r"model\.safetensors is no readable safetensors file"):
+    with pytest.raises(BackboneError, match=r"model\.safetensors is not a readable safetensors file"):
         plan_memory(CausalLM(str(folder), LoRA(r=4)), batch_size=1, length=4)
 
 

@@ -325,7 +325,7 @@ FAULTS = [
     ),
     Fault(
         "empty weights, manifest mended",
-        r"is no readable safetensors file",
+        r"is not a readable safetensors file",
         adapter_file(WEIGHTS, b"", with_manifest=True),
     ),
     Fault(
@@ -363,17 +363,17 @@ FAULTS = [
     ),
     Fault(
         "adapter of a deeper base",
-        r"^The adapter's tensors do not fit its config .* 2 modules with tensors are no targets here .*layer\.7",
+        r"^The adapter's tensors do not fit its config .* 2 modules with tensors are not targets here .*layer\.7",
         tensors(deeper_keys),
     ),
     Fault(
         "empty safetensors",
-        r"^run/last/adapter_model\.safetensors is no readable safetensors file .*header too small",
+        r"^run/last/adapter_model\.safetensors is not a readable safetensors file .*header too small",
         adapter_file(WEIGHTS, b""),
     ),
     Fault(
         "huge header in safetensors",
-        r"^run/last/adapter_model\.safetensors is no readable safetensors file \(its header claims \d+ bytes",
+        r"^run/last/adapter_model\.safetensors is not a readable safetensors file \(its header claims \d+ bytes",
         adapter_file(WEIGHTS, struct.pack("<Q", 2**62) + b"{}"),
     ),
     Fault(

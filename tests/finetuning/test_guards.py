@@ -115,7 +115,7 @@ def test_throughput_is_logged_though_steps_skip_the_interval(tmp_path):
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize("cls", [Gan, SelfSupervised])
 def test_a_signal_saves_and_ends(cls, tmp_path):
-    """A manual module's gradients travel, so that the run goes on exactly."""
+    """A manual module's gradients travel, so that the run resumes exactly."""
 
     class Interrupt(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -1,4 +1,4 @@
-"""Runs of modules that exist, stopped after any batch, go on bit for bit: one optimizer, several, automatic, manual."""
+"""Runs of existing modules, stopped after any batch, resume bit for bit: one optimizer, several, automatic, manual."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA on parameters of modules that are no layers of a known kind."""
+"""LoRA on parameters of modules that are not layers of a known kind."""
 
 import copy
 import threading

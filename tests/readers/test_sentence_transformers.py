@@ -35,7 +35,7 @@ class Encoder(AdapterTask):
 @torch.no_grad()
 def mean_of_tokens(model: nn.Module, tokenizer: object) -> Tensor:
     """Return the mean of each text's last hidden states, `[texts, hidden size]`."""
-    rows = [tokenizer(text, return_tensors="pt") for text in TEXTS]  # type: ignore[operator]
+    rows = [tokenizer(text, return_tensors="pt") for text in TEXTS]  # type: ignore[operator]  # a union of tokenizers, of which some cannot be called
     return torch.stack([model(**row).last_hidden_state[0].mean(0) for row in rows])
 
 

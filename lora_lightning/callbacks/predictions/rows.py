@@ -44,7 +44,7 @@ def rows_of(outputs: Any, num_rows: int) -> list[Any]:  # noqa: ANN401 - whateve
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401 - whatever a task or a record holds
-    """Return a value as JSON has it: text, numbers, lists and mappings; what is no finite number is None.
+    """Return a value as JSON has it: text, numbers, lists and mappings; a number that is not finite is None.
 
     Example:
         >>> plain({"tag": ("B", np.int64(3)), "score": float("nan")})

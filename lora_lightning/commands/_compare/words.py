@@ -25,7 +25,7 @@ _NO_METHODS = {
     ),
     LORA_PLUS: LORA_PLUS_WORDS,
 }
-"""The rows of a comparison that are no class of their own."""
+"""The rows of a comparison that have no class of their own."""
 
 
 def words_of(name: str) -> About:

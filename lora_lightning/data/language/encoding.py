@@ -228,5 +228,5 @@ class Encoder:
 
 
 def _without_half_pairs(text: str) -> str:
-    """Replace halves of surrogate pairs, which JSON can carry: they are no characters, and tokenizers refuse them."""
+    """Replace halves of surrogate pairs, which JSON can carry: they are not characters, and tokenizers refuse them."""
     return text.encode("utf-8", "replace").decode("utf-8")

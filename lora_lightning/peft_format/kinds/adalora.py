@@ -173,7 +173,7 @@ def encode_adalora(model: nn.Module, method: AdaLoRA, adapters: Mapping[str, Ada
         "lora_dropout": method.dropout,
         "tinit": t_init,
         "tfinal": t_final,
-        "total_step": t_init + t_final + 1,  # PEFT wants one; how long a run was is no property of an adapter
+        "total_step": t_init + t_final + 1,  # PEFT wants one; how long a run was is not a property of an adapter
         "deltaT": method.delta_t,
         "beta1": method.beta1,
         "beta2": method.beta2,

@@ -27,7 +27,7 @@ _PROMPTS = (PromptTuning, PTuning)
 _PREFIXES = (PrefixTuning, PTuningV2)
 _RELATIVES = (AdaLoRA, VeRA)
 KIND_METHODS = (*_PROMPTS, *_PREFIXES, IA3, TrainableTokens)
-"""The methods that PEFT has as kinds of their own, and that are no LoRA."""
+"""The methods that PEFT has as kinds of their own, and that are not LoRA."""
 
 _Encoded = tuple[dict[str, Any], dict[str, Tensor]]
 

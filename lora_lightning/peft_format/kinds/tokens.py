@@ -67,7 +67,9 @@ def fit_tokens(model: nn.Module, config: TokensConfig, tensors: Mapping[str, Ten
     saved = copied_paths(modules, config, tensors)
     found = sort_tensors(tensors, (), saved, model.state_dict().keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
     if not found.tokens:
-        raise CheckpointError(f"{source}/{PEFT_WEIGHTS_NAME} holds no trained rows; the file is no adapter of PEFT.")
+        raise CheckpointError(
+            f"{source}/{PEFT_WEIGHTS_NAME} holds no trained rows; the file is not an adapter of PEFT."
+        )
     refuse_different(model, [*found.tokens, *saved], source)
     saved = [path for path in saved if any(name.startswith(f"{path}.") for name in found.copies)]
     beside = read_tokens(model, dict.fromkeys(found.tokens, config.token_indices), found, source, saved)

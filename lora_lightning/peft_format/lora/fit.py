@@ -46,7 +46,7 @@ def fit_lora(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]
     found = replace(found, own=_own(model, parameters, config, found))
     added = {name.removesuffix(".lora_bias"): found.own.pop(name) for name in _bias_names(found)}
     if not found.hosts:
-        raise CheckpointError(f"{source}/{PEFT_WEIGHTS_NAME} holds no LoRA tensor; the file is no adapter of PEFT.")
+        raise CheckpointError(f"{source}/{PEFT_WEIGHTS_NAME} holds no LoRA tensor; the file is not an adapter of PEFT.")
     view = view_of(model)
     numbers = _hosts(modules, config, found, view, parameters)
     check_hosts(list(numbers), found.hosts)

@@ -104,7 +104,7 @@ def unflatten(name: str, factor: Tensor, r: int) -> Tensor:
     """Return our A or B, which `name` ends in, of PEFT's for a 3-D parameter.
 
     Raises:
-        CheckpointError: The tensor's size is no multiple of the rank.
+        CheckpointError: The tensor's size is not a multiple of the rank.
     """
     is_a = name.endswith("lora_A")
     num_rows = factor.shape[0 if is_a else -1] if factor.dim() == 2 else 0
