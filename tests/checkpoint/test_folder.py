@@ -142,7 +142,7 @@ def test_truncated_file(folder: Path, fresh: nn.Module) -> None:
     path.write_bytes(path.read_bytes()[:-7])
     assert_refused(fresh, folder, "cut short or changed")
     refresh_digest(folder, PEFT_WEIGHTS_NAME)
-    assert_refused(fresh, folder, "no readable safetensors file")
+    assert_refused(fresh, folder, "not a readable safetensors file")
 
 
 def test_missing_file(folder: Path, fresh: nn.Module) -> None:
@@ -168,7 +168,7 @@ def test_bad_config(folder: Path, fresh: nn.Module, text: str) -> None:
 def test_pickle_in_place_of_safetensors(folder: Path, fresh: nn.Module) -> None:
     torch.save({"x": torch.zeros(1)}, folder / PEFT_WEIGHTS_NAME)
     refresh_digest(folder, PEFT_WEIGHTS_NAME)
-    assert_refused(fresh, folder, "no readable safetensors file")
+    assert_refused(fresh, folder, "not a readable safetensors file")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

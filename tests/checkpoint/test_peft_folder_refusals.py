@@ -89,7 +89,7 @@ def nothing(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         (without_a_host, "1 have no tensors .*layer.0.attention.self.query"),
         (without_a_copy, "1 are missing .*classifier.bias"),
         (with_another_host, "1 modules with tensors are not targets here .*self.key"),
-        (with_a_foreign_key, r"no targets here \(encoder.layer.7\)"),
+        (with_a_foreign_key, r"not targets here \(encoder.layer.7\)"),
         (with_an_unknown_tensor, "1 of .* keys belong to nothing in this model .*something"),
         (with_another_rank, r"another shape .*\[2, 32\] instead of \[3, 32\]"),
         (with_another_width, r"another shape .*\[3, 16\] instead of \[3, 32\]"),
@@ -127,12 +127,12 @@ def test_cut_short(folder: Path, share: float) -> None:
     path = folder / PEFT_WEIGHTS_NAME
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
-    assert_refused(folder, "no readable safetensors file")
+    assert_refused(folder, "not a readable safetensors file")
 
 
 def test_random_bytes(folder: Path) -> None:
     (folder / PEFT_WEIGHTS_NAME).write_bytes(bytes(range(256)) * 20)
-    assert_refused(folder, "no readable safetensors file")
+    assert_refused(folder, "not a readable safetensors file")
 
 
 def test_pickles_are_refused_unread(folder: Path) -> None:

@@ -333,7 +333,7 @@ FAULTS = [
     ),
     Fault(
         "path traversal in the name of an adapter's host",
-        r"^The adapter's tensors do not fit its config .* no targets here .*\.\./pwned",
+        r"^The adapter's tensors do not fit its config .* not targets here .*\.\./pwned",
         tensors(outside),
     ),
     Fault(
@@ -358,7 +358,7 @@ FAULTS = [
     ),
     Fault(
         "half the keys of an adapter renamed",
-        r"^The adapter's tensors do not fit its config .* 2 have no tensors .* 2 modules with .* no targets .*querry",
+        r"^The adapter's tensors do not fit its config .* 2 have no tensors .* 2 modules with .* not targets .*querry",
         tensors(half_renamed),
     ),
     Fault(
