@@ -1,6 +1,6 @@
 """The public names, a line each, and the commands with their help. Written by scripts/public; do not edit."""
 
-from lora_lightning.adapters.attach import detach as detach
+from lora_lightning.adapters.attaching.detach import detach as detach
 from lora_lightning.adapters.selection.blocks import disabled as disabled
 from lora_lightning.adapters.selection.state import bind as bind
 from lora_lightning.adapters.state import adapter_state_dict as adapter_state_dict

@@ -1,17 +1,8 @@
 """How trainable parts hang on a model, in pure torch."""
 
-from lora_lightning.adapters.attach import (
-    AttachReport,
-    attach,
-    attached_methods,
-    detach,
-    is_attached,
-    iter_adapters,
-    iter_hosts,
-    iter_roles,
-    report_of,
-    require_calls,
-)
+from lora_lightning.adapters.attaching.attach import attach
+from lora_lightning.adapters.attaching.detach import detach
+from lora_lightning.adapters.attaching.report import AttachReport, report_of
 from lora_lightning.adapters.base import (
     Adapter,
     AttentionAdapter,
@@ -22,6 +13,7 @@ from lora_lightning.adapters.base import (
     Role,
     TargetedMethod,
 )
+from lora_lightning.adapters.calls.required import require_calls
 from lora_lightning.adapters.merge import merge
 from lora_lightning.adapters.selection.blocks import disabled, iter_acting, selected
 from lora_lightning.adapters.selection.state import bind
@@ -34,6 +26,7 @@ from lora_lightning.adapters.state import (
     refresh,
 )
 from lora_lightning.adapters.view import ModelView, PlainView
+from lora_lightning.adapters.walk import attached_methods, is_attached, iter_adapters, iter_hosts, iter_roles
 
 __all__ = [
     "Adapter",

@@ -7,9 +7,10 @@ from contextlib import suppress
 import torch
 from torch import nn
 
-from lora_lightning.adapters.attach import detach, iter_adapters, iter_hosts, join, refuse_sharded
+from lora_lightning.adapters.attaching.detach import detach
 from lora_lightning.adapters.base import ForwardAdapter
 from lora_lightning.adapters.view import ModelView, PlainView
+from lora_lightning.adapters.walk import iter_adapters, iter_hosts, join, refuse_sharded
 from lora_lightning.errors import PackedHost
 
 
@@ -30,7 +31,7 @@ def merge(model: nn.Module, view: ModelView | None = None) -> None:
         TargetError: The model is sharded.
 
     Example:
-        >>> from lora_lightning.adapters.attach import attach
+        >>> from lora_lightning.adapters import attach
         >>> from lora_lightning.methods import LoRA
         >>> model = nn.Sequential(nn.Linear(8, 2))
         >>> _ = attach(model, LoRA(r=2))

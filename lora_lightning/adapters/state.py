@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import attached_methods, iter_adapters, join
 from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.sharded import is_shard
+from lora_lightning.adapters.walk import attached_methods, iter_adapters, join
 from lora_lightning.errors import CheckpointError
 
 __all__ = ["adapter_state_dict", "load_adapter_state_dict", "refresh"]
@@ -28,7 +28,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
         a tensor that several adapters share under the first host's.
 
     Example:
-        >>> from lora_lightning.adapters.attach import attach
+        >>> from lora_lightning.adapters import attach
         >>> from lora_lightning.methods import LoRA
         >>> model = nn.Sequential(nn.Linear(8, 2))
         >>> _ = attach(model, LoRA(r=2))

@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.adapters import adapter_state_dict, attached_methods, folded_state_dict, gathered
-from lora_lightning.adapters.attach import unwrap
 from lora_lightning.adapters.sharded import is_sharded
+from lora_lightning.adapters.walk import unwrap
 from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint, tokenizer_of
 from lora_lightning.callbacks.checkpoint_io import AdapterCheckpointIO
 from lora_lightning.callbacks.places import adapted_model, is_trial

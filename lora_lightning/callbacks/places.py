@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lora_lightning.adapters import is_attached
-from lora_lightning.adapters.attach import was_attached_to
+from lora_lightning.adapters.walk import was_attached_to
 
 if TYPE_CHECKING:
     import lightning as L

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import lightning as L
 from torch import nn
 
-from lora_lightning.adapters.attach import refuse_sharded
+from lora_lightning.adapters.walk import refuse_sharded
 from lora_lightning.backbones.load import load_tokenizer
 from lora_lightning.callbacks.places import adapted_model, is_trial, run_folder
 from lora_lightning.errors import ConfigError

@@ -8,10 +8,10 @@ import warnings
 from torch import nn
 
 from lora_lightning.adapters import iter_adapters
-from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.base import Role
 from lora_lightning.adapters.experts import expert_weights
 from lora_lightning.adapters.targets import is_within
+from lora_lightning.adapters.walk import join
 from lora_lightning.adapters.weights import RESERVED, find_codec, original_class
 from lora_lightning.backbones.storage.samples import host_samples
 from lora_lightning.checkpoint.base_sample import (

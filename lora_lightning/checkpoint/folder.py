@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lora_lightning.adapters import Method, attached_methods, folded_state_dict, load_adapter_state_dict
-from lora_lightning.adapters.attach import unwrap
+from lora_lightning.adapters.walk import unwrap
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.base_name import name_for_others, public_name
 from lora_lightning.checkpoint.base_sample import BASE_SAMPLE_NAME, base_sample_of, read_base_sample

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import Method, Role, iter_adapters, iter_roles, load_adapter_state_dict
-from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.frozen import NormStatistics
+from lora_lightning.adapters.walk import join
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.base_sample import BaseSample
 from lora_lightning.checkpoint.fingerprint import check_base

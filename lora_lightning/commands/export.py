@@ -10,7 +10,7 @@ from typing import Any, Literal
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_lightning.adapters.attach import unwrap
+from lora_lightning.adapters.walk import unwrap
 from lora_lightning.checkpoint.own_state import own_file, warn_of_own_file
 from lora_lightning.checkpoint.peft_folder import export_peft
 from lora_lightning.checkpoint.saved_run import SavedRun, generation_settings_of

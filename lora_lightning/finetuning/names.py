@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lora_lightning.adapters import iter_adapters
-from lora_lightning.adapters.attach import join
+from lora_lightning.adapters.walk import join
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.finetuning.record import Part, attached_parts, prefix_of, record_of
 

@@ -10,7 +10,7 @@ import lightning as L
 from torch import nn
 
 from lora_lightning.adapters import Method, is_attached
-from lora_lightning.adapters.attach import join, unwrap
+from lora_lightning.adapters.walk import join, unwrap
 from lora_lightning.checkpoint.manifest import class_config
 from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.paths import nearest

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import join
+from lora_lightning.adapters.walk import join
 from lora_lightning.checkpoint.folder import check_finite
 from lora_lightning.errors import CheckpointError
 from lora_lightning.finetuning.digests import checksum

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import adapter_state_dict, attached_methods, is_attached, iter_adapters
-from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.merge import check_mergeable, refuse_unmergeable_kinds
+from lora_lightning.adapters.walk import join
 from lora_lightning.backbones.attach import merge
 from lora_lightning.backbones.storage.quantized import is_quantized
 from lora_lightning.checkpoint.files import atomic_folder

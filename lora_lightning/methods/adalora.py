@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import adapters_of
 from lora_lightning.adapters.base import (
     About,
     Adapter,
@@ -24,6 +23,7 @@ from lora_lightning.adapters.base import (
 from lora_lightning.adapters.sharded import is_shard
 from lora_lightning.adapters.targets import select_hosts, takes_all_linear
 from lora_lightning.adapters.view import ModelView
+from lora_lightning.adapters.walk import adapters_of
 from lora_lightning.adapters.weights import Host, codec_of
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.lora import check_host, check_rank

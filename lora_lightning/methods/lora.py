@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import adapters_of
 from lora_lightning.adapters.base import (
     About,
     Adapter,
@@ -24,6 +23,7 @@ from lora_lightning.adapters.base import (
 from lora_lightning.adapters.experts import expert_weights, read_experts
 from lora_lightning.adapters.targets import by_pattern, check_patterns, select_hosts, select_weights, takes_all_linear
 from lora_lightning.adapters.view import ModelView
+from lora_lightning.adapters.walk import adapters_of
 from lora_lightning.adapters.weights import HostKind, codec_of, find_codec
 from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.methods.eva import start_from_data

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from lora_lightning.adapters.attach import adapters_of
 from lora_lightning.adapters.base import About, Adapter, Role, check_choice, check_positive, check_positive_int
 from lora_lightning.adapters.sharded import is_sharded
+from lora_lightning.adapters.walk import adapters_of
 from lora_lightning.adapters.weights import Host, overwrite
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.methods.lora import LoRA

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import iter_adapters, join
 from lora_lightning.adapters.base import About, Adapter, Method, check_choice, check_positive_int
 from lora_lightning.adapters.view import ModelView, PromptPlace
+from lora_lightning.adapters.walk import iter_adapters, join
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.soft_prompt import CrossMaskAdapter, PlaceholderAdapter, SoftPromptAdapter
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora_lightning.adapters.attach import iter_adapters
+from lora_lightning.adapters.walk import iter_adapters
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.low_rank import LowRankAdapter
 

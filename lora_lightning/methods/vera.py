@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import adapters_of, join
 from lora_lightning.adapters.base import (
     About,
     Adapter,
@@ -23,6 +22,7 @@ from lora_lightning.adapters.base import (
 )
 from lora_lightning.adapters.targets import select_hosts
 from lora_lightning.adapters.view import ModelView
+from lora_lightning.adapters.walk import adapters_of, join
 from lora_lightning.adapters.weights import Host, HostKind, codec_of
 from lora_lightning.errors import CheckpointError, ConfigError, TargetError
 from lora_lightning.methods.low_rank import LowRankAdapter

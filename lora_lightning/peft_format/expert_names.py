@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lora_lightning.adapters.attach import join
+from lora_lightning.adapters.walk import join
 from lora_lightning.adapters.weights import HostKind
 from lora_lightning.peft_format.lora.updates import Update
 

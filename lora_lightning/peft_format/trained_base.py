@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import Method
-from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.targets import has_suffix
+from lora_lightning.adapters.walk import join
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import BitFit, TrainableTokens
 from lora_lightning.methods.bitfit import takes_shift

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from lora_lightning.adapters import iter_adapters
-from lora_lightning.adapters.attach import unwrap
 from lora_lightning.adapters.sharded import is_shard
+from lora_lightning.adapters.walk import unwrap
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import TargetError
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import unwrap
 from lora_lightning.adapters.view import input_embeddings, output_embeddings
+from lora_lightning.adapters.walk import unwrap
 from lora_lightning.backbones.heads.output_head import OutputHead, find_output_head, without_cache
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.tasks.generation import examples_of, generate, max_positions

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import iter_acting
-from lora_lightning.adapters.attach import refuse_sharded, unwrap
+from lora_lightning.adapters.walk import refuse_sharded, unwrap
 from lora_lightning.errors import ConfigError
 from lora_lightning.tasks.decoding import Draws, RepetitionPenalty, StopAt
 from lora_lightning.tasks.token_loss import IGNORED

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import unwrap
 from lora_lightning.adapters.view import output_embeddings
+from lora_lightning.adapters.walk import unwrap
 from lora_lightning.backbones.heads.decoder_head import decoder_states, find_decoder_head
 from lora_lightning.backbones.heads.output_head import without_cache
 from lora_lightning.checks.monitors import Direction

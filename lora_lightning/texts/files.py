@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lora_lightning.adapters.attach import unwrap
+from lora_lightning.adapters.walk import unwrap
 from lora_lightning.texts.generation_config import NAME, generation_config_for
 from lora_lightning.texts.saved_tokenizer import SavedTokenizer, tokenizer_files
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from lora_lightning.adapters.attach import COPIES, adapters_of, iter_hosts
 from lora_lightning.adapters.base import Adapter, Method
 from lora_lightning.adapters.host import AdapterStack
 from lora_lightning.adapters.selection.state import NONE, Choice, Names, Selector, choosing
+from lora_lightning.adapters.walk import COPIES, adapters_of, iter_hosts
 from lora_lightning.adapters.weights import RESERVED
 
 __all__ = ["disabled"]

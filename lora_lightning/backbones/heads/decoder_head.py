@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import unwrap
 from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.adapters.view import output_embeddings
+from lora_lightning.adapters.walk import unwrap
 from lora_lightning.backbones.heads.output_head import without_cache
 
 log = logging.getLogger(__name__)

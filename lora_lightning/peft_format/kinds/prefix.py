@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import folded_state_dict
-from lora_lightning.adapters.attach import unwrap
+from lora_lightning.adapters.walk import unwrap
 from lora_lightning.adapters.weights import original_class
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import CheckpointError

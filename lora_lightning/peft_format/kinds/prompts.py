@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import join, unwrap
 from lora_lightning.adapters.view import PromptPlace
+from lora_lightning.adapters.walk import join, unwrap
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import PromptTuning, PTuning

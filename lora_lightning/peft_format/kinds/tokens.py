@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.targets import has_suffix
 from lora_lightning.adapters.view import input_embeddings
+from lora_lightning.adapters.walk import join
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import TrainableTokens
 from lora_lightning.methods.trainable_tokens import TrainableTokensAdapter

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import join
+from lora_lightning.adapters.walk import join
 from lora_lightning.adapters.weights import codec_of
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import CheckpointError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import iter_adapters
-from lora_lightning.adapters.attach import join
+from lora_lightning.adapters.walk import join
 from lora_lightning.adapters.weights import HostKind
 from lora_lightning.methods.bitfit import BiasAdapter
 from lora_lightning.methods.trainable_tokens import TrainableTokensAdapter

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_lightning.adapters.attach import join
 from lora_lightning.adapters.experts import expert_weights
 from lora_lightning.adapters.parameters import bare_weights
+from lora_lightning.adapters.walk import join
 from lora_lightning.adapters.weights import find_codec, read_weight
 from lora_lightning.errors import CheckpointError
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import Adapter
-from lora_lightning.adapters.attach import join
+from lora_lightning.adapters.walk import join
 from lora_lightning.adapters.weights import HostKind
 from lora_lightning.methods.dora import DoRAAdapter
 from lora_lightning.methods.expert_lora import ExpertLoRAAdapter

@@ -1,0 +1,32 @@
+"""A block in which every adapter must be called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lora_lightning.adapters.calls.watch import called_adapters, left_out, refuse_idle
+from lora_lightning.adapters.walk import iter_adapters, unwrap
+
+
+@contextmanager
+def require_calls(model: nn.Module, *, of_all: bool = True) -> Iterator[None]:
+    """Check that every adapter is called at least once inside the `with` block.
+
+    Args:
+        model: A model with adapters.
+        of_all: False excepts layers that a model in training drops at random (LayerDrop).
+
+    Raises:
+        AdapterNotCalled: Some were not; the message names their hosts.
+    """
+    adapters = [(path, adapter) for path, _, adapter in iter_adapters(model) if not adapter.may_rest]
+    with called_adapters([adapter for _, adapter in adapters]) as called:
+        yield
+    idle = [path for path, adapter in adapters if id(adapter) not in called]
+    if not of_all:
+        excepted = left_out(unwrap(model), idle, {path for path, adapter in adapters if id(adapter) in called})
+        idle = [path for path in idle if path not in excepted]
+    refuse_idle(idle, len(adapters))
