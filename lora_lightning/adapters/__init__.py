@@ -15,7 +15,7 @@ from lora_lightning.adapters.base import (
 )
 from lora_lightning.adapters.calls.required import require_calls
 from lora_lightning.adapters.merge import merge
-from lora_lightning.adapters.selection.blocks import disabled, iter_acting, selected
+from lora_lightning.adapters.selection.blocks import acting_names, active, disabled, iter_acting, selected, set_active
 from lora_lightning.adapters.selection.state import bind
 from lora_lightning.adapters.state import (
     adapter_state_dict,
@@ -26,7 +26,15 @@ from lora_lightning.adapters.state import (
     refresh,
 )
 from lora_lightning.adapters.view import ModelView, PlainView
-from lora_lightning.adapters.walk import attached_methods, is_attached, iter_adapters, iter_hosts, iter_roles
+from lora_lightning.adapters.walk import (
+    adapter_names,
+    attached_methods,
+    is_attached,
+    iter_adapters,
+    iter_hosts,
+    iter_roles,
+    only,
+)
 
 __all__ = [
     "Adapter",
@@ -40,6 +48,9 @@ __all__ = [
     "PlainView",
     "Role",
     "TargetedMethod",
+    "acting_names",
+    "active",
+    "adapter_names",
     "adapter_state_dict",
     "attach",
     "attached_methods",
@@ -56,8 +67,10 @@ __all__ = [
     "iter_roles",
     "load_adapter_state_dict",
     "merge",
+    "only",
     "refresh",
     "report_of",
     "require_calls",
     "selected",
+    "set_active",
 ]

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from lora_lightning.adapters.view import ModelView
 
 
+DEFAULT_NAME = "default"
+"""The name of adapters that are attached without one."""
+
+
 class Role(StrEnum):
     """What an adapter parameter is for; optimizer groups, summaries and checkpoints go by it.
 
@@ -52,7 +56,8 @@ class Adapter(nn.Module):
         host_class: Class of the host before it was adapted.
         argument_names: Names of what the host's forward takes by position.
         method: The method that it was attached for; None for a trained copy of a module.
-        selected_as: The name by which a selection chooses it.
+        name: The name that it was attached under, `default` for an unnamed one.
+        selected_as: By which a selection chooses it among those of its name; one without always acts.
         num_virtual_tokens: Positions of the model that it takes up in front of the real tokens'.
     """
 
@@ -64,6 +69,7 @@ class Adapter(nn.Module):
         self.host_class: type[nn.Module] = nn.Module
         self.argument_names: tuple[str, ...] = ()
         self.method: Method | None = None
+        self.name = DEFAULT_NAME
         self.selected_as = ""
         self.num_virtual_tokens = 0
 
@@ -89,6 +95,13 @@ class Adapter(nn.Module):
 
     def refresh(self, host: nn.Module) -> None:
         """Forget what this adapter keeps of its host's weight, because that has changed."""
+
+    def why_not_added(self) -> str:
+        """Return why its effect cannot be added to that of another adapter on its host; empty where it can.
+
+        The reason goes on after the adapter's name: `has a magnitude of its own`.
+        """
+        return f"is a {type(self).__name__}, of which one acts at a time"
 
     def merge_into(self, host: nn.Module) -> None:
         """Fold this adapter into its host; `check_mergeable` has passed. Called with gradients off."""

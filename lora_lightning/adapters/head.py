@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from lora_lightning.adapters.base import ForwardAdapter, Role
+from lora_lightning.adapters.frozen.norms import bare_copy
 from lora_lightning.errors import TargetError
 
 
@@ -37,7 +37,7 @@ class HeadAdapter(ForwardAdapter):
                 f"A copy of this {type(host).__name__} cannot train, since {packed[0]!r} is stored quantized; take it "
                 "out of modules_to_save, or load it in full precision."
             )
-        self.module = copy.deepcopy(host).requires_grad_()
+        self.module = bare_copy(host).requires_grad_()
         if _dtype(host) is not torch.float64:
             self.module.float()
 

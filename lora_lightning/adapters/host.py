@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
 
 from lora_lightning.adapters.arguments import argument_names, by_position
-from lora_lightning.adapters.base import Adapter, ForwardAdapter, InputAdapter, OutputAdapter
-from lora_lightning.adapters.selection.state import Selector
+from lora_lightning.adapters.base import DEFAULT_NAME, Adapter, ForwardAdapter, InputAdapter, OutputAdapter
+from lora_lightning.adapters.selection.state import Names, Selector, whole
 from lora_lightning.adapters.weights import RESERVED
 
 _ADAPTED_CLASSES: dict[type[Any], type[Any]] = {}
 
 
+def stack_key(name: str, method: str) -> str:
+    """Return the key of an adapter on its host: the method's name for an unnamed one, else both names.
+
+    Example:
+        >>> stack_key("default", "lora"), stack_key("de", "lora")
+        ('lora', 'de:lora')
+    """
+    return method if name == DEFAULT_NAME else f"{name}:{method}"
+
+
 class AdapterStack(nn.ModuleDict):
-    """The adapters of one host, by the name of their method.
+    """The adapters of one host, by `stack_key`.
 
     Args:
         host_class: Class of the host before it was adapted.
@@ -41,9 +51,23 @@ class AdapterStack(nn.ModuleDict):
     def acting(self, kind: type[Adapter]) -> list[Adapter]:
         """Return those of one kind that act in the running thread or task, in the order of attaching."""
         names = self.selector.names_at(self.path)
-        if names is None:
-            return self.of_kind(kind)
-        return [adapter for adapter in self.of_kind(kind) if adapter.selected_as in names]
+        return [adapter for adapter in self.of_kind(kind) if is_among(adapter, names)]
+
+    def acting_by_default(self) -> list[Adapter]:
+        """Return those that act outside of all blocks."""
+        return [adapter for adapter in self.of_kind(Adapter) if is_among(adapter, self.selector.default)]
+
+
+def is_among(adapter: Adapter, names: Names) -> bool:
+    """Tell whether a selection chooses an adapter: by its name, by its method within that, or because it always acts.
+
+    Args:
+        adapter: The adapter.
+        names: What is selected; None for everything.
+    """
+    if names is None or not adapter.selected_as:
+        return True
+    return whole(adapter.name) in names or adapter.selected_as in names
 
 
 class _Adapted:
@@ -102,15 +126,15 @@ def no_op_hook(host: nn.Module, args: tuple[Any, ...]) -> None:
     """Do nothing: its presence turns off the fast path of `nn.TransformerEncoderLayer`, which skips its layers."""
 
 
-_HOOKS = (_input_hook, _output_hook, no_op_hook)
+_HOOKS: dict[type[Adapter], Callable[..., Any]] = {InputAdapter: _input_hook, OutputAdapter: _output_hook}
 
 
-def hang(host: nn.Module, name: str, adapter: Adapter, selector: Selector, path: str) -> None:
+def hang(host: nn.Module, key: str, adapter: Adapter, selector: Selector, path: str) -> None:
     """Make an adapter a child of its host and have it called where it is selected.
 
     Args:
         host: The module.
-        name: Name of the adapter's method.
+        key: The adapter's key there, see `stack_key`.
         adapter: The adapter.
         selector: Of the attachment.
         path: The host's path in the model.
@@ -123,7 +147,7 @@ def hang(host: nn.Module, name: str, adapter: Adapter, selector: Selector, path:
     adapter.host_class = stack.host_class
     adapter.argument_names = argument_names(stack.host_class)
     adapter.train(host.training)
-    stack[name] = adapter
+    stack[key] = adapter
     if isinstance(adapter, ForwardAdapter):
         host.__class__ = _adapted_class(stack.host_class)
     elif isinstance(adapter, InputAdapter) and _input_hook not in host._forward_pre_hooks.values():
@@ -132,17 +156,29 @@ def hang(host: nn.Module, name: str, adapter: Adapter, selector: Selector, path:
         host.register_forward_hook(_output_hook, with_kwargs=True)
 
 
-def unhang(host: nn.Module) -> None:
-    """Take a host's adapters off; it is then as it was."""
-    stack = host._modules.pop(RESERVED)
+def unhang(host: nn.Module, keys: Collection[str] | None = None) -> None:
+    """Take adapters off a host; it is then as it was before they came.
+
+    Args:
+        host: The module.
+        keys: Keys of the adapters; None for all.
+    """
+    stack = host._modules[RESERVED]
     assert isinstance(stack, AdapterStack)
-    if isinstance(host, _Adapted):
+    for key in list(stack) if keys is None else keys:
+        del stack[key]
+    if isinstance(host, _Adapted) and not stack.of_kind(ForwardAdapter):
         host.__class__ = stack.host_class  # type: ignore[assignment]  # the class it had before
+    unused = {_HOOKS[kind] for kind in _HOOKS if not stack.of_kind(kind)}
+    if not len(stack):
+        host._modules.pop(RESERVED)
+        stack.selector.num_hosts -= 1
+        unused.add(no_op_hook)
     # By identity, not by handle: handles do not survive deepcopy and pickle, these module-level functions do.
     for hooks, flags in (
         (host._forward_pre_hooks, host._forward_pre_hooks_with_kwargs),
         (host._forward_hooks, host._forward_hooks_with_kwargs),
     ):
-        for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
-            del hooks[key]
-            flags.pop(key, None)
+        for handle in [handle for handle, hook in hooks.items() if hook in unused]:
+            del hooks[handle]
+            flags.pop(handle, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ def attach(
     model: nn.Module,
     method: Method | Sequence[Method],
     *,
+    name: str | None = None,
     modules_to_save: Sequence[str] = (),
     train_norm_statistics: bool = False,
 ) -> AttachReport:
@@ -43,24 +45,27 @@ def attach(
     settle(model)
     if hasattr(model, "save_pretrained"):
         _warn_where_adapters_are_saved()
-    report = adapters.attach(
-        model,
-        method,
-        view_of(model),
-        modules_to_save=modules_to_save,
-        train_norm_statistics=train_norm_statistics,
-    )
+    is_first = not adapters.is_attached(model)
+    with nullcontext() if is_first else adapters.disabled(model):  # trial calls of the model are to show the base
+        report = adapters.attach(
+            model,
+            method,
+            view_of(model),
+            name=name,
+            modules_to_save=modules_to_save,
+            train_norm_statistics=train_norm_statistics,
+        )
     try:
-        start_at_quantization_error(model)
+        start_at_quantization_error(model, name)
     except BackboneError:
-        adapters.detach(model)
+        adapters.detach(model, name)
         raise
     return report
 
 
-def merge(model: nn.Module) -> None:
-    """Fold every adapter into its host's weight; see `lora_lightning.adapters.merge`."""
-    adapters.merge(model, view_of(model))
+def merge(model: nn.Module, name: str | Sequence[str] | None = None) -> None:
+    """Fold adapters into their hosts' weights; see `lora_lightning.adapters.merge`."""
+    adapters.merge(model, view_of(model), name=name)
 
 
 def _warn_where_adapters_are_saved() -> None:

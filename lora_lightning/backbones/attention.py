@@ -147,7 +147,7 @@ def _implementation(model: Any) -> str:  # noqa: ANN401 - a transformers model
     can_set: Any = getattr(model, "_can_set_attn_implementation", None)
     if can_set is None or not can_set():
         raise _unsupported(model)
-    if name not in _SUPPORTED:
+    if name not in (*_SUPPORTED, ROUTED):
         raise TargetError(
             f"Prefix methods need the attention implementation sdpa or eager, and this model was loaded with {name!r}."
         )

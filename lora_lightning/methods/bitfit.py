@@ -119,6 +119,10 @@ class BiasAdapter(OutputAdapter):
         self.counts_channels = _counts_channels(host)
         self.num_trailing = _num_trailing(host)
 
+    def why_not_added(self) -> str:
+        """Accept: shifts add up."""
+        return ""
+
     def forward(self, host: Host, args: Any, kwargs: Any, output: Tensor) -> Tensor:  # noqa: ANN401 - the host's own
         """Add the delta to the host's output, `[..., out]`, or `[batch, out, ...]` for channels."""
         del host, args, kwargs

@@ -52,6 +52,10 @@ class DoRAAdapter(LowRankAdapter):
         """Return MAGNITUDE for the magnitude, else as LoRA."""
         return Role.MAGNITUDE if name == "magnitude" else super().role_of(name)
 
+    def why_not_added(self) -> str:
+        """Refuse: the magnitude scales the base's share too."""
+        return "has a magnitude, which scales the base's share too"
+
     def forward(self, host: Host, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - the host's own signature
         """Compute m V / ‖V‖ applied to x, plus the host's bias; see `LowRankAdapter.forward`."""
         if self.axis == "input":

@@ -111,6 +111,10 @@ class ScaledOutput(OutputAdapter):
         """Return the factor of each output, `[out]`."""
         return F.pad(self.ia3_l, (self.num_queries, 0), value=1.0)
 
+    def why_not_added(self) -> str:
+        """Accept: scales of several adapters multiply."""
+        return ""
+
     def forward(self, host: Host, args: Any, kwargs: Any, output: Tensor) -> Tensor:  # noqa: ANN401 - the host's own
         """Scale the host's output, `[..., out]`; in float32, since bfloat16 holds no factor near one."""
         del host, args, kwargs
@@ -144,6 +148,10 @@ class ScaledInput(InputAdapter):
         super().__init__()
         _, num_in = codec_of(host).shape(host)
         self.ia3_l = _ones(host, num_in)
+
+    def why_not_added(self) -> str:
+        """Accept: scales of several adapters multiply."""
+        return ""
 
     def forward(self, host: Host, args: Any, kwargs: Any) -> tuple[Any, Any]:  # noqa: ANN401 - the host's own
         """Scale the host's input, `[..., in]`; in float32, since bfloat16 holds no factor near one."""

@@ -106,6 +106,10 @@ class LowRankAdapter(ForwardAdapter):
             return Role.EMBEDDING
         return {"lora_A": Role.A, "lora_B": Role.B}[name]
 
+    def why_not_added(self) -> str:
+        """Accept: updates of one weight add up."""
+        return ""
+
     def forward(self, host: Host, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - the host's own signature
         """Compute host and update together.
 

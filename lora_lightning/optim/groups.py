@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lora_lightning.adapters import Role, iter_roles
+from lora_lightning.adapters.walk import check_names
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim.config import EMBEDDING_LR_OF_LORA_PLUS, Optim, dense_alternative
 
@@ -33,7 +34,7 @@ def learning_rate(role: Role, optim: Optim) -> float:
     return optim.lr
 
 
-def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
+def param_groups(model: nn.Module, optim: Optim, name: str | None = None) -> list[dict[str, Any]]:
     """Group a model's trainable parameters by role, each group with its rate and weight decay.
 
     Trainable parameters that no adapter owns (a custom task's own layers) count as HEAD. Vectors get no weight decay.
@@ -41,19 +42,22 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     Args:
         model: A model with adapters, or a module around one.
         optim: The rates.
+        name: The name of the adapter whose parameters to take, and nothing else; None for all that is trainable.
 
     Returns:
         Groups with `params`, `lr`, `weight_decay` and `name` (the role; `…, no decay` for vectors); none is empty and
         each trainable parameter is in exactly one.
 
     Raises:
-        ConfigError: Nothing is trainable, something trainable is float16, or LoRA+ is asked for and no adapter has a B
-            factor.
+        ConfigError: No adapter has this name, nothing is trainable, something trainable is float16, or LoRA+ is asked
+            for and no adapter has a B factor.
     """
-    roles = {id(parameter): role for _, parameter, role in iter_roles(model)}
+    if name is not None:
+        check_names(model, [name])
+    roles = {id(parameter): role for _, parameter, role in iter_roles(model, name)}
     groups: dict[str, dict[str, Any]] = {}
     for path, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or (name is not None and id(parameter) not in roles):
             continue
         if parameter.dtype is torch.float16:
             raise ConfigError(

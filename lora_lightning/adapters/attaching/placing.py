@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 
 from torch import nn
 
-from lora_lightning.adapters.base import Adapter, ForwardAdapter, Method
+from lora_lightning.adapters.base import DEFAULT_NAME, Adapter, ForwardAdapter, Method
 from lora_lightning.adapters.calls import read_past_message
 from lora_lightning.adapters.frozen import NormStatistics, base_norms
 from lora_lightning.adapters.head import HeadAdapter
 from lora_lightning.adapters.targets import find_modules, is_within, weights_read_past
 from lora_lightning.adapters.view import ModelView
-from lora_lightning.adapters.walk import attached_methods, is_attached, refuse_sharded
+from lora_lightning.adapters.walk import (
+    adapter_names,
+    attached_methods,
+    is_attached,
+    refuse_sharded,
+    was_attached_to,
+)
 from lora_lightning.errors import ConfigError, TargetError
 
+_NAME = re.compile(r"[\w-]+")
 
-def refuse_reattach(model: nn.Module, methods: tuple[Method, ...]) -> None:
-    """Refuse what is no method, a compiled or sharded model, and one that has adapters."""
+
+def free_name(model: nn.Module, methods: tuple[Method, ...], name: str | None) -> str:
+    """Return the name to attach methods under.
+
+    Raises:
+        TargetError: What was given is no method, the model is compiled or sharded, the name is taken, or the model has
+            adapters and no name was given.
+        ConfigError: The name has characters that keys of states and file names cannot hold.
+    """
     if not methods or not all(isinstance(method, Method) for method in methods):
         raise TargetError(f"attach takes a method, such as LoRA(r=8), or a list of methods; got {methods!r}.")
     if hasattr(model, "_orig_mod"):
         raise TargetError("This model is compiled already; attach the adapters first, then call torch.compile.")
-    if is_attached(model):
-        names = ", ".join(type(method).__name__ for method in attached_methods(model))
-        raise TargetError(f"This model already has adapters ({names}); detach or merge them first.")
     refuse_sharded(model, "attach")
+    if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
+        raise ConfigError(f"An adapter's name consists of letters, digits, - and _, such as name='de'; got {name!r}.")
+    if not is_attached(model):
+        return DEFAULT_NAME if name is None else name
+    names = adapter_names(model)
+    if name is None:
+        found = ", ".join(type(method).__name__ for method in attached_methods(model))
+        raise TargetError(
+            f"This model already has adapters ({found}); detach or merge them first, or give these a name "
+            "(name=...) of their own beside them."
+        )
+    if not was_attached_to(model):
+        raise TargetError("The adapters of this model were attached to a part of it; attach named ones to that part.")
+    if name in names:
+        raise TargetError(f"This model already has an adapter named {name!r}; detach it first, or choose another name.")
+    return name
 
 
 def check_combination(methods: Sequence[Method]) -> None:
@@ -44,15 +72,15 @@ def check_combination(methods: Sequence[Method]) -> None:
             )
 
 
-def selection_names(methods: Sequence[Method]) -> list[str]:
-    """Return a name for each method, which is its own unless an earlier one has it."""
+def labels(methods: Sequence[Method]) -> list[str]:
+    """Return a label for each method, which is its name unless an earlier one has it."""
     num_seen: Counter[str] = Counter()
-    names = []
+    found = []
     for method in methods:
         num_seen[method.name] += 1
         number = num_seen[method.name]
-        names.append(method.name if number == 1 else f"{method.name} {number}")
-    return names
+        found.append(method.name if number == 1 else f"{method.name} {number}")
+    return found
 
 
 def saved_paths(view: ModelView, names: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lora_lightning.adapters.walk import iter_hosts, iter_roles
+from lora_lightning.adapters.walk import iter_adapters, iter_roles
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,18 @@ class AttachReport:
         return self.num_trainable / max(self.num_total, 1)
 
 
-def report_of(model: nn.Module) -> AttachReport:
+def report_of(model: nn.Module, name: str | None = None) -> AttachReport:
     """Return how many parameters of an adapted model train, and on which hosts, as it is now.
 
     Methods that look at data, or load a state, may have changed what `attach` made.
+
+    Args:
+        model: A model with adapters.
+        name: The name of the adapter to report on; None for all.
     """
-    own = [parameter for _, parameter, _ in iter_roles(model)]
+    own = [parameter for _, parameter, _ in iter_roles(model, name)]
     return AttachReport(
         num_trainable=sum(parameter.numel() for parameter in own if parameter.requires_grad),
         num_total=sum(parameter.numel() for parameter in model.parameters()),
-        hosts=tuple(path for path, _ in iter_hosts(model)),
+        hosts=tuple(dict.fromkeys(path for path, _, _ in iter_adapters(model, name))),
     )

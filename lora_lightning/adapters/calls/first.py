@@ -25,6 +25,7 @@ from lora_lightning.adapters.calls.watch import (
 )
 from lora_lightning.adapters.frozen import KeptBuffers, restore_after_conversion
 from lora_lightning.adapters.head import HeadAdapter
+from lora_lightning.adapters.host import is_among
 from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import TargetError
@@ -66,6 +67,7 @@ class _FirstCalls:
 
 def watch_first_calls(model: nn.Module) -> None:
     """Have a model's first calls watched, by hooks that go when there is nothing left to see."""
+    end_watch(model)
     setattr(model, _WATCH, _FirstCalls(buffers=KeptBuffers(model)))
     model.register_forward_pre_hook(_before, prepend=True)  # before those of adapters on the model itself
     model.register_forward_hook(_after, always_call=True)
@@ -169,9 +171,9 @@ def _end_failed(stack: ExitStack, failure: BaseException) -> None:
 
 
 def _acts(model: nn.Module) -> bool:
-    """Tell whether all of a model's adapters act here, and its parameters are whole and there."""
+    """Tell whether those of a model's adapters act here that do by default, and its parameters are whole and there."""
     stacks = [stack for _, stack in _stacks(model)]
-    all_act = all(len(stack.acting(Adapter)) == len(stack.of_kind(Adapter)) for stack in stacks)
+    all_act = all(stack.acting(Adapter) == stack.acting_by_default() for stack in stacks)
     is_there = not any(parameter.is_meta for parameter in model.parameters())
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return bool(stacks) and all_act and is_there and not is_sharded(model) and not is_compiled
@@ -187,8 +189,13 @@ def _stacks(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _adapters(model: nn.Module) -> list[tuple[str, str, Adapter]]:
-    """Return `(path of the host, name there, adapter)` of every adapter."""
-    return [(path, name, adapter) for path, stack in _stacks(model) for name, adapter in stack._modules.items()]
+    """Return `(path of the host, key there, adapter)` of every adapter that acts by default."""
+    return [
+        (path, key, adapter)
+        for path, stack in _stacks(model)
+        for key, adapter in stack._modules.items()
+        if is_among(adapter, stack.selector.default)
+    ]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lora_lightning.adapters.base import ForwardAdapter, Role
-from lora_lightning.adapters.host import _Adapted, _adapted_class
+from lora_lightning.adapters.host import _Adapted, _adapted_class, unhang
 from lora_lightning.adapters.weights import RESERVED, original_class
 from lora_lightning.errors import TargetError
 
@@ -72,6 +72,21 @@ def release_modes(model: nn.Module) -> None:
             module.__class__ = module.released_class
 
 
+def bare_copy(host: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Copy a module as it is without the adapters on it and in it, and with norms that follow its mode.
+
+    Args:
+        host: The module; stays as it is.
+        memo: What the copy shares, as for `copy.deepcopy`.
+    """
+    copied = copy.deepcopy(host, memo)
+    release_modes(copied)
+    for module in list(copied.modules()):
+        if RESERVED in module._modules:
+            unhang(module)
+    return copied
+
+
 def stays_evaluating(module: nn.Module) -> bool:
     """Tell whether `keep_evaluating` holds a module."""
     return isinstance(module, _Frozen)
@@ -128,7 +143,7 @@ class NormStatistics(ForwardAdapter):
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
         shared = {id(parameter): parameter for parameter in host.parameters()}
-        self.module = copy.deepcopy(host, memo=dict(shared))  # copies buffers alone
+        self.module = bare_copy(host, memo=dict(shared))  # copies buffers alone
         self.lent = [(path, name) for path, inner in self.module.named_modules() for name in inner._parameters]
         self.borrow(host)
 

@@ -9,11 +9,12 @@ from torch import nn
 
 from lora_lightning.adapters.base import Adapter, Method
 from lora_lightning.adapters.host import AdapterStack
-from lora_lightning.adapters.selection.state import NONE, Choice, Names, Selector, choosing
-from lora_lightning.adapters.walk import COPIES, adapters_of, iter_hosts
+from lora_lightning.adapters.selection.state import NONE, Choice, Names, Selector, choosing, part, whole
+from lora_lightning.adapters.walk import COPIES, adapter_names, adapters_of, check_names, iter_hosts
 from lora_lightning.adapters.weights import RESERVED
+from lora_lightning.errors import ConfigError
 
-__all__ = ["disabled"]
+__all__ = ["active", "disabled", "set_active"]
 
 
 @contextmanager
@@ -32,8 +33,61 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises:
         ConfigError: The block is left in another thread or task than the one that entered it.
     """
-    with choosing(_choices(model, NONE)):
+    with choosing(choices_of(model, NONE)):
         yield
+
+
+@contextmanager
+def active(model: nn.Module, names: str | Sequence[str] | None) -> Iterator[None]:
+    """Let the adapters of some names act alone inside the `with` block.
+
+    What `disabled` says about threads, asyncio tasks, checkpointing and parts of a model holds here too; blocks may be
+    nested, and the inner one decides.
+
+    Args:
+        model: A model with adapters, or a part of one.
+        names: A name that adapters were attached under; a list of names, whose updates add up; None for the base.
+
+    Raises:
+        ConfigError: There is no adapter of a name, several that do not add up share a host, or the block is left in
+            another thread or task than the one that entered it.
+
+    Example:
+        >>> from torch import ones
+        >>> from lora_lightning.adapters import attach
+        >>> from lora_lightning.methods import LoRA
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> for name in ("de", "fr"):
+        ...     report = attach(model, LoRA(r=1), name=name)
+        >>> with active(model, "fr"):
+        ...     output = model(ones(1, 4))
+    """
+    with choosing(choices_of(model, _entries(model, names))):
+        yield
+
+
+def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
+    """Let the adapters of some names act from now on: in all threads, outside of blocks.
+
+    Args:
+        model: A model with adapters.
+        names: As for `active`.
+
+    Raises:
+        ConfigError: As for `active`; or the model is a part of the one that the adapters were attached to.
+    """
+    entries = _entries(model, names)
+    choices = choices_of(model, entries)
+    if any(choice.hosts is not None for choice in choices.values()):
+        raise ConfigError("set_active takes the model that the adapters were attached to, and got a part of it.")
+    for selector in choices:
+        selector.act_by_default(entries)
+
+
+def acting_names(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the adapters that act in the running thread or task, in the order of attaching."""
+    acting = {adapter.name for _, _, adapter in iter_acting(model)}
+    return tuple(name for name in adapter_names(model) if name in acting)
 
 
 @contextmanager
@@ -49,9 +103,9 @@ def selected(model: nn.Module, methods: Sequence[Method]) -> Iterator[None]:
     Raises:
         ConfigError: A method was not attached to the model, or the block is left in another thread or task.
     """
-    found = {adapter.selected_as for method in methods for _, _, adapter in adapters_of(model, method, Adapter)}
-    names = {*found, COPIES} if found else found
-    with choosing(_choices(model, tuple(sorted(names)))):
+    found = [adapter for method in methods for _, _, adapter in adapters_of(model, method, Adapter)]
+    copies = {part(adapter.name, COPIES) for adapter in found}
+    with choosing(choices_of(model, tuple(sorted({adapter.selected_as for adapter in found} | copies)))):
         yield
 
 
@@ -62,7 +116,31 @@ def iter_acting(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
             yield path, host, adapter
 
 
-def _choices(model: nn.Module, names: Names) -> dict[Selector, Choice]:
+def _entries(model: nn.Module, names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Return the entries of a selection for names that users give; checks them."""
+    given = [] if names is None else [names] if isinstance(names, str) else list(names)
+    check_names(model, given)
+    if len(given) > 1:
+        _check_sum(model, given)
+    return tuple(sorted({whole(name) for name in given}))
+
+
+def _check_sum(model: nn.Module, names: Sequence[str]) -> None:
+    """Raise ConfigError where adapters of several names share a host and their effects do not add up."""
+    for path, host in iter_hosts(model):
+        own = [adapter for adapter in _stack_of(host).of_kind(Adapter) if adapter.name in names]
+        if len({adapter.name for adapter in own}) < 2:
+            continue
+        for adapter in own:
+            reason = adapter.why_not_added()
+            if reason:
+                raise ConfigError(
+                    f"The adapters {', '.join(names)} cannot act together: {adapter.name!r} {reason}, and shares "
+                    f"{path!r} with another one. Choose one of them, or give each row its own with per_row."
+                )
+
+
+def choices_of(model: nn.Module, names: Names) -> dict[Selector, Choice]:
     """Choose the same names for every attachment that has hosts in a model, on these hosts."""
     paths: dict[Selector, list[str]] = {}
     for _, host in iter_hosts(model):

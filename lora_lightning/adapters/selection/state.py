@@ -30,10 +30,24 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 Names = tuple[str, ...] | None
-"""Names of the adapters that act, sorted; None for all of them. A tuple, since `torch.compile` compares it by value."""
+"""Which adapters act, sorted; None for all of them. A tuple, since `torch.compile` compares it by value.
+
+Each entry is `whole(name)`, or the `selected_as` of single adapters.
+"""
 
 ALL: Names = None
 NONE: Names = ()
+
+
+def whole(name: str) -> str:
+    """Return the entry of a selection that chooses all adapters of one name."""
+    return f"{name}:*"
+
+
+def part(name: str, label: str) -> str:
+    """Return the entry of a selection that chooses the adapters of one method of a name, or its copies."""
+    return f"{name}:{label}"
+
 
 _TOKENS = itertools.count()
 
@@ -50,9 +64,17 @@ class Selector:
     """
 
     def __init__(self, default: Names = ALL, num_hosts: int = 0) -> None:
-        self.default = default
         self.num_hosts = num_hosts
         self.token = f"selection_{next(_TOKENS)}"
+        self.act_by_default(default)
+
+    def act_by_default(self, names: Names) -> None:
+        """Choose what acts outside of all blocks, in every thread, from now on."""
+        global _defaults
+        self.default = names
+        with _DEFAULTS_LOCK:
+            _defaults = {**_defaults, self.token: names}
+        make_room_for([(names, None)])
 
     def __reduce__(self) -> tuple[type[Selector], tuple[Names, int]]:
         """Copy and pickle without the token."""
@@ -104,6 +126,18 @@ class _State(NamedTuple):
 
 _EMPTY = _State((), {})
 _STATE: ContextVar[_State] = ContextVar("lora_lightning_selection", default=_EMPTY)
+
+
+_DEFAULTS_LOCK = threading.Lock()
+_defaults: Mapping[str, Names] = {}
+"""What acts outside of all blocks, for each token; replaced as a whole, so that a selection can be kept."""
+
+
+class Moment(NamedTuple):
+    """What is selected in one thread or task at one time, with what acts outside of blocks then."""
+
+    state: _State
+    defaults: Mapping[str, Names]
 
 
 class _Mirror(threading.local):
@@ -168,17 +202,17 @@ def bind(function: Callable[P, T]) -> Callable[P, T]:
     """
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise ConfigError("bind takes no generator function; bind the function that iterates over the generator.")
-    state = _STATE.get()
+    moment = current_selection()
     if inspect.iscoroutinefunction(function):
 
         async def bound_coroutine(*args: P.args, **kwargs: P.kwargs) -> Any:  # noqa: ANN401 - the function's own
-            with _running_in(state):
+            with _running_in(moment):
                 return await function(*args, **kwargs)
 
         return cast("Callable[P, T]", functools.wraps(function)(bound_coroutine))
 
     def bound(*args: P.args, **kwargs: P.kwargs) -> T:
-        with _running_in(state):
+        with _running_in(moment):
             return function(*args, **kwargs)
 
     # A module has attributes that are not the function's to take over.
@@ -201,25 +235,32 @@ def synchronize(module: nn.Module, args: tuple[Any, ...]) -> None:
     make_room_for(())
 
 
-def current_selection() -> object:
+def current_selection() -> Moment:
     """Return what is selected in the running thread or task, to be handed to `run_under`."""
-    return _STATE.get()
+    return Moment(_STATE.get(), _defaults)
 
 
-def run_under(selection: Any, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:  # noqa: ANN401 - the function's own
+def run_under(selection: Moment, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:  # noqa: ANN401 - the function's own
     """Call a function under a selection that `current_selection` returned."""
     with _running_in(selection):
         return function(*args, **kwargs)
 
 
 @contextmanager
-def _running_in(state: _State) -> Iterator[None]:
+def _running_in(moment: Moment) -> Iterator[None]:
     before = _STATE.get()
-    _activate(state)
+    _activate(moment.state if moment.defaults is _defaults else _with_defaults(moment))
     try:
         yield
     finally:
         _activate(before)
+
+
+def _with_defaults(moment: Moment) -> _State:
+    """Return the state of a moment, below whose blocks acts what acted by default then and does no longer."""
+    changed = {token: names for token, names in moment.defaults.items() if _defaults.get(token) != names}
+    lowest = _Entry({token: Choice(names, None) for token, names in changed.items()})
+    return _state_of((lowest, *moment.state.entries)) if changed else moment.state
 
 
 def _leave(entry: _Entry) -> bool:

@@ -16,7 +16,7 @@ from lora_lightning.methods.starts import principal_part
 
 
 @torch.no_grad()
-def start_at_quantization_error(model: nn.Module) -> None:
+def start_at_quantization_error(model: nn.Module, name: str | None = None) -> None:
     """Set s B A of each adapter with `init="loftq"` to the best rank-r approximation of W - Q.
 
     W is the weight in the model's files, which are read once more for it, in full precision on the CPU; Q is what the
@@ -26,13 +26,14 @@ def start_at_quantization_error(model: nn.Module) -> None:
 
     Args:
         model: A quantized transformers model with adapters.
+        name: The name of the adapters to set; None for all.
 
     Raises:
         BackboneError: The dense weights cannot be read.
     """
     waiting = [
         (path, host, adapter)
-        for path, host, adapter in iter_adapters(model)
+        for path, host, adapter in iter_adapters(model, name)
         if isinstance(adapter, LowRankAdapter) and adapter.init == "loftq" and not adapter.lora_A.is_meta
     ]
     if not waiting:

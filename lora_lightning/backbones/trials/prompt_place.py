@@ -315,4 +315,4 @@ def _prompted(model: nn.Module, place: PromptPlace, trial: Trial) -> Iterator[An
         yield adapter
     finally:
         for host, _ in hosts:
-            unhang(host)
+            unhang(host, [_TRIAL])
