@@ -103,6 +103,14 @@ class Adapter(nn.Module):
         """
         return f"is a {type(self).__name__}, of which one acts at a time"
 
+    def why_not_mixed(self, host: nn.Module) -> str:
+        """Return why it cannot act on some rows of a batch alone; empty where it can.
+
+        The reason follows the host's name: `it looks at the whole batch`.
+        """
+        del host
+        return ""
+
     def merge_into(self, host: nn.Module) -> None:
         """Fold this adapter into its host; `check_mergeable` has passed. Called with gradients off."""
         for _, _, merged in self.merged_weights(host):
@@ -157,6 +165,9 @@ class ForwardAdapter(Adapter):
 
     takes_names: ClassVar[bool] = False
     """Whether arguments come exactly as the host got them instead, for adapters that hand them on."""
+
+    extends_base: ClassVar[bool] = False
+    """Whether `forward` takes `base_output`, what the bare host returns for the same arguments, and goes on from it."""
 
     def base_forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
         """Call the host as it was before it was adapted."""

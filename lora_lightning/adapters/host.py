@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from lora_lightning.adapters.arguments import argument_names, by_position
 from lora_lightning.adapters.base import DEFAULT_NAME, Adapter, ForwardAdapter, InputAdapter, OutputAdapter
+from lora_lightning.adapters.selection.mixing import mixed_forward, mixed_input, mixed_output, sum_forward
 from lora_lightning.adapters.selection.state import Names, Selector, whole
 from lora_lightning.adapters.weights import RESERVED
+
+A = TypeVar("A", bound=Adapter)
 
 _ADAPTED_CLASSES: dict[type[Any], type[Any]] = {}
 
@@ -44,11 +47,11 @@ class AdapterStack(nn.ModuleDict):
         """Return the input: a host that is an `nn.Sequential` calls each of its children in turn, this one too."""
         return x
 
-    def of_kind(self, kind: type[Adapter]) -> list[Adapter]:
+    def of_kind(self, kind: type[A]) -> list[A]:
         """Return the adapters of one kind, in the order of attaching."""
         return [adapter for adapter in self._modules.values() if isinstance(adapter, kind)]
 
-    def acting(self, kind: type[Adapter]) -> list[Adapter]:
+    def acting(self, kind: type[A]) -> list[A]:
         """Return those of one kind that act in the running thread or task, in the order of attaching."""
         names = self.selector.names_at(self.path)
         return [adapter for adapter in self.of_kind(kind) if is_among(adapter, names)]
@@ -97,6 +100,11 @@ def _entrance(host_class: type[nn.Module]) -> Callable[..., Any]:
         if not acting:
             return stack.host_class.forward(self, *args, **kwargs)
         adapter = acting[0]
+        rows = stack.selector.rows_at(stack.path)
+        if rows is not None:
+            return mixed_forward(self, stack, rows, acting, (args, kwargs))
+        if len(acting) > 1:
+            return sum_forward(self, acting, args, kwargs)
         if kwargs and not adapter.takes_names:
             args, kwargs = by_position(adapter.argument_names, args, kwargs)
         return adapter(self, *args, **kwargs)
@@ -111,13 +119,23 @@ def _new_adapted(host_class: type[Any]) -> nn.Module:
 
 
 def _input_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    for adapter in host._modules[RESERVED].acting(InputAdapter):  # type: ignore[union-attr, operator]  # AdapterStack
+    stack: Any = host._modules[RESERVED]
+    acting = stack.acting(InputAdapter)
+    rows = stack.selector.rows_at(stack.path)
+    if acting and rows is not None:
+        return mixed_input(host, stack, rows, acting, (args, kwargs))
+    for adapter in acting:
         args, kwargs = adapter(host, args, kwargs)
     return args, kwargs
 
 
 def _output_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401 - what the host returns
-    for adapter in host._modules[RESERVED].acting(OutputAdapter):  # type: ignore[union-attr, operator]  # AdapterStack
+    stack: Any = host._modules[RESERVED]
+    acting = stack.acting(OutputAdapter)
+    rows = stack.selector.rows_at(stack.path)
+    if acting and rows is not None:
+        return mixed_output(host, stack, rows, acting, (args, kwargs), output)
+    for adapter in acting:
         output = adapter(host, args, kwargs, output)
     return output
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lora_lightning.adapters import Method, attached_methods, folded_state_dict, load_adapter_state_dict
+from lora_lightning.adapters import Method, attached_methods, folded_state_dict, load_adapter_state_dict, only
 from lora_lightning.adapters.walk import unwrap
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer
 from lora_lightning.checkpoint.base_name import name_for_others, public_name
@@ -240,7 +240,13 @@ def read_adapter_folder(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:
     return manifest, state
 
 
-def load_adapter(model: nn.Module, folder: str | Path, tokenizer: Any = None) -> Manifest:  # noqa: ANN401 - tokenizers share no public base class
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: Any = None,  # noqa: ANN401 - tokenizers share no public base class
+    *,
+    name: str | None = None,
+) -> Manifest:
     """Load an adapter folder into a model to which the same methods are attached.
 
     Args:
@@ -248,20 +254,23 @@ def load_adapter(model: nn.Module, folder: str | Path, tokenizer: Any = None) ->
         folder: The folder, as `AdapterCheckpoint` writes it beside each checkpoint.
         tokenizer: The tokenizer that the model is going to be used with, to be compared with that of the training; None
             compares none.
+        name: The name of the adapter to load into; may be left out where the model has one.
 
     Returns:
         The folder's manifest.
 
     Raises:
+        ConfigError: No adapter has this name, or the model has several and none is named.
         CheckpointError: The folder is damaged, or its methods, base, keys or shapes differ from the model's, or its
             vocabulary from the tokenizer's; the model answers as before.
     """
     folder = Path(folder)
     manifest, state = read_adapter_folder(folder)
-    check_methods(attached_methods(model), manifest.methods, folder)
-    check_base(model, manifest.base_fingerprint, read_base_sample(folder), str(folder))
-    check_tokenizer(tokenizer, manifest.tokenizer_fingerprint, str(folder))
-    load_adapter_state_dict(model, state)
+    with only(model, name):
+        check_methods(attached_methods(model), manifest.methods, folder)
+        check_base(model, manifest.base_fingerprint, read_base_sample(folder), str(folder))
+        check_tokenizer(tokenizer, manifest.tokenizer_fingerprint, str(folder))
+        load_adapter_state_dict(model, state)
     return manifest
 
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from lora_lightning.adapters import (
     AttachReport,
     detach,
+    disabled,
     folded_state_dict,
     is_attached,
     load_adapter_state_dict,
+    only,
 )
 from lora_lightning.backbones.attach import attach
 from lora_lightning.checkpoint.base_sample import BaseSample, read_base_sample
@@ -71,6 +73,7 @@ def export_peft(
     folder: str | Path,
     facts: RunFacts | None = None,
     *,
+    name: str | None = None,
     base_fingerprint: str | None = None,
     own_kind: bool = False,
     extra: Mapping[str, bytes] | None = None,
@@ -87,6 +90,7 @@ def export_peft(
         model: A model with adapters of a method that PEFT has too, or of a relative of LoRA.
         folder: Where to; an adapter folder already there is replaced.
         facts: What the manifest shall tell about the run.
+        name: The name of the adapter to write; may be left out where the model has one.
         base_fingerprint: The base's fingerprint, where the caller has it already.
         own_kind: Write AdaLoRA and VeRA as PEFT's AdaLoRA and VeRA, which fewer tools read than LoRA.
         extra: Further files by their names, such as those of `text_files` and `own_file`.
@@ -95,22 +99,24 @@ def export_peft(
         The manifest.
 
     Raises:
+        ConfigError: No adapter has this name, or the model has several and none is named.
         CheckpointError: PEFT has no words for these adapters (the message says for what), a weight is NaN or
             infinite, or the folder holds something else.
     """
     if not is_attached(model):
         raise CheckpointError("The model has no adapters, so there is nothing to export; attach and train them first.")
-    state = folded_state_dict(model)
-    adapter = for_peft(model, state, own_kind=own_kind)
-    if adapter is None:
-        raise CheckpointError(f"This adapter cannot be written in PEFT's format: {why_not_for_peft(model)}.")
-    return write_adapter_folder(
-        Path(folder), model, facts, base_fingerprint=base_fingerprint, state=state, peft=adapter, extra=extra
-    )
+    with only(model, name):
+        state = folded_state_dict(model)
+        adapter = for_peft(model, state, own_kind=own_kind)
+        if adapter is None:
+            raise CheckpointError(f"This adapter cannot be written in PEFT's format: {why_not_for_peft(model)}.")
+        return write_adapter_folder(
+            Path(folder), model, facts, base_fingerprint=base_fingerprint, state=state, peft=adapter, extra=extra
+        )
 
 
-def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
-    """Attach an adapter in PEFT's format to a bare model, and load its tensors.
+def load_peft(model: nn.Module, folder: str | Path, name: str | None = None) -> AttachReport:
+    """Attach an adapter in PEFT's format to a model, and load its tensors.
 
     Reads what PEFT wrote (any version whose adapters are safetensors), what transformers' `save_pretrained` wrote for
     a model with an adapter, and what this library wrote in PEFT's format: LoRA, rsLoRA and DoRA on layers and single
@@ -118,8 +124,9 @@ def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
     copies and rows of embeddings beside them. `docs/peft.md` lists what is read and what is refused.
 
     Args:
-        model: A model without adapters, on the base that the adapter was trained on; frozen, as `attach` does.
+        model: The base that the adapter was trained on; frozen, as `attach` does.
         folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+        name: What to call the adapter; may be left out where the model has no other.
 
     Returns:
         What was attached.
@@ -127,20 +134,24 @@ def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
     Raises:
         CheckpointError: The folder is damaged, uses an option that this library does not compute, or its keys or
             shapes are not those of this model; the model is unchanged.
-        TargetError: The model has adapters already, or a host is of a kind that cannot be adapted.
+        TargetError: The name is taken or missing beside other adapters, or a host is of a kind that cannot be adapted.
     """
     folder = Path(folder)
-    if is_attached(model):
-        raise TargetError(f"This model has adapters already; load {folder} into a bare model, or detach them first.")
+    if name is None and is_attached(model):
+        raise TargetError(
+            f"This model has adapters already; give those of {folder} a name (name=...) beside them, or detach them "
+            "first."
+        )
     found = read_peft_files(folder)
-    fitted = found.fit(model)
-    report = attach(model, fitted.methods)
+    with disabled(model):  # trial calls of the model are to show the base
+        fitted = found.fit(model)
+    report = attach(model, fitted.methods, name=name)
     try:
-        load_adapter_state_dict(model, fitted.state)
+        load_adapter_state_dict(model, fitted.state, name)
         if found.base_fingerprint is not None:
             check_base(model, found.base_fingerprint, found.base_sample, str(folder))
     except CheckpointError as error:
-        detach(model)
+        detach(model, name)
         raise CheckpointError(f"{folder}: {error}") from error
     return report
 

@@ -56,24 +56,31 @@ class DoRAAdapter(LowRankAdapter):
         """Refuse: the magnitude scales the base's share too."""
         return "has a magnitude, which scales the base's share too"
 
-    def forward(self, host: Host, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - the host's own signature
+    def forward(
+        self,
+        host: Host,
+        x: Tensor,
+        *args: Any,  # noqa: ANN401 - the host's own signature
+        base_output: Tensor | None = None,
+        **kwargs: Any,  # noqa: ANN401 - the same
+    ) -> Tensor:
         """Compute m V / ‖V‖ applied to x, plus the host's bias; see `LowRankAdapter.forward`."""
-        if self.axis == "input":
+        if self.axis == "input":  # the base's own part is of another input
             return super().forward(host, x * (self.magnitude / self.norm(host)).to(x.dtype), *args, **kwargs)
-        form = self.form_on(host, x, both_or_neither=True)
+        form = None if base_output is not None else self.form_on(host, x, both_or_neither=True)
         if form is not None:
             norm, dropout = partial(self.norm, host), self.draw_dropout()
             return adapted_dora_linear(x, form, *self.factors(), self.magnitude, norm, self.scaling, *dropout)
-        return self._scale_output(host, x, args, kwargs)
+        output = self.base_forward(host, x, *args, **kwargs) if base_output is None else base_output
+        return self._scale_output(host, x, output)
 
-    def _scale_output(self, host: Host, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Let the host compute its own part, then scale what is not its bias."""
+    def _scale_output(self, host: Host, x: Tensor, output: Tensor) -> Tensor:
+        """Add the update to what the host computes, and scale what is not its bias."""
         ratio, bias = self.magnitude / self.norm(host), getattr(host, "bias", None)
         if self.kind is HostKind.CONV:
             trailing = [1] * (host.weight.dim() - 2)
             ratio = ratio.view(-1, *trailing)
             bias = None if bias is None else bias.view(-1, *trailing)
-        output: Tensor = self.base_forward(host, x, *args, **kwargs)
         direction = (output if bias is None else output - bias.to(output.dtype)) + self.update(host, x).to(output.dtype)
         scaled = direction * ratio.to(direction.dtype)
         return scaled if bias is None else scaled + bias.to(scaled.dtype)

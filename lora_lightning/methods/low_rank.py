@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ class LowRankAdapter(ForwardAdapter):
         recomputes_input: Whether backward computes the input again where that came out of an activation or a product,
             instead of keeping it (linear hosts that store a dense weight).
     """
+
+    extends_base: ClassVar[bool] = True
 
     lora_A: Tensor
     lora_B: Tensor
@@ -110,22 +112,30 @@ class LowRankAdapter(ForwardAdapter):
         """Accept: updates of one weight add up."""
         return ""
 
-    def forward(self, host: Host, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401 - the host's own signature
+    def forward(
+        self,
+        host: Host,
+        x: Tensor,
+        *args: Any,  # noqa: ANN401 - the host's own signature
+        base_output: Tensor | None = None,
+        **kwargs: Any,  # noqa: ANN401 - the same
+    ) -> Tensor:
         """Compute host and update together.
 
         Args:
             host: The host.
             x: Its input: `[..., in]`, token ids of any shape, or `[batch, channels, ...]`.
             *args: Further arguments of the host's forward; passed on where the host computes its own part.
-            **kwargs: The same.
+            base_output: What the update is added to; None computes the host's own part.
+            **kwargs: As `args`.
 
         Returns:
             What the host returns, with the update in it.
         """
-        form = self.form_on(host, x)
+        form = None if base_output is not None else self.form_on(host, x)
         if form is not None:
             return adapted_linear(x, form, *self.factors(), self.scaling, *self.draw_dropout())
-        output: Tensor = self.base_forward(host, x, *args, **kwargs)
+        output: Tensor = self.base_forward(host, x, *args, **kwargs) if base_output is None else base_output
         return output + self.update(host, x).to(output.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:

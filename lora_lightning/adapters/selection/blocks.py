@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from lora_lightning.adapters.base import Adapter, Method
 from lora_lightning.adapters.host import AdapterStack
+from lora_lightning.adapters.selection.rows import Rows
 from lora_lightning.adapters.selection.state import NONE, Choice, Names, Selector, choosing, part, whole
-from lora_lightning.adapters.walk import COPIES, adapter_names, adapters_of, check_names, iter_hosts
+from lora_lightning.adapters.walk import COPIES, adapter_names, adapters_of, check_names, iter_adapters, iter_hosts
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import ConfigError
 
-__all__ = ["active", "disabled", "set_active"]
+__all__ = ["active", "disabled", "per_row", "set_active"]
 
 
 @contextmanager
@@ -84,6 +86,48 @@ def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
         selector.act_by_default(entries)
 
 
+@contextmanager
+def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Let each row of a batch have the adapter of its own name inside the `with` block.
+
+    The base computes all rows together, and each adapter its part on its own rows. What `disabled` says about threads,
+    asyncio tasks and checkpointing holds here too. Beams of `generate` have the adapter of their row.
+
+    Args:
+        model: A model with adapters.
+        names: For each row the name of its adapter; None for the base.
+
+    Raises:
+        ConfigError: There is no adapter of a name, adapters cannot be mixed in a batch, no name is given, or the block
+            is left in another thread or task than the one that entered it.
+
+    Example:
+        >>> from torch import ones
+        >>> from lora_lightning.adapters import attach
+        >>> from lora_lightning.methods import LoRA
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> for name in ("de", "fr"):
+        ...     report = attach(model, LoRA(r=1), name=name)
+        >>> with per_row(model, ["de", None, "fr", "de"]):
+        ...     output = model(ones(4, 4))
+    """
+    if isinstance(names, str) or not names:
+        raise ConfigError(f"per_row takes one name for each row of a batch, such as ['de', None, 'fr']; got {names!r}.")
+    distinct = sorted({name for name in names if name is not None})
+    check_names(model, distinct)
+    for path, host, adapter in iter_adapters(model):
+        reason = adapter.why_not_mixed(host) if adapter.name in distinct else ""
+        if reason:
+            raise ConfigError(
+                f"The adapter {adapter.name!r} cannot act on some rows of a batch: at {path!r} {reason}. Give it "
+                "batches of its own, inside active(model, name)."
+            )
+    device = next((parameter.device for parameter in model.parameters()), None)
+    rows = Rows.of(names, device or torch.device("cpu"))
+    with choosing(choices_of(model, tuple(map(whole, distinct)), rows)):
+        yield
+
+
 def acting_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters that act in the running thread or task, in the order of attaching."""
     acting = {adapter.name for _, _, adapter in iter_acting(model)}
@@ -140,7 +184,7 @@ def _check_sum(model: nn.Module, names: Sequence[str]) -> None:
                 )
 
 
-def choices_of(model: nn.Module, names: Names) -> dict[Selector, Choice]:
+def choices_of(model: nn.Module, names: Names, rows: Rows | None = None) -> dict[Selector, Choice]:
     """Choose the same names for every attachment that has hosts in a model, on these hosts."""
     paths: dict[Selector, list[str]] = {}
     for _, host in iter_hosts(model):
@@ -149,7 +193,7 @@ def choices_of(model: nn.Module, names: Names) -> dict[Selector, Choice]:
     choices = {}
     for selector, found in paths.items():
         is_whole = len(found) == selector.num_hosts
-        choices[selector] = Choice(names, None if is_whole else tuple(found))
+        choices[selector] = Choice(names, None if is_whole else tuple(found), rows)
     return choices
 
 

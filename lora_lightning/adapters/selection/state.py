@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from lora_lightning.adapters.selection.compiling import make_room_for
+from lora_lightning.adapters.selection.rows import Rows
 from lora_lightning.errors import ConfigError
 
 __all__ = ["bind"]
@@ -74,7 +75,7 @@ class Selector:
         self.default = names
         with _DEFAULTS_LOCK:
             _defaults = {**_defaults, self.token: names}
-        make_room_for([(names, None)])
+        make_room_for([(names, None, True)])
 
     def __reduce__(self) -> tuple[type[Selector], tuple[Names, int]]:
         """Copy and pickle without the token."""
@@ -86,16 +87,25 @@ class Selector:
         Args:
             path: The host, as it was called when its adapters were attached.
         """
+        choice = self._choice_at(path)
+        return self.default if choice is None else choice.names
+
+    def rows_at(self, path: str) -> Rows | None:
+        """Return on which rows of a batch which adapter acts at one host; None where all act on all rows."""
+        choice = self._choice_at(path)
+        return None if choice is None else choice.rows
+
+    def _choice_at(self, path: str) -> Choice | None:
         choices: tuple[Choice, ...] | None
         if torch.compiler.is_dynamo_compiling():
             choices = getattr(_MIRROR, self.token, None)
         else:
             choices = _STATE.get().choices.get(self.token)
         if choices is not None:
-            for names, hosts in choices:
-                if hosts is None or path in hosts:
-                    return names
-        return self.default
+            for choice in choices:
+                if choice.hosts is None or path in choice.hosts:
+                    return choice
+        return None
 
 
 class Choice(NamedTuple):
@@ -104,10 +114,12 @@ class Choice(NamedTuple):
     Args:
         names: The adapters that act.
         hosts: Paths of the hosts that the block is about; None for all.
+        rows: On which rows of a batch each of them acts; None for all rows.
     """
 
     names: Names
     hosts: tuple[str, ...] | None
+    rows: Rows | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,7 +300,8 @@ def _state_of(entries: tuple[_Entry, ...]) -> _State:
 def _activate(state: _State) -> None:
     _STATE.set(state)
     _mirror(state)
-    make_room_for(state.choices.values())
+    for choices in state.choices.values():
+        make_room_for((choice.names, choice.hosts, choice.rows is None) for choice in choices)
 
 
 def _mirror(state: _State) -> None:
