@@ -1,14 +1,18 @@
 """The public names, a line each, and the commands with their help. Written by scripts/public; do not edit."""
 
 from lora_lightning.adapters.attaching.detach import detach as detach
+from lora_lightning.adapters.selection.blocks import active as active
 from lora_lightning.adapters.selection.blocks import disabled as disabled
+from lora_lightning.adapters.selection.blocks import set_active as set_active
 from lora_lightning.adapters.selection.state import bind as bind
 from lora_lightning.adapters.state import adapter_state_dict as adapter_state_dict
 from lora_lightning.adapters.state import load_adapter_state_dict as load_adapter_state_dict
 from lora_lightning.adapters.state import refresh as refresh
+from lora_lightning.adapters.walk import adapter_names as adapter_names
 from lora_lightning.backbones.attach import attach as attach
 from lora_lightning.backbones.attach import merge as merge
 from lora_lightning.backbones.quantization import Quantization as Quantization
+from lora_lightning.backbones.rows import per_row as per_row
 from lora_lightning.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
 from lora_lightning.callbacks.adapter_finetuning import AdapterFinetuning as AdapterFinetuning
 from lora_lightning.callbacks.adapter_summary import AdapterSummary as AdapterSummary

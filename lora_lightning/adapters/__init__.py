@@ -15,7 +15,15 @@ from lora_lightning.adapters.base import (
 )
 from lora_lightning.adapters.calls.required import require_calls
 from lora_lightning.adapters.merge import merge
-from lora_lightning.adapters.selection.blocks import acting_names, active, disabled, iter_acting, selected, set_active
+from lora_lightning.adapters.selection.blocks import (
+    acting_names,
+    active,
+    disabled,
+    iter_acting,
+    per_row,
+    selected,
+    set_active,
+)
 from lora_lightning.adapters.selection.state import bind
 from lora_lightning.adapters.state import (
     adapter_state_dict,
@@ -68,6 +76,7 @@ __all__ = [
     "load_adapter_state_dict",
     "merge",
     "only",
+    "per_row",
     "refresh",
     "report_of",
     "require_calls",

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.about import About
 from lora_lightning.adapters.weights import check_writable, read_weight, write_weight
 from lora_lightning.errors import ConfigError, NotMergeable
 from lora_lightning.keywords import remedy
 
 if TYPE_CHECKING:
+    from lora_lightning.adapters.selection.rows import Mixture
     from lora_lightning.adapters.view import ModelView
 
 
@@ -59,10 +61,13 @@ class Adapter(nn.Module):
         name: The name that it was attached under, `default` for an unnamed one.
         selected_as: By which a selection chooses it among those of its name; one without always acts.
         num_virtual_tokens: Positions of the model that it takes up in front of the real tokens'.
+        mixes_itself: Whether it computes a batch with several adapters by its method `mixed(host, mixture, ...)`, whose
+            further arguments are those of its forward.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
     may_rest: ClassVar[bool] = False
+    mixes_itself: ClassVar[bool] = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,6 +107,10 @@ class Adapter(nn.Module):
         The reason goes on after the adapter's name: `has a magnitude of its own`.
         """
         return f"is a {type(self).__name__}, of which one acts at a time"
+
+    def mixed(self, host: Any, mixture: Mixture, *given: Any) -> Any:  # noqa: ANN401 - as forward's
+        """Compute what `forward` computes for a batch whose rows have several adapters of this kind."""
+        raise NotImplementedError
 
     def why_not_mixed(self, host: nn.Module) -> str:
         """Return why it cannot act on some rows of a batch alone; empty where it can.
@@ -208,25 +217,6 @@ PEFT_SPELLINGS: Mapping[str, str] = {
     "inference_mode": "nothing: adapters are trainable until you merge or freeze them",
     "task_type": "nothing: the task's class says it",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class About:
-    """What the README, the documentation and `lora-lightning compare` say about a method.
-
-    Args:
-        trains: What it trains, for the table of methods.
-        where: On which modules, for the same table.
-        principle: What it changes, in a few words.
-        suits: Which tasks and models it suits.
-        difficulty: How hard it is to set up.
-    """
-
-    trains: str = "-"
-    where: str = "-"
-    principle: str = "-"
-    suits: str = "-"
-    difficulty: str = "-"
 
 
 @dataclass(frozen=True, kw_only=True)

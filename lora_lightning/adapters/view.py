@@ -25,6 +25,8 @@ class PromptPlace:
         padding: Token id of padding, for a body that takes no mask; None for any other body.
         pooling: How the body pools its hidden states, a key of `POOLINGS`; None where it does not.
         position_offset: The first position's number.
+        counts_padding: Whether a body without given positions counts padding on the left, too.
+        ignores_padding: Whether padding on the left changes nothing where the body gets no positions.
         starts_at_zero: Whether the body forgets earlier rows only at position 0, so that positions cannot be moved on.
         max_positions: How many positions the model has; None where nothing limits them.
         decoder: Path of a decoder that attends to the body's output, or None.
@@ -38,6 +40,8 @@ class PromptPlace:
     padding: int | None = None
     pooling: str | None = None
     position_offset: int = 0
+    counts_padding: bool = True
+    ignores_padding: bool = True
     starts_at_zero: bool = False
     max_positions: int | None = None
     decoder: str | None = None

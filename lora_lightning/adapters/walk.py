@@ -17,6 +17,8 @@ from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import ConfigError, TargetError
 from lora_lightning.keywords import remedy
 
+__all__ = ["adapter_names"]
+
 RECORD = "_lora_lightning_attachment"
 COPIES = "modules_to_save"
 """The name by which a selection chooses the trained copies of modules."""

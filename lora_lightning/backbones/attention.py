@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lightning.adapters.base import AttentionAdapter
+from lora_lightning.adapters.selection.rows import Mixture, Rows
 from lora_lightning.adapters.view import AttentionPlace
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.backbones.trials.trial import Call, Trial, first_tensor, has_values, is_same, path_of, quiet
@@ -47,24 +49,84 @@ def attend(
 
     stack: Any = module._modules.get(RESERVED)
     adapters = [] if stack is None else stack.acting(AttentionAdapter)
-    for adapter in adapters:
-        prefix_keys, prefix_values = adapter(module)
-        num = prefix_keys.shape[1]
-        if attention_mask is None and query.shape[2] > 1 and _is_causal(module, kwargs):
-            length, kv_length = query.shape[2], key.shape[2]
-            ones = torch.ones(length, kv_length, dtype=torch.bool, device=query.device)
-            attention_mask = ones.tril(kv_length - length)[None, None]
-        key = torch.cat([prefix_keys.to(key.dtype).expand(len(key), -1, -1, -1), key], 2)
-        value = torch.cat([prefix_values.to(value.dtype).expand(len(value), -1, -1, -1), value], 2)
+    if adapters:
+        front = _front(module, stack, adapters, len(key))
+        if attention_mask is None and (front.visible is not None or _masks_later(module, query, kwargs)):
+            attention_mask = _mask(module, query, key, kwargs)
+        key = torch.cat([front.keys.to(key.dtype), key], 2)
+        value = torch.cat([front.values.to(value.dtype), value], 2)
         if attention_mask is not None:
-            visible = 1.0 if attention_mask.dtype is torch.bool else 0.0
-            attention_mask = F.pad(attention_mask, (num, 0), value=visible)
+            attention_mask = front.put_before(attention_mask)
         if position_bias is not None:
-            position_bias = F.pad(position_bias, (num, 0))
+            position_bias = F.pad(position_bias, (front.keys.shape[2], 0))
     if position_bias is not None:
         kwargs["position_bias"] = position_bias
     output: tuple[Tensor, Any] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     return output
+
+
+@dataclass(frozen=True)
+class _Front:
+    """Keys and values in front of a module's own.
+
+    Args:
+        keys: `[batch, kv heads, num, head size]`.
+        values: The same, of the values' head size.
+        visible: Which of them each row has, `[batch, num]`; None where all have all.
+    """
+
+    keys: Tensor
+    values: Tensor
+    visible: Tensor | None
+
+    def put_before(self, mask: Tensor) -> Tensor:
+        """Return a mask `[1 or batch, 1, length, kv length]` that says which of these keys are seen, too."""
+        num, is_bool = self.keys.shape[2], mask.dtype is torch.bool
+        if self.visible is None:
+            return F.pad(mask, (num, 0), value=1.0 if is_bool else 0.0)
+        own: Tensor = self.visible
+        if not is_bool:
+            own = torch.zeros_like(own, dtype=mask.dtype).masked_fill(~own, torch.finfo(mask.dtype).min)
+        rows, heads, length = len(own), mask.shape[1], mask.shape[2]
+        own = own[:, None, None, :].expand(rows, heads, length, num)
+        return torch.cat([own, mask.expand(rows, -1, -1, -1)], 3)
+
+
+def _front(module: nn.Module, stack: Any, adapters: Sequence[AttentionAdapter], batch: int) -> _Front:  # noqa: ANN401 - AdapterStack
+    """Return the keys and values of a module's adapters for a batch; several adapters have rows of their own."""
+    rows: Rows | None = stack.selector.rows_at(stack.path)
+    pairs = [adapter(module) for adapter in adapters]
+    if rows is None:
+        keys, values = (torch.cat(parts, 1)[None].expand(batch, -1, -1, -1) for parts in zip(*pairs, strict=True))
+        return _Front(keys, values, None)
+    mixture = Mixture(adapters, rows, rows.count_in(batch, stack.path))
+    lengths = [keys.shape[1] for keys, _ in pairs]
+    num = max(lengths)
+    whole = []
+    for parts in zip(*pairs, strict=True):
+        heads, _, size = parts[0].shape
+        all_rows = parts[0].new_zeros(batch, heads, num, size)
+        for adapter, part in zip(adapters, parts, strict=True):
+            index = mixture.index_of(adapter)
+            padded = F.pad(part, (0, 0, 0, num - part.shape[1]))
+            all_rows = all_rows.index_copy(0, index, padded.expand(len(index), -1, -1, -1).to(all_rows.dtype))
+        whole.append(all_rows)
+    keys, values = whole
+    own_lengths = mixture.by_row(lengths, other=0)
+    return _Front(keys, values, torch.arange(num, device=keys.device) < own_lengths[:, None])
+
+
+def _masks_later(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Tell whether attention without a mask hides later positions by itself."""
+    return query.shape[2] > 1 and _is_causal(module, kwargs)
+
+
+def _mask(module: nn.Module, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Return the mask that attention without one stands for, `[1, 1, length, kv length]`."""
+    length, kv_length = query.shape[2], key.shape[2]
+    ones = torch.ones(length, kv_length, dtype=torch.bool, device=query.device)
+    is_causal = _masks_later(module, query, kwargs)
+    return (ones.tril(kv_length - length) if is_causal else ones)[None, None]
 
 
 def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:

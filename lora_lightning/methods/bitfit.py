@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import About, Adapter, Method, OutputAdapter, Role
+from lora_lightning.adapters.about import About
+from lora_lightning.adapters.base import Adapter, Method, OutputAdapter, Role
 from lora_lightning.adapters.targets import find_modules, has_suffix, is_within
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import RESERVED, Host, HostKind, codec_of, find_codec, original_class, overwrite

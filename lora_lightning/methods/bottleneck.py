@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_lightning.adapters.about import About
 from lora_lightning.adapters.arguments import by_position
 from lora_lightning.adapters.base import (
-    About,
     Adapter,
     InputAdapter,
     Method,

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import About, Adapter, check_positive
+from lora_lightning.adapters.about import About
+from lora_lightning.adapters.base import Adapter, check_positive
 from lora_lightning.adapters.walk import adapters_of
 from lora_lightning.adapters.weights import Host
 from lora_lightning.errors import ConfigError

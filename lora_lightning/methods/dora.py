@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import About, Adapter, Role, check_choice
+from lora_lightning.adapters.about import About
+from lora_lightning.adapters.base import Adapter, Role, check_choice
 from lora_lightning.adapters.functional import (
     adapted_dora_linear,
     dora_norm,

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_lightning.adapters.about import About
 from lora_lightning.adapters.arguments import by_position
-from lora_lightning.adapters.base import About, Adapter, InputAdapter, OutputAdapter, Role, TargetedMethod
+from lora_lightning.adapters.base import Adapter, InputAdapter, OutputAdapter, Role, TargetedMethod
 from lora_lightning.adapters.targets import select_hosts
 from lora_lightning.adapters.view import ModelView
 from lora_lightning.adapters.weights import Host, HostKind, codec_of, overwrite

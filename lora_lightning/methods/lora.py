@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 from torch import Tensor, nn
 
+from lora_lightning.adapters.about import About
 from lora_lightning.adapters.base import (
-    About,
     Adapter,
     TargetedMethod,
     check_choice,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from lora_lightning.adapters.base import About, Adapter, Role, check_choice, check_positive, check_positive_int
+from lora_lightning.adapters.about import About
+from lora_lightning.adapters.base import Adapter, Role, check_choice, check_positive, check_positive_int
 from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.adapters.walk import adapters_of
 from lora_lightning.adapters.weights import Host, overwrite

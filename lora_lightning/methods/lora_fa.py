@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import nn
 
-from lora_lightning.adapters.base import About, Adapter
+from lora_lightning.adapters.about import About
+from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.weights import HostKind, codec_of
 from lora_lightning.errors import TargetError
 from lora_lightning.methods.lora import LoRA

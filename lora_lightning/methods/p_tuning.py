@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import About, check_choice, check_dropout, check_positive_int
+from lora_lightning.adapters.about import About
+from lora_lightning.adapters.base import check_choice, check_dropout, check_positive_int
 from lora_lightning.adapters.view import ModelView, PromptPlace
 from lora_lightning.methods.prompt_tuning import SoftPrompt
 from lora_lightning.methods.soft_prompt import SoftPromptAdapter

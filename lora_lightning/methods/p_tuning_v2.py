@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lora_lightning.adapters.base import About
+from lora_lightning.adapters.about import About
 from lora_lightning.adapters.view import AttentionPlace
 from lora_lightning.methods.prefix import Prefix
 

@@ -19,11 +19,12 @@ from lora_lightning.adapters.base import (
     Role,
     check_positive_int,
 )
+from lora_lightning.adapters.selection.rows import Mixture
 from lora_lightning.adapters.view import AttentionPlace, ModelView, PromptPlace
 from lora_lightning.adapters.weights import Host
 from lora_lightning.errors import NotMergeable, TargetError
 from lora_lightning.methods.soft_prompt import evaluating
-from lora_lightning.methods.virtual_tokens import cached_length, check_inputs, positions_of, tokens_of
+from lora_lightning.methods.virtual_tokens import check_inputs, positions_of, tokens_of, usual_positions
 
 PREFIX_STD = 0.02
 
@@ -114,6 +115,7 @@ class PositionShift(InputAdapter):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
+    mixes_itself: ClassVar[bool] = True
 
     def __init__(self, place: PromptPlace, num_virtual_tokens: int) -> None:
         super().__init__()
@@ -122,16 +124,28 @@ class PositionShift(InputAdapter):
     def forward(self, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Give the body positions that count the prefix; see `check_inputs` for what is refused."""
         del host
+        return self._shifted(args, kwargs, self.num_virtual_tokens)
+
+    def mixed(self, host: Host, mixture: Mixture, *given: Any) -> tuple[Any, Any]:  # noqa: ANN401 - the host's own
+        """Give each row positions that count its own prefix."""
+        del host
+        args, kwargs = given
+        nums = [adapter.num_virtual_tokens for adapter in mixture.adapters]
+        shifts_b1 = mixture.by_row(nums, other=0)[:, None]
+        return self._shifted(args, kwargs, max(nums), shifts_b1)
+
+    def _shifted(self, args: Any, kwargs: Any, num: int, shifts_b1: Tensor | None = None) -> tuple[Any, Any]:  # noqa: ANN401 - the host's own
         given = {**dict(zip(self.place.arguments, args, strict=False)), **kwargs}
-        check_inputs(self.place, given, self.num_virtual_tokens)
+        check_inputs(self.place, given, num)
         positions, mask, tokens = given.get("position_ids"), given.get("attention_mask"), tokens_of(given)
         length = tokens.shape[1]
         if positions is None and mask is not None:
             positions = positions_of(mask, self.place.position_offset)[:, -length:]
+            if shifts_b1 is not None:  # rows without a prefix get what the body would have given them
+                positions = torch.where(shifts_b1 > 0, positions, usual_positions(self.place, given))
         elif positions is None:
-            start = cached_length(given) + self.place.position_offset
-            positions = torch.arange(start, start + length, device=tokens.device).expand(len(tokens), -1)
-        return (), {**given, "position_ids": positions + self.num_virtual_tokens}
+            positions = usual_positions(self.place, given)
+        return (), {**given, "position_ids": positions + (num if shifts_b1 is None else shifts_b1)}
 
     def check_mergeable(self, host: nn.Module) -> None:
         """Accept: the prefix adapters say why they cannot be merged."""

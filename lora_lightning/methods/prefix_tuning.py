@@ -9,7 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import About, check_positive_int
+from lora_lightning.adapters.about import About
+from lora_lightning.adapters.base import check_positive_int
 from lora_lightning.adapters.view import AttentionPlace
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods.prefix import Prefix

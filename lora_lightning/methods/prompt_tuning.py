@@ -10,7 +10,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.base import About, Adapter, Method, check_choice, check_positive_int
+from lora_lightning.adapters.about import About
+from lora_lightning.adapters.base import Adapter, Method, check_choice, check_positive_int
 from lora_lightning.adapters.view import ModelView, PromptPlace
 from lora_lightning.adapters.walk import iter_adapters, join
 from lora_lightning.errors import ConfigError

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora_lightning.adapters.base import ForwardAdapter, InputAdapter, OutputAdapter, Role
+from lora_lightning.adapters.selection.rows import Mixture
 from lora_lightning.adapters.view import PromptPlace
 from lora_lightning.adapters.weights import Host
 from lora_lightning.errors import ConfigError, NotMergeable
+from lora_lightning.methods.prompt_rows import MixedPrompt, Prompt
 from lora_lightning.methods.virtual_tokens import (
     check_inputs,
     drop_virtual,
     insert,
     insert_defaults,
-    insert_positions,
-    num_leading,
     slots,
     tokens_of,
 )
@@ -50,6 +50,7 @@ class SoftPromptAdapter(ForwardAdapter):
     prompt: nn.Parameter | None
 
     takes_names: ClassVar[bool] = True
+    mixes_itself: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -114,11 +115,21 @@ class SoftPromptAdapter(ForwardAdapter):
                 body got embeddings, which it treats in another way than those of ids, or the token embedding is not
                 the one of `attach`.
         """
+        return self._prompted(host, args, kwargs, Prompt(self.num_virtual_tokens, self.virtual_tokens))
+
+    def mixed(self, host: Host, mixture: Mixture, *given: Any) -> Any:  # noqa: ANN401 - the body's own output
+        """Call the body with each row's own virtual tokens in its input; see `forward`."""
+        args, kwargs = given
+        return self._prompted(host, args, kwargs, MixedPrompt(mixture))
+
+    def _prompted(self, host: Host, args: Any, kwargs: Any, prompt: Prompt) -> Any:  # noqa: ANN401 - the body's own output
         given = {**dict(zip(self.place.arguments, args, strict=False)), **kwargs}
-        if check_inputs(self.place, given, self.num_virtual_tokens):
-            return self.base_forward(host, **self._continued(given))
+        is_continued = check_inputs(self.place, given, prompt.num)
+        prompt.prepare(self.place, given)
+        if is_continued:
+            return self.base_forward(host, **self._continued(given, prompt))
         num_real, mask = tokens_of(given).shape[1], self._layout(given)
-        virtual = self._extend(host, given, mask)
+        virtual = self._extend(host, given, mask, prompt)
         config = getattr(host, "config", None)
         as_tuple = given.get("return_dict", getattr(config, "return_dict", True)) is False
         if as_tuple:  # a tuple does not say what it holds
@@ -131,17 +142,17 @@ class SoftPromptAdapter(ForwardAdapter):
                     "`attach` (set_input_embeddings does that), or switched off alone. Attach the prompt afterwards."
                 )
         if not self.place.keeps_virtual:
-            output = self._trim(host, output, mask, num_real)
+            output = self._trim(host, output, mask, num_real, prompt)
         return output.to_tuple() if as_tuple and not isinstance(output, tuple) else output
 
-    def _continued(self, given: dict[str, Any]) -> dict[str, Any]:
+    def _continued(self, given: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
         """Return the arguments of a call whose cache holds the virtual tokens: mask and positions count them."""
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         changed = dict(given)
         if mask is not None:
-            changed["attention_mask"] = insert(mask, mask.new_ones(()), self.num_virtual_tokens, mask)
+            changed["attention_mask"] = insert(mask, prompt.mask_like(mask), prompt.num, mask)
         if positions is not None:
-            changed["position_ids"] = positions + self.num_virtual_tokens
+            changed["position_ids"] = positions + prompt.shift_of(positions)
         return changed
 
     def _layout(self, given: dict[str, Any]) -> Tensor | None:
@@ -152,21 +163,21 @@ class SoftPromptAdapter(ForwardAdapter):
             return ids != self.place.padding
         return mask
 
-    def _extend(self, host: Host, given: dict[str, Any], mask: Tensor | None) -> VirtualTokens | None:
+    def _extend(self, host: Host, given: dict[str, Any], mask: Tensor | None, prompt: Prompt) -> VirtualTokens | None:
         """Put the virtual tokens into all that has a value for each token.
 
         Returns:
             What the embedding puts in, where the body is called with ids; None where the tokens went in as embeddings.
         """
-        num, rows, ids = self.num_virtual_tokens, len(tokens_of(given)), given.get("input_ids")
+        num, ids = prompt.num, given.get("input_ids")
         insert_defaults(given, num, mask)
-        if given.get("position_ids") is not None:
-            given["position_ids"] = insert_positions(given["position_ids"], num, mask, rows)
+        prompt.put_positions(self.place, given, mask)
         if given.get("attention_mask") is not None:
-            given["attention_mask"] = insert(given["attention_mask"], given["attention_mask"].new_ones(()), num, mask)
+            own = given["attention_mask"]
+            given["attention_mask"] = insert(own, prompt.mask_like(own), num, mask)
         if ids is not None and self.place.placeholder is not None:
             given["input_ids"] = insert(ids, ids.new_tensor(self.place.placeholder), num, mask)
-            return VirtualTokens(self.virtual_tokens(), slots(ids, num, mask))
+            return VirtualTokens(*prompt.placed(slots(ids, num, mask)))
         if ids is None and not self.place.takes_embeddings:
             raise ConfigError(
                 f"{self.host_class.__name__} treats embeddings in another way than those of token ids, so a soft "
@@ -174,15 +185,15 @@ class SoftPromptAdapter(ForwardAdapter):
             )
         embeds_ble = host.get_submodule(self.place.embedding)(ids) if ids is not None else given["inputs_embeds"]
         given["input_ids"] = None
-        given["inputs_embeds"] = insert(embeds_ble, self.virtual_tokens().to(embeds_ble.dtype), num, mask)
+        given["inputs_embeds"] = insert(embeds_ble, prompt.embeddings_like(embeds_ble), num, mask)
         return None
 
-    def _trim(self, host: Host, output: Any, mask: Tensor | None, num_real: int) -> Any:  # noqa: ANN401 - what the body returns
+    def _trim(self, host: Host, output: Any, mask: Tensor | None, num_real: int, prompt: Prompt) -> Any:  # noqa: ANN401 - what the body returns
         """Drop the virtual positions from hidden states, and pool again where the body pools."""
 
         def real(states: Tensor) -> Tensor:
-            is_by_token = states.shape[1] == num_real + self.num_virtual_tokens  # not where a body shortens its rows
-            return drop_virtual(states, self.num_virtual_tokens, mask, num_real) if is_by_token else states
+            is_by_token = states.shape[1] == num_real + prompt.num  # not where a body shortens its rows
+            return drop_virtual(states, prompt.num, mask, num_real) if is_by_token else states
 
         if isinstance(output, tuple):
             return (real(output[0]), *output[1:])
@@ -192,7 +203,7 @@ class SoftPromptAdapter(ForwardAdapter):
         if changed.get("pooler_output") is not None:  # poolers read the first token, which must be a real one
             assert self.place.pooling is not None
             states = changed["last_hidden_state"]
-            index_b1e = num_leading(mask, states)[..., None].expand(-1, -1, states.shape[-1])
+            index_b1e = prompt.first_of(mask, states)[..., None].expand(-1, -1, states.shape[-1])
             changed["pooler_output"] = POOLINGS[self.place.pooling](host, states.gather(1, index_b1e))
         return type(output)(**changed)
 
@@ -246,6 +257,12 @@ class PlaceholderAdapter(OutputAdapter):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
+    mixes_itself: ClassVar[bool] = True
+
+    def mixed(self, host: Host, mixture: Mixture, *given: Any) -> Tensor:  # noqa: ANN401 - the host's own
+        """Return the embeddings, whose virtual tokens say for themselves where they stand."""
+        del mixture
+        return self.forward(host, *given)
 
     def forward(self, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Return the embeddings `[B, M or more, E]`; a body may have padded its rows on the right."""
@@ -272,6 +289,7 @@ class CrossMaskAdapter(InputAdapter):
     """
 
     roles: ClassVar[Mapping[str, Role]] = {}
+    mixes_itself: ClassVar[bool] = True
 
     def __init__(self, num_virtual_tokens: int) -> None:
         super().__init__()
@@ -280,11 +298,23 @@ class CrossMaskAdapter(InputAdapter):
     def forward(self, host: Host, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Extend `encoder_attention_mask` where the encoder's states are longer than it."""
         del host
+        return args, self._extended(kwargs, Prompt(self.num_virtual_tokens, torch.empty(0).clone))
+
+    def mixed(self, host: Host, mixture: Mixture, *given: Any) -> tuple[Any, Any]:  # noqa: ANN401 - the host's own
+        """Extend the mask by the virtual tokens of each row."""
+        del host
+        args, kwargs = given
+        return args, self._extended(kwargs, MixedPrompt(mixture))
+
+    def _extended(self, kwargs: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
         states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
-        if states is not None and mask is not None and states.shape[1] == mask.shape[1] + self.num_virtual_tokens:
-            extended = insert(mask, mask.new_ones(()), self.num_virtual_tokens, mask)
-            kwargs = {**kwargs, "encoder_attention_mask": extended}
-        return args, kwargs
+        if states is None:
+            return kwargs
+        if mask is None and not prompt.is_even:
+            mask = torch.ones(len(states), states.shape[1] - prompt.num, dtype=torch.long, device=states.device)
+        if mask is None or states.shape[1] != mask.shape[1] + prompt.num:
+            return kwargs
+        return {**kwargs, "encoder_attention_mask": insert(mask, prompt.mask_like(mask), prompt.num, mask)}
 
     def check_mergeable(self, host: nn.Module) -> None:
         """Accept: the adapter on the encoder says why soft prompts cannot be merged."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.adapters.base import About, Adapter, ForwardAdapter, Method, Role
+from lora_lightning.adapters.about import About
+from lora_lightning.adapters.base import Adapter, ForwardAdapter, Method, Role
 from lora_lightning.adapters.targets import find_modules
 from lora_lightning.adapters.view import ModelView, input_embeddings
 from lora_lightning.adapters.weights import RESERVED, Host, HostKind, codec_of, find_codec, read_weight

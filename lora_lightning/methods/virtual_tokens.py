@@ -95,6 +95,21 @@ def positions_of(mask: Tensor, offset: int) -> Tensor:
     return ((mask != 0).long().cumsum(1) - 1).clamp_min(0) + offset
 
 
+def usual_positions(place: PromptPlace, given: Mapping[str, Any]) -> Tensor:
+    """Return the positions that a body gives its tokens where it gets none, `[B, L]`.
+
+    Args:
+        place: The body.
+        given: What it is called with.
+    """
+    tokens, mask = tokens_of(given), given.get("attention_mask")
+    length = tokens.shape[1]
+    if mask is not None and not place.counts_padding:
+        return positions_of(mask, place.position_offset)[:, -length:]
+    start = cached_length(given) + place.position_offset
+    return torch.arange(start, start + length, device=tokens.device).expand(len(tokens), -1)
+
+
 def insert_positions(positions: Tensor, num: int, mask: Tensor | None, rows: int) -> Tensor:
     """Return given positions with those of the virtual tokens, which take over the first real token's.
 

@@ -16,7 +16,7 @@ from lora_lightning.adapters.walk import COPIES, adapter_names, adapters_of, che
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import ConfigError
 
-__all__ = ["active", "disabled", "per_row", "set_active"]
+__all__ = ["active", "disabled", "set_active"]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_lightning.adapters.arguments import by_position
 from lora_lightning.adapters.base import ForwardAdapter, InputAdapter, OutputAdapter
-from lora_lightning.adapters.selection.rows import Rows, first_size, put_rows, take_rows
+from lora_lightning.adapters.selection.rows import Mixture, Rows, first_size, put_rows, take_rows
 from lora_lightning.adapters.selection.state import Choice, choosing, whole
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import ConfigError
@@ -49,6 +49,8 @@ def mixed_forward(host: nn.Module, stack: Any, rows: Rows, adapters: Sequence[Fo
     """
     total = first_size(given)
     count = rows.count_in(total, stack.path)
+    if adapters[0].mixes_itself:
+        return adapters[0].mixed(host, Mixture(adapters, rows, count), *given)
     output = stack.host_class.forward(host, *given[0], **given[1])
     for adapter in adapters:
         index = rows.index_of(adapter.name, count)
@@ -64,11 +66,17 @@ def mixed_forward(host: nn.Module, stack: Any, rows: Rows, adapters: Sequence[Fo
 
 
 def mixed_input(
-    host: nn.Module, stack: Any, rows: Rows, adapters: Sequence[InputAdapter], given: Arguments
+    host: nn.Module,
+    stack: Any,  # noqa: ANN401 - AdapterStack
+    rows: Rows,
+    adapters: Sequence[InputAdapter],
+    given: Arguments,
 ) -> Arguments:
     """Return a host's arguments as the adapters of the rows change them."""
     total = first_size(given)
     count = rows.count_in(total, stack.path)
+    if adapters[0].mixes_itself:
+        return adapters[0].mixed(host, Mixture(adapters, rows, count), *given)
     args, kwargs = by_position(adapters[0].argument_names, *given)
     for adapter in adapters:
         index = rows.index_of(adapter.name, count)
@@ -88,6 +96,8 @@ def mixed_output(
     """Return what a host returned as the adapters of the rows change it."""
     total = first_size(given)
     count = rows.count_in(total, stack.path)
+    if adapters[0].mixes_itself:
+        return adapters[0].mixed(host, Mixture(adapters, rows, count), *given, output)
     for adapter in adapters:
         index = rows.index_of(adapter.name, count)
         args, kwargs = take_rows(given, index, total)

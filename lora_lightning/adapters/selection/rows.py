@@ -77,6 +77,38 @@ class Rows:
         return (index[:, None] * count + inside).flatten()
 
 
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """The adapters of one host that act on rows of a batch, for adapters that mix by themselves.
+
+    Args:
+        adapters: Those that act, at most one of each name.
+        rows: The rows of each.
+        count: How often in succession each row stands in the host's arguments.
+    """
+
+    adapters: Sequence[Any]
+    rows: Rows
+    count: int
+
+    def by_row(self, values: Sequence[int], other: int) -> Tensor:
+        """Return a number for each row of the host's arguments, `[rows * count]`.
+
+        Args:
+            values: The number for each adapter.
+            other: The number for rows on which none of them acts.
+        """
+        table = [other] * (len(self.rows.names) + 1)  # the last one is that of the base, whose owner is -1
+        for adapter, value in zip(self.adapters, values, strict=True):
+            table[self.rows.names.index(adapter.name)] = value
+        owners = self.rows.owners
+        return torch.tensor(table, device=owners.device)[owners].repeat_interleave(self.count)
+
+    def index_of(self, adapter: Any) -> Tensor:  # noqa: ANN401 - an Adapter
+        """Return where the rows of one adapter stand in the host's arguments."""
+        return self.rows.index_of(adapter.name, self.count)
+
+
 def first_size(arguments: Any) -> int:  # noqa: ANN401 - a module's arguments
     """Return the size of the first dimension of the first tensor in a module's arguments."""
     found: list[int] = []

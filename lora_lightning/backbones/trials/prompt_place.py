@@ -14,6 +14,7 @@ from lora_lightning.adapters.base import Adapter
 from lora_lightning.adapters.host import hang, unhang
 from lora_lightning.adapters.selection.state import Selector
 from lora_lightning.adapters.view import PromptPlace, input_embeddings
+from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.backbones.trials.trial import (
     NUM_FRONT,
     Call,
@@ -86,7 +87,7 @@ def _is_lookup(call: Call, rows: Rows) -> bool:
 
 
 def _is_leaf(module: nn.Module) -> bool:
-    return next(module.children(), None) is None
+    return all(name == RESERVED for name, _ in module.named_children())
 
 
 def _body(looked_up: Call, rows: Rows) -> Call | None:
@@ -164,6 +165,8 @@ def _settle(model: Any, place: PromptPlace, trial: Trial, outer: Call) -> Prompt
         takes_embeddings=_takes_embeddings(whole, place),
         pooling=_pooling(model, whole),
         position_offset=offset,
+        counts_padding=_counts_padding(expected[0], offset),
+        ignores_padding=_ignores_padding(expected[0]),
         starts_at_zero=_starts_at_zero(model, whole, offset),
         max_positions=None if place.max_positions is None else place.max_positions - offset,
     )
@@ -203,6 +206,27 @@ def _position_offset(whole: Call, trial: Trial) -> int:
     offsets = 0, trial.padding + 1, 2
     fitting = (one for one in offsets if _is_that_of(_again(whole, position_ids=_positions(whole, one)), whole))
     return next(fitting, 0)
+
+
+def _counts_padding(masked: Call, offset: int) -> bool:
+    """Return whether a body that gets no positions counts padding on the left; the last row of the call has some."""
+    mask = masked.given.get("attention_mask")
+    if mask is None or "position_ids" not in arguments_of(masked.module):
+        return True
+    states = _again(masked, position_ids=_positions(masked, offset).expand(len(mask), -1))
+    expected, is_real = _states(masked.output), mask[-1] != 0
+    if states is None or expected is None or states.shape[:2] != mask.shape:
+        return True
+    return is_same(states[-1][is_real], expected[-1][is_real])
+
+
+def _ignores_padding(masked: Call) -> bool:
+    """Return whether the last row of a call, padded on the left, has the states of the one padded on the right."""
+    mask, states = masked.given.get("attention_mask"), _states(masked.output)
+    if mask is None or states is None or states.shape[:2] != mask.shape:
+        return True
+    _, right, left = (row[real != 0] for row, real in zip(states, mask, strict=True))
+    return is_same(left, right)
 
 
 def _positions(call: Call, start: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_lightning.adapters.base import About
+from lora_lightning.adapters.about import About
 from lora_lightning.commands._compare.ends import FROZEN, FULL
 from lora_lightning.commands._compare.entries import LORA_PLUS, known_names
 

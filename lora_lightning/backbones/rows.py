@@ -1,0 +1,99 @@
+"""The public `per_row`: like that of `adapters`, and it refuses what a transformers model would compute wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from lora_lightning import adapters
+from lora_lightning.adapters import disabled, iter_adapters
+from lora_lightning.adapters.walk import unwrap
+from lora_lightning.backbones.trials.row_layout import find_shared, has_batch_second
+from lora_lightning.errors import ConfigError
+
+__all__ = ["per_row"]
+
+_KNOWN = "_lora_lightning_shared"
+_CAPACITIES = ("expert_capacity",)
+
+
+@contextmanager
+def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """Let each row of a batch have the adapter of its own name inside the `with` block.
+
+    The base computes all rows together, and each adapter its part on its own rows; forward, gradients and `generate`
+    (with a cache, sampling or beams, which have the adapter of their row) are those of each row under its adapter
+    alone. Every method can be mixed with every other, heads of the same width too. What `disabled` says about threads,
+    asyncio tasks and checkpointing holds here too.
+
+    The first time that adapters are mixed, a transformers model is called with a few tokens, to see which of its
+    modules get the rows of a batch each on its own.
+
+    Args:
+        model: A model with adapters.
+        names: For each row the name of its adapter; None for the base.
+
+    Raises:
+        ConfigError: There is no adapter of a name, no name is given, or adapters cannot be mixed in this model: a host
+            is called once for all rows, experts have a limited capacity for the whole batch, or a loss for the balance
+            of experts is computed over it.
+
+    Example:
+        >>> from torch import ones
+        >>> from lora_lightning import LoRA, attach
+        >>> model = nn.Sequential(nn.Linear(4, 4))
+        >>> for name in ("de", "fr"):
+        ...     report = attach(model, LoRA(r=1), name=name)
+        >>> with per_row(model, ["de", None, "fr", "de"]):
+        ...     output = model(ones(4, 4))
+    """
+    base = unwrap(model)
+    _refuse_batchwise(base)
+    _refuse_shared(base, {name for name in names if name is not None})
+    with adapters.per_row(model, names):
+        yield
+
+
+def _refuse_batchwise(model: nn.Module) -> None:
+    """Raise ConfigError where rows of a batch compete, or a loss is computed over all of them."""
+    config: Any = getattr(model, "config", None)
+    for name in _CAPACITIES:
+        if getattr(config, name, None) is not None:
+            raise ConfigError(
+                f"per_row: the experts of this {type(model).__name__} have a capacity for the whole batch ({name}), so "
+                "rows would change each other; give each adapter batches of its own, inside active(model, name)."
+            )
+    if model.training and getattr(config, "output_router_logits", False):
+        raise ConfigError(
+            "per_row: the loss for the balance of experts (output_router_logits) is computed over all rows of a batch, "
+            "whatever their adapters; turn it off in the model's config, or train each adapter on batches of its own."
+        )
+
+
+def _refuse_shared(model: nn.Module, names: set[str]) -> None:
+    """Raise ConfigError where an adapter's host is not called with the rows of a batch in its first dimension."""
+    paths = {path: adapter.name for path, _, adapter in iter_adapters(model) if adapter.name in names}
+    shared = _shared(model, tuple(paths))
+    found = [path for path in paths if path in shared or has_batch_second(model, path)]
+    if found:
+        raise ConfigError(
+            f"The adapter {paths[found[0]]!r} cannot act on some rows of a batch: {found[0]!r} is called with "
+            "something else than one entry for each row in its first dimension (all rows share it, or the length comes "
+            "first). Leave it out of the targets, or give the adapter batches of its own, inside active(model, name)."
+        )
+
+
+def _shared(model: nn.Module, paths: tuple[str, ...]) -> frozenset[str]:
+    """Return what a trial call of a transformers model shows, once for these hosts."""
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        return frozenset()
+    known: tuple[frozenset[str], frozenset[str]] = model.__dict__.get(_KNOWN, (frozenset(), frozenset()))
+    looked_at, shared = known
+    if not looked_at.issuperset(paths):
+        with disabled(model):
+            shared |= find_shared(model, paths)
+        model.__dict__[_KNOWN] = (looked_at.union(paths), shared)
+    return shared
