@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.adapters.base import ForwardAdapter, Role
 from lora_lightning.adapters.parameters import with_parameters
-from lora_lightning.adapters.weights import Host, overwrite
+from lora_lightning.adapters.weights import RESERVED, Host, overwrite
 
 
 class ParameterLoRAAdapter(ForwardAdapter):
@@ -68,6 +68,11 @@ class ParameterLoRAAdapter(ForwardAdapter):
     def public_name(self, name: str) -> str:
         """Return `weight.lora_A` for `weight_lora_A`."""
         return f"{name[: -len('_lora_A')]}.{name[-len('lora_A') :]}"
+
+    def why_not_mixed(self, host: Host) -> str:
+        """Refuse modules of several parts: not all that they are called with has rows."""
+        parts = [name for name, _ in host.named_children() if name != RESERVED]
+        return "the parameters of a module of several parts are changed for the whole batch" if parts else ""
 
     def forward(self, host: Host, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
         """Compute the host's forward with the adapted parameters."""

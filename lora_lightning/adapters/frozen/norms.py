@@ -163,6 +163,11 @@ class NormStatistics(ForwardAdapter):
         """Return the name of a buffer as the host itself has it."""
         return name.removeprefix("module.")
 
+    def why_not_mixed(self, host: nn.Module) -> str:
+        """Refuse in training mode, in which the norm looks at all rows of a batch."""
+        del host
+        return "a norm computes with the statistics of the whole batch" if self.training else ""
+
     def check_mergeable(self, host: nn.Module) -> None:
         """Accept any norm: its statistics are simply replaced."""
         del host

@@ -47,7 +47,7 @@ class Rows:
         indices = [[row for row, owner in enumerate(owners) if owner == number] for number in numbers.values()]
         moved = tuple(torch.tensor(index, device=device) for index in indices)
         for index in moved:
-            torch._dynamo.maybe_mark_dynamic(index, 0) if _is_dynamo_loaded() else None
+            torch._dynamo.decorators.mark_unbacked(index, 0) if _is_dynamo_loaded() else None
         return cls(torch.tensor(owners, device=device), distinct, moved, has_base=-1 in owners)
 
     def count_in(self, total: int, path: str) -> int:
