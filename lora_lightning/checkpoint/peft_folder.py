@@ -149,7 +149,8 @@ def load_peft(model: nn.Module, folder: str | Path, name: str | None = None) -> 
     try:
         load_adapter_state_dict(model, fitted.state, name)
         if found.base_fingerprint is not None:
-            check_base(model, found.base_fingerprint, found.base_sample, str(folder))
+            with only(model, name):
+                check_base(model, found.base_fingerprint, found.base_sample, str(folder))
     except CheckpointError as error:
         detach(model, name)
         raise CheckpointError(f"{folder}: {error}") from error

@@ -35,7 +35,7 @@ from lora_lightning.peft_format.lora.updates import (
     stored_update,
     why_no_update,
 )
-from lora_lightning.peft_format.names import PREFIX, exactly, module_paths, target_modules
+from lora_lightning.peft_format.names import PREFIX, base_state, exactly, module_paths, target_modules
 
 
 @dataclass
@@ -90,7 +90,7 @@ def to_peft(
         return None
     tensors = _rename(parts, state)
     for path in extra:
-        own = model.get_submodule(path).state_dict()
+        own = base_state(model.get_submodule(path))
         tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in own.items()}
     config = _build_config(model, parts, paths, task_type)
     beside = encode_beside(model, parts.low_rank, parts.biases, parts.tokens)

@@ -10,7 +10,7 @@ from lora_lightning.adapters.view import ModelView, output_embeddings
 from lora_lightning.adapters.weights import RESERVED, HostKind, find_codec
 from lora_lightning.errors import CheckpointError
 from lora_lightning.peft_format.differences import why_another_convolution, why_out_of_reach
-from lora_lightning.peft_format.names import saved_paths
+from lora_lightning.peft_format.names import base_state, saved_paths
 from lora_lightning.peft_format.schema.targets import PeftConfig, TargetConfig
 
 _ALL_LINEAR = "all-linear"
@@ -36,7 +36,7 @@ def copied_paths(modules: Mapping[str, nn.Module], config: PeftConfig, keys: Col
         endings = {key.rpartition(".")[0] for key in keys}
         implied = [name for name in CLASSIFIER_NAMES if any(ending.endswith(name) for ending in endings)]
     saved = saved_paths(list(modules), [*config.modules_to_save, *implied])
-    return [path for path in saved if modules[path].state_dict()]
+    return [path for path in saved if base_state(modules[path])]
 
 
 def tied_to(modules: Mapping[str, nn.Module], paths: Collection[str]) -> list[str]:

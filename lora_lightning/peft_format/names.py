@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.adapters.weights import RESERVED
 
@@ -17,6 +17,11 @@ PREFIX = "base_model.model."
 def module_paths(model: nn.Module) -> list[str]:
     """Return the paths of a model's own modules, without those of its adapters."""
     return [path for path, _ in model.named_modules() if path and RESERVED not in path.split(".")]
+
+
+def base_state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state of a module of the base, without what adapters on it or in it own."""
+    return {name: tensor for name, tensor in module.state_dict().items() if RESERVED not in name.split(".")}
 
 
 def saved_paths(paths: Sequence[str], names: Collection[str]) -> list[str]:

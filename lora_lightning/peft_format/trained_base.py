@@ -15,6 +15,7 @@ from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import BitFit, TrainableTokens
 from lora_lightning.methods.bitfit import takes_shift
 from lora_lightning.peft_format.hosts import own_modules
+from lora_lightning.peft_format.names import base_state
 
 _BASE_TOLERANCE = 1e-2  # a base saved in bfloat16 and loaded in float32 is the same base
 
@@ -82,7 +83,7 @@ def read_biases(
     Raises:
         CheckpointError: A bias was trained that cannot be shifted here.
     """
-    modules, own = own_modules(model), model.state_dict()
+    modules, own = own_modules(model), base_state(model)
     shifts: dict[str, Tensor] = {path: bias.float() for path, bias in added.items()}
     taken: set[int] = set()
     for name, bias in biases.items():
@@ -134,7 +135,7 @@ def read_base(model: nn.Module, base: Mapping[str, Tensor], hosts: Collection[st
     Raises:
         CheckpointError: They are of another base, or of another size.
     """
-    own, beside = model.state_dict(), Beside()
+    own, beside = base_state(model), Beside()
     taken: set[int] = set()
     for name, tensor in base.items():
         mine, path = own[name], name.rpartition(".")[0]

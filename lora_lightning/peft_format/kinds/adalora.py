@@ -25,7 +25,7 @@ from lora_lightning.peft_format.hosts import (
 from lora_lightning.peft_format.keys import ADALORA, sort_tensors
 from lora_lightning.peft_format.kinds.tokens import read_listed_tokens
 from lora_lightning.peft_format.lora.config import LORA_FIELDS, refuse_changed_base
-from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, module_paths, target_modules
+from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, base_state, module_paths, target_modules
 from lora_lightning.peft_format.schema.fields import (
     TARGETS,
     Field,
@@ -95,7 +95,7 @@ def fit_adalora(model: nn.Module, config: AdaLoraConfig, tensors: Mapping[str, T
     """Understand an AdaLoRA for one model; see `fit_to_model`."""
     modules = own_modules(model)
     saved = copied_paths(modules, config, tensors)
-    found = sort_tensors(tensors, ADALORA, saved, model.state_dict().keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
+    found = sort_tensors(tensors, ADALORA, saved, base_state(model).keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
     hosts = expected_hosts(modules, config, found.hosts, view_of(model))
     check_hosts(hosts, found.hosts)
     refuse_different(model, [*hosts, *saved], source)

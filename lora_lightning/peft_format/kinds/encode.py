@@ -21,7 +21,7 @@ from lora_lightning.peft_format.kinds.prefix import encode_prefix, why_no_prefix
 from lora_lightning.peft_format.kinds.prompts import ROOT, encode_prompt, why_no_prompt
 from lora_lightning.peft_format.kinds.tokens import encode_tokens, why_other_tokens
 from lora_lightning.peft_format.kinds.vera import encode_vera
-from lora_lightning.peft_format.names import PREFIX, module_paths
+from lora_lightning.peft_format.names import PREFIX, base_state, module_paths
 
 _PROMPTS = (PromptTuning, PTuning)
 _PREFIXES = (PrefixTuning, PTuningV2)
@@ -157,6 +157,6 @@ def _copies(
     starts = tuple(f"{path}." for path in heads)
     tensors = {f"{prefix}{name}": tensor for name, tensor in state.items() if heads and name.startswith(starts)}
     for path in extra:
-        own = model.get_submodule(path).state_dict()
+        own = base_state(model.get_submodule(path))
         tensors |= {f"{prefix}{path}.{name}": tensor for name, tensor in own.items()}
     return tensors

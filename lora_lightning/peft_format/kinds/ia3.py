@@ -17,7 +17,7 @@ from lora_lightning.peft_format.adapter import FittedAdapter
 from lora_lightning.peft_format.hosts import check_hosts, copied_paths, expected_hosts, own_modules, refuse_different
 from lora_lightning.peft_format.keys import IA3 as SPELLINGS
 from lora_lightning.peft_format.keys import sort_tensors
-from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, any_of, module_paths, target_modules
+from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, any_of, base_state, module_paths, target_modules
 from lora_lightning.peft_format.schema.fields import TARGETS, Field, is_names_or_text, read_fields, refuse_unknown
 from lora_lightning.peft_format.schema.targets import TargetConfig, in_lists, match
 from lora_lightning.peft_format.trained_base import read_base
@@ -64,7 +64,7 @@ def fit_ia3(model: nn.Module, config: Ia3Config, tensors: Mapping[str, Tensor], 
     """Understand an IA3 for one model; see `fit_to_model`."""
     modules, view = own_modules(model), view_of(model)
     saved = copied_paths(modules, config, tensors)
-    found = sort_tensors(tensors, SPELLINGS, saved, model.state_dict().keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
+    found = sort_tensors(tensors, SPELLINGS, saved, base_state(model).keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
     hosts = expected_hosts(modules, config, found.hosts, view)
     check_hosts(hosts, found.hosts)
     refuse_different(model, [*hosts, *saved], source)

@@ -16,7 +16,7 @@ from lora_lightning.methods import PromptTuning, PTuning
 from lora_lightning.peft_format.adapter import FittedAdapter
 from lora_lightning.peft_format.hosts import copied_paths, own_modules
 from lora_lightning.peft_format.keys import sort_tensors
-from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME
+from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, base_state
 from lora_lightning.peft_format.schema.fields import (
     COMMON,
     Field,
@@ -151,7 +151,7 @@ def split_tensors(
     # A prompt method of PEFT wraps no model inside the model, so that its prefix is shorter.
     others = {key.removeprefix(ROOT): tensor for key, tensor in tensors.items() if key != KEY}
     saved = copied_paths(own_modules(model), config, others)
-    found = sort_tensors(others, (), saved, model.state_dict().keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
+    found = sort_tensors(others, (), saved, base_state(model).keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
     read_base(model, found.base, saved, source)
     return tensors[KEY], found.copies
 

@@ -18,7 +18,7 @@ from lora_lightning.methods.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.peft_format.adapter import FittedAdapter
 from lora_lightning.peft_format.hosts import copied_paths, own_modules, refuse_different, tied_to
 from lora_lightning.peft_format.keys import SortedTensors, sort_tensors
-from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX
+from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, base_state
 from lora_lightning.peft_format.schema.fields import (
     COMMON,
     Field,
@@ -65,7 +65,7 @@ def fit_tokens(model: nn.Module, config: TokensConfig, tensors: Mapping[str, Ten
     """Understand trained rows of embeddings for one model; see `fit_to_model`."""
     modules = own_modules(model)
     saved = copied_paths(modules, config, tensors)
-    found = sort_tensors(tensors, (), saved, model.state_dict().keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
+    found = sort_tensors(tensors, (), saved, base_state(model).keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
     if not found.tokens:
         raise CheckpointError(
             f"{source}/{PEFT_WEIGHTS_NAME} holds no trained rows; the file is not an adapter of PEFT."

@@ -18,7 +18,7 @@ from lora_lightning.methods.vera import SharedProjections, VeRAAdapter
 from lora_lightning.peft_format.adapter import FittedAdapter
 from lora_lightning.peft_format.hosts import check_hosts, copied_paths, expected_hosts, own_modules, refuse_different
 from lora_lightning.peft_format.keys import VERA, sort_tensors
-from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, module_paths, target_modules
+from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, base_state, module_paths, target_modules
 from lora_lightning.peft_format.schema.fields import (
     TARGETS,
     Field,
@@ -84,7 +84,7 @@ def fit_vera(model: nn.Module, config: VeraConfig, tensors: Mapping[str, Tensor]
     pair = {name: one for key, one in tensors.items() if (name := _pair_name(key)) is not None}
     rest = {key: one for key, one in tensors.items() if _pair_name(key) is None}
     saved = copied_paths(modules, config, rest)
-    found = sort_tensors(rest, VERA, saved, model.state_dict().keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
+    found = sort_tensors(rest, VERA, saved, base_state(model).keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
     hosts = expected_hosts(modules, config, found.hosts, view_of(model))
     check_hosts(hosts, found.hosts)
     refuse_different(model, [*hosts, *saved], source)

@@ -29,7 +29,7 @@ from lora_lightning.peft_format.keys import LORA, SortedTensors, sort_tensors
 from lora_lightning.peft_format.kinds.tokens import read_listed_tokens
 from lora_lightning.peft_format.lora.config import LoraConfig
 from lora_lightning.peft_format.lora.parameters import AdaptedParameter, own_names, parameters_of
-from lora_lightning.peft_format.names import CONFIG_NAME, PEFT_WEIGHTS_NAME, target_modules
+from lora_lightning.peft_format.names import CONFIG_NAME, PEFT_WEIGHTS_NAME, base_state, target_modules
 from lora_lightning.peft_format.trained_base import Beside, read_base, read_biases
 
 _Numbers = dict[str, tuple[int, float]]
@@ -40,7 +40,7 @@ def fit_lora(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor]
     modules = own_modules(model)
     saved = copied_paths(modules, config, tensors)
     saved += tied_to(modules, saved) if config.ties else []
-    found = sort_tensors(tensors, LORA, saved, model.state_dict().keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
+    found = sort_tensors(tensors, LORA, saved, base_state(model).keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
     saved = [path for path in saved if any(name.startswith(f"{path}.") for name in found.copies)]
     parameters = _parameters(modules, config, source)
     found = replace(found, own=_own(model, parameters, config, found))
