@@ -18,6 +18,7 @@ LEFT = {
     "own_method": [f"{RUN}/checkpoints/last.ckpt", "merged/config.json"],
     "which_method": ["comparison/comparison.html", "comparison/comparison.csv"],
     "many_gpus": ["two/version_0/checkpoints/last.ckpt", "continued/version_0/metrics.csv", "merged/config.json"],
+    "many_adapters": ["mood/adapter_config.json"],
 }
 PRINTED = {
     "classify_csv": ["set encoding", "status 2", "predicted_label", "'score'"],
@@ -26,6 +27,7 @@ PRINTED = {
     "own_method": ["32 of", "test/accuracy"],
     "which_method": ["frozen + head", "full fine-tuning"],
     "many_gpus": ["in 2 processes", "in 1 process"],
+    "many_adapters": ["mixed batch: [0, 0, 1, 1]", "('mood', 'question', 'mood-2')", "('question',)"],
 }
 """What a reader would look for in the output."""
 
