@@ -178,6 +178,10 @@ class ForwardAdapter(Adapter):
     extends_base: ClassVar[bool] = False
     """Whether `forward` takes `base_output`, what the bare host returns for the same arguments, and goes on from it."""
 
+    adds_to_base: ClassVar[bool] = False
+    """Whether what it adds to the bare host's output does not depend on that, and `forward` returns it alone for
+    `update_only=True`."""
+
     def base_forward(self, host: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
         """Call the host as it was before it was adapted."""
         return self.host_class.forward(host, *args, **kwargs)

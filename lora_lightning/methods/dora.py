@@ -41,6 +41,8 @@ class DoRAAdapter(LowRankAdapter):
         magnitude: m, `[out]` or `[in]` by the axis; starts at ‖W‖, so the first forward equals the base's.
     """
 
+    adds_to_base: ClassVar[bool] = False
+
     magnitude: nn.Parameter
 
     def __init__(self, host: Host, *, axis: MagnitudeAxis = "output", **settings: Any) -> None:  # noqa: ANN401 - see `LowRankAdapter`

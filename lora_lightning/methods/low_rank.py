@@ -49,6 +49,7 @@ class LowRankAdapter(ForwardAdapter):
     """
 
     extends_base: ClassVar[bool] = True
+    adds_to_base: ClassVar[bool] = True
 
     lora_A: Tensor
     lora_B: Tensor
@@ -118,6 +119,7 @@ class LowRankAdapter(ForwardAdapter):
         x: Tensor,
         *args: Any,  # noqa: ANN401 - the host's own signature
         base_output: Tensor | None = None,
+        update_only: bool = False,
         **kwargs: Any,  # noqa: ANN401 - the same
     ) -> Tensor:
         """Compute host and update together.
@@ -127,11 +129,14 @@ class LowRankAdapter(ForwardAdapter):
             x: Its input: `[..., in]`, token ids of any shape, or `[batch, channels, ...]`.
             *args: Further arguments of the host's forward; passed on where the host computes its own part.
             base_output: What the update is added to; None computes the host's own part.
+            update_only: Return the update alone.
             **kwargs: As `args`.
 
         Returns:
             What the host returns, with the update in it.
         """
+        if update_only:
+            return self.update(host, x)
         form = None if base_output is not None else self.form_on(host, x)
         if form is not None:
             return adapted_linear(x, form, *self.factors(), self.scaling, *self.draw_dropout())

@@ -10,6 +10,7 @@ from torch import nn
 
 from lora_lightning.adapters.arguments import by_position
 from lora_lightning.adapters.base import ForwardAdapter, InputAdapter, OutputAdapter
+from lora_lightning.adapters.functional.rows import take_apart
 from lora_lightning.adapters.selection.rows import Mixture, Rows, first_size, put_rows, take_rows
 from lora_lightning.adapters.selection.state import Choice, choosing, whole
 from lora_lightning.adapters.weights import RESERVED
@@ -52,7 +53,10 @@ def mixed_forward(host: nn.Module, stack: Any, rows: Rows, adapters: Sequence[Fo
     if adapters[0].mixes_itself:
         return adapters[0].mixed(host, Mixture(adapters, rows, count), *given)
     output = stack.host_class.forward(host, *given[0], **given[1])
+    output = _with_updates(host, output, Mixture([one for one in adapters if one.adds_to_base], rows, count), given)
     for adapter in adapters:
+        if adapter.adds_to_base:
+            continue
         index = rows.index_of(adapter.name, count)
         args, kwargs = take_rows(given, index, total)
         if kwargs and not adapter.takes_names:
@@ -103,6 +107,18 @@ def mixed_output(
         args, kwargs = take_rows(given, index, total)
         own = adapter(host, args, kwargs, take_rows(output, index, total))
         output = put_rows(output, own, index, total, stack.path)
+    return output
+
+
+def _with_updates(host: nn.Module, output: Any, mixture: Mixture, given: Arguments) -> Any:  # noqa: ANN401 - the host's own
+    """Add the updates of some rows to a host's output, in place: such hosts do not need their output for backward."""
+    if not mixture.adapters:
+        return output
+    (x, *rest), kwargs = by_position(mixture.adapters[0].argument_names, *given)
+    indices = tuple(mixture.index_of(adapter) for adapter in mixture.adapters)
+    for adapter, index, own in zip(mixture.adapters, indices, take_apart(x, indices), strict=True):
+        update = adapter(host, own, *rest, update_only=True, **kwargs)
+        output.index_add_(0, index, update.to(output.dtype))
     return output
 
 
