@@ -104,7 +104,7 @@ class Adapter(nn.Module):
     def why_not_added(self) -> str:
         """Return why its effect cannot be added to that of another adapter on its host; empty where it can.
 
-        The reason goes on after the adapter's name: `has a magnitude of its own`.
+        The reason follows the adapter's name: `has a magnitude of its own`.
         """
         return f"is a {type(self).__name__}, of which one acts at a time"
 
@@ -176,7 +176,7 @@ class ForwardAdapter(Adapter):
     """Whether arguments come exactly as the host got them instead, for adapters that hand them on."""
 
     extends_base: ClassVar[bool] = False
-    """Whether `forward` takes `base_output`, what the bare host returns for the same arguments, and goes on from it."""
+    """Whether `forward` takes `base_output`, what the bare host returns for the same arguments, and builds on it."""
 
     adds_to_base: ClassVar[bool] = False
     """Whether what it adds to the bare host's output does not depend on that, and `forward` returns it alone for

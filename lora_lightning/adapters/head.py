@@ -74,7 +74,7 @@ class HeadAdapter(ForwardAdapter):
 
 
 def _is_packed(parameter: nn.Parameter) -> bool:
-    """Tell whether a parameter's elements are not weights but packed bits, which may be stored as any dtype."""
+    """Return whether a parameter's elements are not weights but packed bits, which may be stored as any dtype."""
     return not parameter.is_floating_point() or getattr(parameter, "quant_state", None) is not None
 
 

@@ -62,7 +62,7 @@ class AdapterStack(nn.ModuleDict):
 
 
 def is_among(adapter: Adapter, names: Names) -> bool:
-    """Tell whether a selection chooses an adapter: by its name, by its method within that, or because it always acts.
+    """Return whether a selection chooses an adapter: by its name, by its method within that, or because it always acts.
 
     Args:
         adapter: The adapter.

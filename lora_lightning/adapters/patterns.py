@@ -60,7 +60,7 @@ def match_start(pattern: str, text: str, setting: str, *, whole: bool = False) -
 
 
 def matches_whole(pattern: str, text: str, setting: str) -> bool:
-    r"""Tell whether a regular expression matches a whole text; see `match_start`.
+    r"""Return whether a regular expression matches a whole text; see `match_start`.
 
     Example:
         >>> matches_whole(r".*\.(query|value)", "layer.0.query", "target_modules")

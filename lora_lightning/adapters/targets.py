@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 def has_suffix(path: str, suffix: str) -> bool:
-    """Tell whether `path` ends with `suffix` at a dot.
+    """Return whether `path` ends with `suffix` at a dot.
 
     Example:
         >>> has_suffix("encoder.layer.0.attention.self.query", "self.query"), has_suffix("subquery", "query")
@@ -34,7 +34,7 @@ def has_suffix(path: str, suffix: str) -> bool:
 
 
 def ends_with_any(path: str, patterns: Iterable[str]) -> bool:
-    r"""Tell whether the last parts of `path` are what one of `patterns`, regular expressions, says.
+    r"""Return whether the last parts of `path` are what one of `patterns`, regular expressions, says.
 
     Example:
         >>> ends_with_any("layer.1.output.dense", [r"\d+.output.dense"])
@@ -44,7 +44,7 @@ def ends_with_any(path: str, patterns: Iterable[str]) -> bool:
 
 
 def is_within(path: str, ancestors: Iterable[str]) -> bool:
-    """Tell whether `path` is one of `ancestors` or lies below one."""
+    """Return whether `path` is one of `ancestors` or lies below one."""
     return any(path == ancestor or path.startswith(ancestor + ".") for ancestor in ancestors)
 
 
@@ -123,7 +123,7 @@ def _targets(view: ModelView, method: TargetedMethod) -> list[str] | str:
 
 
 def takes_all_linear(view: ModelView, method: TargetedMethod) -> bool:
-    """Tell whether a method takes every linear layer, whatever its size."""
+    """Return whether a method takes every linear layer, whatever its size."""
     return _targets(view, method) == ALL_LINEAR
 
 
@@ -281,7 +281,7 @@ def _matching(places: Mapping[str, nn.Module], targets: Sequence[str] | str, set
 
 
 def _is_parameter(path: str, place: nn.Module) -> bool:
-    """Tell whether a place is a parameter, and not a module."""
+    """Return whether a place is a parameter, and not a module."""
     name = path.rpartition(".")[2]
     return name in expert_weights(place) or name in bare_weights(place)
 

@@ -240,7 +240,7 @@ def _named_by(model: nn.Module, question: str) -> nn.Module | None:
 
 
 def is_shared(model: nn.Module, host: nn.Module, parameter: nn.Parameter) -> bool:
-    """Tell whether another module of `model` than `host` holds the very same parameter."""
+    """Return whether another module of `model` than `host` holds the very same parameter."""
     return any(
         other is parameter for module in model.modules() if module is not host for other in module._parameters.values()
     )

@@ -107,7 +107,7 @@ def check_names(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def is_attached(model: nn.Module) -> bool:
-    """Tell whether a model has adapters."""
+    """Return whether a model has adapters."""
     return any(True for _ in iter_hosts(model))
 
 

@@ -117,7 +117,7 @@ def _front(module: nn.Module, stack: Any, adapters: Sequence[AttentionAdapter], 
 
 
 def _masks_later(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Tell whether attention without a mask hides later positions by itself."""
+    """Return whether attention without a mask hides later positions by itself."""
     return query.shape[2] > 1 and _is_causal(module, kwargs)
 
 

@@ -37,7 +37,7 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         names: For each row the name of its adapter; None for the base.
 
     Raises:
-        ConfigError: There is no adapter of a name, no name is given, or adapters cannot be mixed in this model: a host
+        ConfigError: No adapter has a name, no name is given, or adapters cannot be mixed in this model: a host
             is called once for all rows, experts have a limited capacity for the whole batch, or a loss for the balance
             of experts is computed over it.
 

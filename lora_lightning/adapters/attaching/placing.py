@@ -31,7 +31,7 @@ def free_name(model: nn.Module, methods: tuple[Method, ...], name: str | None) -
     """Return the name to attach methods under.
 
     Raises:
-        TargetError: What was given is no method, the model is compiled or sharded, the name is taken, or the model has
+        TargetError: What was given is not a method, the model is compiled or sharded, the name is taken, or it has
             adapters and no name was given.
         ConfigError: The name has characters that keys of states and file names cannot hold.
     """

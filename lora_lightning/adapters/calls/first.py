@@ -171,7 +171,7 @@ def _end_failed(stack: ExitStack, failure: BaseException) -> None:
 
 
 def _acts(model: nn.Module) -> bool:
-    """Tell whether those of a model's adapters act here that do by default, and its parameters are whole and there."""
+    """Return whether the adapters that act by default act here, and the parameters are whole and not on meta."""
     stacks = [stack for _, stack in _stacks(model)]
     all_act = all(stack.acting(Adapter) == stack.acting_by_default() for stack in stacks)
     is_there = not any(parameter.is_meta for parameter in model.parameters())
@@ -260,7 +260,7 @@ def _refuse_read_past(adapters: list[tuple[str, str, Adapter]], hosts: dict[str,
 
 
 def _stands_for(adapter: Adapter, module: nn.Module, name: str) -> bool:
-    """Tell whether an adapter changes what this parameter of its host does: a bias only where it trains one."""
+    """Return whether an adapter changes what this parameter of its host does: a bias only where it trains one."""
     if not any(True for _ in adapter.parameters()):
         return False  # such as the placeholders of prompts, which change nothing by themselves
     roles = {role for _, _, role in adapter.named_roles()}

@@ -170,14 +170,14 @@ def left_out(model: nn.Module, idle: Iterable[str], called: Collection[str]) -> 
 
 
 def _drops_layers(module: nn.Module) -> bool:
-    """Tell whether a module, or its config, has a probability of dropping layers."""
+    """Return whether a module, or its config, has a probability of dropping layers."""
     sources = (module, getattr(module, "config", None))
     rates = [getattr(source, name, None) for source in sources for name in _LAYER_DROPS]
     return any(isinstance(rate, float | int) and rate > 0 for rate in rates)
 
 
 def _skips(model: nn.Module, item: str, called: Collection[str]) -> bool:
-    """Tell whether a module is an item of a list that called others of its items, and not this one."""
+    """Return whether a module is an item of a list that called others of its items, and not this one."""
     parent, _, _ = item.rpartition(".")
     if not isinstance(model.get_submodule(parent), nn.ModuleList):
         return False
@@ -215,7 +215,7 @@ def read_past_message(path: str, name: str, setting: str) -> str:
 
 
 def is_container(module: nn.Module) -> bool:
-    """Tell whether a module has no forward of its own and only holds others, as `nn.ModuleList` does.
+    """Return whether a module has no forward of its own and only holds others, as `nn.ModuleList` does.
 
     Example:
         >>> is_container(nn.ModuleList()), is_container(nn.Sequential())

@@ -90,7 +90,7 @@ class KeptBuffers:
             _get(model, path).detach().copy_(self._copies[path])
 
     def _has_moved(self, model: nn.Module, path: str) -> bool:
-        """Tell whether a buffer holds another value.
+        """Return whether a buffer holds another value.
 
         Versions tell it without reading, but know nothing of writes through `.data`: what is new, or has moved before,
         is compared.

@@ -18,7 +18,7 @@ _FROZEN_CLASSES: dict[type[Any], type[Any]] = {}
 
 
 def has_statistics(module: nn.Module) -> bool:
-    """Tell whether a module keeps running statistics, which its forward moves in training.
+    """Return whether a module keeps running statistics, which its forward moves in training.
 
     By its buffers, not its class: torch's batch and instance norms, `SyncBatchNorm`, timm's norms with an activation,
     and hand-written ones share `running_mean` and `running_var`.
@@ -88,7 +88,7 @@ def bare_copy(host: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 
 def stays_evaluating(module: nn.Module) -> bool:
-    """Tell whether `keep_evaluating` holds a module."""
+    """Return whether `keep_evaluating` holds a module."""
     return isinstance(module, _Frozen)
 
 
@@ -184,7 +184,7 @@ class NormStatistics(ForwardAdapter):
 
 
 def trains_statistics(model: nn.Module) -> bool:
-    """Tell whether a model was attached to with `train_norm_statistics`."""
+    """Return whether a model was attached to with `train_norm_statistics`."""
     return any(isinstance(module, NormStatistics) for module in model.modules())
 
 

@@ -29,7 +29,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def is_exporting() -> bool:
-    """Tell whether a graph is being made for others (`torch.export`, `torch.onnx.export`, `torch.jit.trace`).
+    """Return whether a graph is being made for others (`torch.export`, `torch.onnx.export`, `torch.jit.trace`).
 
     Such a graph must hold torch's own operators alone, and no choice that one size of the input suggests.
     """

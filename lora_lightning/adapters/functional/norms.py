@@ -34,7 +34,7 @@ class Stamp:
         return tensor.untyped_storage()._cdata, tensor.data_ptr(), version, tensor.shape, tensor.stride()
 
     def fits(self, tensor: Tensor) -> bool:
-        """Tell whether a tensor still holds the values that it had."""
+        """Return whether a tensor still holds the values that it had."""
         return self._key_of(tensor) == self._key
 
     @property

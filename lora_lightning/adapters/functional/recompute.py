@@ -45,6 +45,6 @@ def find_source(x: Tensor) -> Source | None:
 
 
 def _are_kept_elsewhere() -> bool:
-    """Tell whether hooks of torch (checkpointing, offloading) take what autograd keeps."""
+    """Return whether hooks of torch (checkpointing, offloading) take what autograd keeps."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and str(getattr(hooks[0], "__module__", "")).startswith("torch.")

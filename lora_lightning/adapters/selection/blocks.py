@@ -51,7 +51,7 @@ def active(model: nn.Module, names: str | Sequence[str] | None) -> Iterator[None
         names: A name that adapters were attached under; a list of names, whose updates add up; None for the base.
 
     Raises:
-        ConfigError: There is no adapter of a name, several that do not add up share a host, or the block is left in
+        ConfigError: No adapter has a name, several that do not add up share a host, or the block is left in
             another thread or task than the one that entered it.
 
     Example:
@@ -98,7 +98,7 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         names: For each row the name of its adapter; None for the base.
 
     Raises:
-        ConfigError: There is no adapter of a name, adapters cannot be mixed in a batch, no name is given, or the block
+        ConfigError: No adapter has a name, adapters cannot be mixed in a batch, no name is given, or the block
             is left in another thread or task than the one that entered it.
 
     Example:

@@ -60,10 +60,10 @@ def _first_input(call: Call) -> Tensor | None:
 
 
 def _sees_rows(together: list[Any], alone: list[list[Any]]) -> bool:
-    """Tell whether the inputs of all calls are those of each row in succession."""
+    """Return whether the inputs of all calls are those of each row in succession."""
     counts = {len(together), *map(len, alone)}
     if len(counts) > 1:
-        return True  # experts and the like are called as often as rows need them; their inputs are by row all the same
+        return True  # experts and the like are called as often as rows need them; their inputs are by row
     for position, whole in enumerate(together):
         parts = [calls[position] for calls in alone]
         if whole is None or any(part is None for part in parts):
@@ -81,7 +81,7 @@ def _is_same(whole: Tensor, parts: list[Tensor]) -> bool:
 
 
 def has_batch_second(model: nn.Module, path: str) -> bool:
-    """Tell whether a module lies in one of torch's that put the length before the batch (`batch_first=False`)."""
+    """Return whether a module lies in one of torch's that put the length before the batch (`batch_first=False`)."""
     parts = path.split(".")
     around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
     return any(getattr(module, "batch_first", True) is False for module in around)
