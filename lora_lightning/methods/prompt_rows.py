@@ -43,8 +43,8 @@ class Prompt:
     def __init__(self, num: int, tokens: Callable[[], Tensor]) -> None:
         self.num, self.tokens = num, tokens
 
-    def prepare(self, place: PromptPlace, given: dict[str, Any]) -> None:
-        """Complete the body's arguments before anything is inserted."""
+    def prepare(self, place: PromptPlace, given: dict[str, Any], *, is_continued: bool) -> None:
+        """Complete the body's arguments before anything is inserted; a continued call has a filled cache."""
 
     def mask_like(self, mask: Tensor) -> Tensor:
         """Return what a mask gets for the virtual tokens, of a shape that broadcasts to `[B, N]`."""
@@ -100,7 +100,7 @@ class MixedPrompt(Prompt):
         covers_all = not mixture.rows.has_base and len(self.nums) == len(mixture.rows.names)
         self.is_even = covers_all and len(set(self.nums)) == 1
 
-    def prepare(self, place: PromptPlace, given: dict[str, Any]) -> None:
+    def prepare(self, place: PromptPlace, given: dict[str, Any], *, is_continued: bool) -> None:
         """Give the body a mask where it has none and some rows have fewer virtual tokens.
 
         Raises:
@@ -118,9 +118,11 @@ class MixedPrompt(Prompt):
                 "per_row: this model counts positions by itself, so rows cannot have soft prompts of different "
                 "lengths, or none; use prompts with the same num_virtual_tokens for all rows, or a batch for each."
             )
-        tokens = tokens_of(given)
+        tokens, num_cached = tokens_of(given), cached_length(given)
+        if is_continued and not num_cached:
+            return  # the cache is a state, which masks no earlier tokens
         if given.get("attention_mask") is None:
-            length = tokens.shape[1] + max(cached_length(given) - self.num, 0)
+            length = tokens.shape[1] + max(num_cached - self.num, 0)
             given["attention_mask"] = torch.ones(len(tokens), length, dtype=torch.long, device=tokens.device)
 
     def mask_like(self, mask: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class SoftPromptAdapter(ForwardAdapter):
     def _prompted(self, host: Host, args: Any, kwargs: Any, prompt: Prompt) -> Any:  # noqa: ANN401 - the body's own output
         given = {**dict(zip(self.place.arguments, args, strict=False)), **kwargs}
         is_continued = check_inputs(self.place, given, prompt.num)
-        prompt.prepare(self.place, given)
+        prompt.prepare(self.place, given, is_continued=is_continued)
         if is_continued:
             return self.base_forward(host, **self._continued(given, prompt))
         num_real, mask = tokens_of(given).shape[1], self._layout(given)
