@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.errors import CheckpointError
+from lora_lightning.errors import CheckpointError, ConfigError
+from lora_lightning.imports import import_class
 from lora_lightning.keywords import parameters_taken
 from lora_lightning.trust import LIBRARY, check_import
 
@@ -62,7 +62,7 @@ def find_task_class(stored: str | None, name: str | None, path: Path) -> type[L.
     if not isinstance(wanted, str) or "." not in wanted:
         raise CheckpointError(f"{path} does not say which task wrote it; name its class, as in my_module.MyTask.")
     check_import(wanted, "--task_class" if name else str(path))
-    module_name, _, class_name = wanted.rpartition(".")
+    module_name, _, _ = wanted.rpartition(".")
     is_trusted = name is not None or module_name in sys.modules or module_name.split(".")[0] == LIBRARY
     if not is_trusted:
         raise CheckpointError(
@@ -70,13 +70,9 @@ def find_task_class(stored: str | None, name: str | None, path: Path) -> type[L.
             f"code. If you trust it, say so: --task_class {wanted}"
         )
     try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise CheckpointError(f"The task {wanted} of {path} cannot be imported ({error}).") from error
-    check_import(f"{getattr(cls, '__module__', '')}.{class_name}", str(path))  # a module may import another's class
-    if not (isinstance(cls, type) and issubclass(cls, L.LightningModule)):
-        raise CheckpointError(f"{wanted} is no LightningModule, so it cannot be the task that wrote {path}.")
-    return cls
+        return import_class(wanted, L.LightningModule, "--task_class" if name else str(path))
+    except ConfigError as error:
+        raise CheckpointError(f"The task {wanted} of {path} cannot be used: {error}") from error
 
 
 def argument_names(cls: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:

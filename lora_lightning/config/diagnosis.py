@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
+import lightning as L
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lora_lightning.adapters.base import PEFT_SPELLINGS, Method
@@ -19,6 +20,7 @@ from lora_lightning.config.settings import CLASS_PATH, DICT_KWARGS, INIT_ARGS, S
 from lora_lightning.config.signatures import (
     Parameters,
     alternatives,
+    builds,
     describe,
     find_class,
     is_class_type,
@@ -27,6 +29,7 @@ from lora_lightning.config.signatures import (
 )
 from lora_lightning.config.strict_yaml import KeyPath
 from lora_lightning.errors import ConfigError
+from lora_lightning.imports import import_class, import_object
 from lora_lightning.trust import is_allowed, refusal
 from lora_lightning.wording import one_line, suggestion
 
@@ -171,8 +174,11 @@ def _problems_of_spec(spec: dict[str, Any], expected: type, path: KeyPath) -> It
         yield Problem((*path, CLASS_PATH), refusal(str(full), f"`{dotted(path)}`"))
         return
     if cls is None:
-        yield _unknown_class(str(named), expected, path)
-        return
+        cls, problem = _own_class(str(named), expected, path)
+        if problem is not None:
+            yield problem
+        if cls is None:
+            return
     if CLASS_PATH not in spec and INIT_ARGS not in spec:
         inside, arguments = path, spec
     else:
@@ -189,12 +195,31 @@ def _problems_of_spec(spec: dict[str, Any], expected: type, path: KeyPath) -> It
         yield from _problem_of_building(cls, arguments, inside)
 
 
-def _unknown_class(name: str, expected: type, path: KeyPath) -> Problem:
-    known = subclasses(expected)
-    text = f"unknown class `{name}` at `{dotted(path)}`"
+def _own_class(name: str, expected: type, path: KeyPath) -> tuple[type | None, Problem | None]:
+    """Import the class that a setting names; without one, say what is wrong with the name.
+
+    A function that builds an object of the class is good too: both are None then.
+    """
+    where = f"`{dotted(path)}`"
     if "." not in name:
-        return Problem((*path, CLASS_PATH), f"{text}; {suggestion(name, known)}")
-    return Problem((*path, CLASS_PATH), f"{text}: it cannot be imported, or is no {expected.__name__}")
+        text = f"unknown class `{name}` at {where}; {suggestion(name, subclasses(expected))}"
+        return None, Problem((*path, CLASS_PATH), text)
+    try:
+        found = import_object(name, expected, where)
+        if builds(found, expected):
+            return None, None
+        return import_class(name, expected, where), None
+    except ConfigError as error:
+        hint = _hint_of_callback(name, expected)
+        return None, Problem((*path, CLASS_PATH), f"{where}: {error}{hint}")
+
+
+def _hint_of_callback(name: str, expected: type) -> str:
+    """Return how to train a LightningModule that is not a task, where a name stands for one."""
+    is_module = find_class(name, L.LightningModule) is not None
+    if not is_module or not issubclass(expected, L.LightningModule):
+        return ""
+    return " To train it as it is, use the callback AdapterFinetuning in a script of your own."
 
 
 def _foreign_spellings(cls: type[Method], arguments: dict[str, Any], path: KeyPath) -> Iterator[Problem]:

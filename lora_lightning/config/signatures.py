@@ -120,6 +120,18 @@ def find_class(name: str, expected: type) -> type | None:
     return found if isinstance(found, type) and issubclass(found, expected) else None
 
 
+def builds(function: Any, cls: type) -> bool:  # noqa: ANN401 - whatever a path names
+    """Return whether a function declares that it returns an object of a class; a config may name it like the class.
+
+    Example:
+        >>> def three() -> int: ...
+        >>> builds(three, int), builds(three, str), builds(int, int)
+        (True, False, False)
+    """
+    returned = None if isinstance(function, type) or not callable(function) else _hints(function).get("return")
+    return isinstance(returned, type) and issubclass(returned, cls)
+
+
 def describe(hint: Any) -> str:  # noqa: ANN401 - a type hint
     """Say in words what values a type allows.
 

@@ -13,8 +13,8 @@ from lora_lightning.adapters import Method
 from lora_lightning.checkpoint.manifest import class_config
 from lora_lightning.commands._compare.budget import Sized, Skeleton, sized
 from lora_lightning.commands._compare.ends import FROZEN, FULL, FULL_RATES, no_adapters
-from lora_lightning.commands._compare.plain_classes import import_class
 from lora_lightning.errors import ConfigError, UserError
+from lora_lightning.imports import import_class
 from lora_lightning.methods import LoRA, TrainableTokens
 from lora_lightning.optim import Optim
 from lora_lightning.paths import nearest
@@ -161,9 +161,9 @@ def _find(name: str) -> type[Method]:
         ConfigError: There is none; the nearest name is shown.
     """
     if "." in name:
-        cls = import_class(name)
-        if not (isinstance(cls, type) and issubclass(cls, Method) and not inspect.isabstract(cls)):
-            raise ConfigError(f"methods: {name} is no method; name a subclass of Method.")
+        cls = import_class(name, Method, "methods")
+        if inspect.isabstract(cls):
+            raise ConfigError(f"methods: {name} is abstract. Name a subclass that implements it.")
         return cls
     known = known_names()
     if name in known:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from typing import Any
 
@@ -11,9 +10,9 @@ import lightning as L
 from lora_lightning.checkpoint.manifest import plain
 from lora_lightning.commands._compare.records import Spec
 from lora_lightning.errors import ConfigError
+from lora_lightning.imports import import_class
 from lora_lightning.optim import Optim
 from lora_lightning.tasks import AdapterTask
-from lora_lightning.trust import check_import
 
 DEFAULT_HEAD_LR = 1e-3
 
@@ -68,33 +67,20 @@ def build_task(spec: Spec, method: Any, optim: dict[str, Any], cls: type[Adapter
     arguments = dict(spec["init_args"])
     arguments["optim"] = Optim(**{**arguments.get("optim", {}), **optim})
     arguments["method"] = method
-    found = cls or import_class(spec["class_path"])
+    found = cls or import_class(spec["class_path"], AdapterTask, "compare")
     return found(**_accepted(found, arguments))
 
 
 def build_data(spec: Spec) -> L.LightningDataModule:
     """Build a data module from its spec."""
-    built: L.LightningDataModule = import_class(spec["class_path"])(**spec["init_args"])
+    cls = import_class(spec["class_path"], L.LightningDataModule, "compare")
+    built: L.LightningDataModule = cls(**spec["init_args"])
     return built
 
 
 def class_path(cls: type) -> str:
     """Return the import path of a class."""
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def import_class(path: str) -> Any:  # noqa: ANN401 - any class
-    """Import a class by its path.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    check_import(path, "compare")
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"The class {path!r} cannot be imported ({error}); give package.module.Class.") from error
 
 
 def _accepted(cls: type, settings: dict[str, Any]) -> dict[str, Any]:

@@ -19,12 +19,14 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, Subset
 
+from lora_lightning.adapters.base import Method
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.commands._compare import measure
 from lora_lightning.commands._compare.ends import fully_trained, no_adapters, trainable_counts
-from lora_lightning.commands._compare.plain_classes import build_data, build_task, import_class
+from lora_lightning.commands._compare.plain_classes import build_data, build_task
 from lora_lightning.commands._compare.recorder import Recorder, finite, metrics_of
 from lora_lightning.commands._compare.records import Result, Spec, digest, write_result
+from lora_lightning.imports import import_class
 from lora_lightning.tasks import AdapterTask
 
 _LOOK_FOR_PARENT_SECONDS = 2.0
@@ -99,9 +101,9 @@ def _task(spec: Spec) -> AdapterTask:
     entry = spec["entry"]
     optim = {**entry["optim"], "lr": spec["rate"]}
     if entry["kind"] == "method":
-        method = import_class(entry["method"]["class_path"])(**entry["method"]["init_args"])
+        method = import_class(entry["method"]["class_path"], Method, "compare")(**entry["method"]["init_args"])
         return build_task(spec["task"], method, optim)
-    cls = import_class(spec["task"]["class_path"])
+    cls = import_class(spec["task"]["class_path"], AdapterTask, "compare")
     return build_task(spec["task"], no_adapters(), optim, fully_trained(cls) if entry["kind"] == "full" else cls)
 
 
