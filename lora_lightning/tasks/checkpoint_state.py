@@ -13,11 +13,13 @@ from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer, tokenizer_of
 from lora_lightning.checkpoint.base_sample import BaseSample
 from lora_lightning.checkpoint.fingerprint import check_base, check_fingerprint, fingerprint
-from lora_lightning.checkpoint.folder import check_finite
+from lora_lightning.checkpoint.folder import RunFacts, check_finite, is_adapter_folder
+from lora_lightning.checkpoint.manifest import read_manifest
 from lora_lightning.checkpoint.own_state import MODEL, own_entries
-from lora_lightning.checkpoint.saved_run import SavedRun
+from lora_lightning.checkpoint.saved_run import SavedRun, facts_of_manifest
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim import Optim
+from lora_lightning.paths import resolve
 from lora_lightning.resume.precision import double_before_loading
 from lora_lightning.tasks.averaging import complete_averages, shrink_averages
 from lora_lightning.tasks.loading import (
@@ -108,6 +110,19 @@ class CheckpointState(CheckedLoading):
     def start_from(self, run: SavedRun) -> None:
         """Take the adapter to start from out of a folder that was read already, instead of reading `adapter` again."""
         self._starting_run = run
+
+    def facts_of_adapter(self) -> RunFacts | None:
+        """Return what the manifest of the adapter to start from says of its training; None for one of PEFT.
+
+        Raises:
+            CheckpointError: The manifest is damaged.
+        """
+        if self._starting_run is not None:
+            return self._starting_run.facts
+        folder = None if self.adapter is None else resolve(self.adapter)
+        if folder is None or not is_adapter_folder(folder):
+            return None
+        return facts_of_manifest(read_manifest(folder), str(folder))
 
     def refuse_untrained(self) -> None:
         """Let `configure_model` refuse modules whose weights are drawn at random, unless an adapter brings them."""

@@ -19,7 +19,8 @@ class LabelledTask(AdapterTask, abc.ABC):
     """A task whose head has an output for each of some named classes; subclass it and define `compute_loss`.
 
     Args:
-        label_names: Names of the classes by index; None takes those that the data module finds.
+        label_names: Names of the classes by index; None takes those that the data module finds, else those
+            of `adapter`.
         class_weights: Weight of each class in the loss by its name; classes left out weigh 1. `balanced` weighs each
             class by n / (number of classes x its rows), from the data module's `label_counts` of the training rows.
 
@@ -58,9 +59,13 @@ class LabelledTask(AdapterTask, abc.ABC):
             raise ConfigError(f"label_names must be at least two different names, got {names!r}.")
 
     def find_label_names(self) -> list[str]:
-        """Return the names that the data module has found; an empty list if there are none."""
+        """Return the names that the data module has found, else those of the adapter to start from."""
         data = getattr(self._trainer, "datamodule", None)
-        return list(getattr(data, "label_names", None) or [])
+        names = getattr(data, "label_names", None)
+        if not names:
+            facts = self.facts_of_adapter()
+            names = None if facts is None else facts.label_names
+        return list(names or [])
 
     def configure_model(self) -> None:
         """Take the label names from the data where none were given, then build the model."""
