@@ -12,16 +12,16 @@ from rich.console import Console
 
 from lora_lightning import data as _data  # noqa: F401 - its classes are known by their short names
 from lora_lightning.checkpoint.files import write_atomically
-from lora_lightning.commands._compare import page
 from lora_lightning.commands._compare.budget import Skeleton
-from lora_lightning.commands._compare.charts import draw_all
-from lora_lightning.commands._compare.csv_files import curves_csv, search_csv, to_csv
 from lora_lightning.commands._compare.ends import no_adapters
 from lora_lightning.commands._compare.entries import check_rates, entries_of
 from lora_lightning.commands._compare.plain_classes import build_task, data_spec, task_spec
+from lora_lightning.commands._compare.report import page
+from lora_lightning.commands._compare.report.charts import draw_all
+from lora_lightning.commands._compare.report.csv_files import curves_csv, search_csv, to_csv
+from lora_lightning.commands._compare.report.table import columns_of, rows_of, to_terminal
 from lora_lightning.commands._compare.runner import Outcome, Runner
 from lora_lightning.commands._compare.study import Study
-from lora_lightning.commands._compare.table import columns_of, rows_of, to_terminal
 from lora_lightning.data.base import TokenizedData
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods import LoRA

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_lightning.commands._compare.report.table import Row
 from lora_lightning.commands._compare.runner import Outcome
-from lora_lightning.commands._compare.table import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lora_lightning.commands._compare.report.table import Column, Row
 from lora_lightning.commands._compare.runner import Outcome
-from lora_lightning.commands._compare.table import Column, Row
 
 
 def to_csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
-from lora_lightning.commands._compare.reach import speed_ups, steps_to_reach
 from lora_lightning.commands._compare.records import Result
+from lora_lightning.commands._compare.report.reach import speed_ups, steps_to_reach
+from lora_lightning.commands._compare.report.words import words_of
 from lora_lightning.commands._compare.runner import Outcome
-from lora_lightning.commands._compare.words import words_of
 
 _NOT_ON_TERMINAL = (
     *("share", "val_loss", "optimizer_bytes", "train_seconds"),

@@ -7,9 +7,9 @@ from html import escape
 
 from lora_lightning import page
 from lora_lightning.checkpoint.manifest import library_versions
-from lora_lightning.commands._compare.charts import COSTS
+from lora_lightning.commands._compare.report.charts import COSTS
+from lora_lightning.commands._compare.report.table import Column, Row, cell, to_markdown
 from lora_lightning.commands._compare.study import Study
-from lora_lightning.commands._compare.table import Column, Row, cell, to_markdown
 
 _STYLE = """
 th button { all: unset; cursor: pointer; }
