@@ -26,7 +26,7 @@ def read_csv(path: Path, name: str, settings: ReadSettings) -> Iterator[Record |
     """Read the rows of a file one by one; `number` is the line in which a row begins.
 
     Raises:
-        ConfigError: The separator is no single character.
+        ConfigError: The separator is not a single character.
         DataError: The file is empty, is not in the encoding, or has a broken line of column names.
     """
     csv.field_size_limit(sys.maxsize)

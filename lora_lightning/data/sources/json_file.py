@@ -18,7 +18,7 @@ def read_json(path: Path, name: str, settings: ReadSettings) -> Iterator[Found]:
     """Read the objects of a file; only an array is read as a whole. Lines that are not wanted are not parsed.
 
     Raises:
-        DataError: An array is no valid JSON.
+        DataError: An array is not valid JSON.
     """
     numbered = enumerate(text_lines(path, name, settings.encoding), start=1)
     filled = ((number, line) for number, line in numbered if line.strip())
@@ -68,7 +68,7 @@ def _parse(text: str, name: str, line: int) -> Any:  # noqa: ANN401 - whatever s
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{name}, line {line + error.lineno - 1}: this is no valid JSON ({error.msg}, column {error.colno}); "
+            f"{name}, line {line + error.lineno - 1}: this is not valid JSON ({error.msg}, column {error.colno}); "
             "expected one object a line."
         ) from error
     except RecursionError as error:
