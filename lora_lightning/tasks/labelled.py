@@ -1,4 +1,4 @@
-"""Tasks with named classes: the names come from the data or the settings, and may weigh differently in the loss."""
+"""Tasks with named classes: the names come from the data or the settings, and classes may have weights in the loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LabelledTask(AdapterTask, abc.ABC):
 
     loss_weights: Tensor | None
     placeholder_names: ClassVar[tuple[str, ...]] = ("one", "other")
-    """Names for a model that is only counted: how many there are, only the data know, and a head is small."""
+    """Names for memory planning, where the number of classes is unknown; the head is small."""
 
     def __init__(
         self,
