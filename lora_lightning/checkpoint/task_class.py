@@ -1,4 +1,4 @@
-"""The task that wrote a checkpoint: its class, found without running untrusted code, and how to build it again."""
+"""The task that wrote a checkpoint: find its class without running untrusted code, and build it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import lightning as L
 
 _OLD_CLASS_PATH = "_class_path"
-"""Where version 0.1 kept the class, among the settings."""
+"""Key of the class among the settings in version 0.1."""
 
 
 def class_path_in(content: Mapping[str, Any]) -> str | None:
@@ -34,7 +34,7 @@ def class_path_of(cls: type[Any]) -> str:
 
 
 def settings_in(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the task that wrote a checkpoint, without what is no setting."""
+    """Return the settings of the task that wrote a checkpoint, without other entries."""
     return {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}
 
 
@@ -50,7 +50,7 @@ def find_task_class(stored: str | None, name: str | None, path: Path) -> type[L.
 
     Args:
         stored: The import path that the checkpoint names.
-        name: The import path that the user names, which goes first and is trusted.
+        name: The import path that the user names, which takes precedence and is trusted.
         path: The checkpoint, for messages.
 
     Raises:
@@ -78,7 +78,7 @@ def find_task_class(stored: str | None, name: str | None, path: Path) -> type[L.
 def argument_names(cls: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
     """Return the names of the arguments that a constructor was called with, those inside `*args` and `**kwargs` too.
 
-    What goes through `*args` is taken to go on to the next class's constructor.
+    Arguments in `*args` are assumed to be passed to the next class's constructor.
 
     Example:
         >>> class Task:
