@@ -1,4 +1,4 @@
-"""How fast each group of adapter parameters learns."""
+"""Learning rates by role, optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Optim:
 
     @property
     def is_of_bitsandbytes(self) -> bool:
-        """Whether the optimizer is one of bitsandbytes'; it is imported only once it is built."""
+        """Whether the optimizer is from bitsandbytes, which is imported only when the optimizer is built."""
         spec = self.optimizer
         name = str(spec.get("class_path", "")) if isinstance(spec, dict) else spec
         return name in BITSANDBYTES_OPTIMIZERS or name.startswith("bitsandbytes.")
@@ -116,7 +116,7 @@ class Optim:
 
 
 def dense_alternative(name: str) -> str:
-    """Return the optimizer of torch that takes the steps of one of bitsandbytes', or `AdamW` where torch has none.
+    """Return the torch optimizer of the same algorithm as one from bitsandbytes, or `AdamW` if torch has none.
 
     Example:
         >>> dense_alternative("PagedAdam8bit"), dense_alternative("PagedLion")
