@@ -102,11 +102,11 @@ class Conversation:
                 f"{self.sampling.max_new_tokens} fill; shorten them."
             )
 
-    def hear(self, said: str) -> Literal["go on", "leave"]:
-        """Act on what the user typed: a command, or a message to answer."""
+    def hear(self, said: str) -> Literal["continue", "leave"]:
+        """Process the user's input: a command, or a message to answer."""
         match said.strip():
             case "":
-                return "go on"
+                return "continue"
             case "/exit" | "/quit":
                 return "leave"
             case "/reset":
@@ -116,7 +116,7 @@ class Conversation:
                 print(HELP)
             case message:
                 self._answer(message)
-        return "go on"
+        return "continue"
 
     def _answer(self, message: str) -> None:
         turns = [*self.turns, {"role": "user", "content": message}]

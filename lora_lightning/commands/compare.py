@@ -30,7 +30,7 @@ from lora_lightning.tasks import AdapterTask
 FAILED = 1
 USUAL_STEPS = 200
 _WIDTH = 200
-"""Columns of the table where the output is no terminal, whose width would count."""
+"""Width of the table in characters if the output is not a terminal."""
 _TRAINER_SETTINGS = (
     *("accelerator", "devices", "precision", "accumulate_grad_batches"),
     *("gradient_clip_val", "gradient_clip_algorithm", "deterministic"),

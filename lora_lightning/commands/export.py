@@ -110,7 +110,7 @@ def _texts(run: SavedRun, task: object, model: nn.Module, backbone: str | None) 
 
 
 def _is_decoder(model: nn.Module) -> bool:
-    """Tell whether a model generates text and has no encoder beside its decoder."""
+    """Return whether a model generates text and has no encoder beside its decoder."""
     generates: Any = getattr(model, "can_generate", lambda: False)
     return bool(generates()) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 

@@ -1,4 +1,4 @@
-"""Tasks and data modules as plain specs, so that another process can build them again."""
+"""Tasks and data modules as plain specs, from which another process can build them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_HEAD_LR = 1e-3
 
 
 def task_spec(task: AdapterTask) -> Spec:
-    """Return a task as `{class_path, init_args}`, without its method; its head gets a rate of its own.
+    """Return a task as `{class_path, init_args}`, without its method; its head gets a separate learning rate.
 
     Raises:
         ConfigError: A setting contradicts the comparison: a method, an adapter to start from, or LoRA+.
@@ -84,7 +84,7 @@ def class_path(cls: type) -> str:
 
 
 def _accepted(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what a class's constructor does not take: a subclass may have settled some arguments."""
+    """Remove arguments that a class's constructor does not take: a subclass may fix some."""
     parameters = inspect.signature(cls).parameters
     if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         return settings

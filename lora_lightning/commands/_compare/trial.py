@@ -1,6 +1,6 @@
-"""One trial in a process of its own: train with one rate, validate, and where asked measure and test.
+"""One trial in a separate process: train with one rate, validate, and optionally measure and test.
 
-Run as `python -m lora_lightning.commands._compare.trial JOBS.json`; each job's result is written once it is there.
+Run as `python -m lora_lightning.commands._compare.trial JOBS.json`; each job's result is written when it is finished.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _LOOK_FOR_PARENT_SECONDS = 2.0
 
 
 def run_jobs(jobs: list[dict[str, Any]]) -> None:
-    """Run jobs one after the other; what one of them raises is its result, and the next goes on.
+    """Run jobs one after the other; an exception becomes the result of its job, and the next job runs.
 
     Args:
         jobs: For each its `spec`, and the `path` of its result.
@@ -49,7 +49,7 @@ def run_jobs(jobs: list[dict[str, Any]]) -> None:
 
 
 def run(spec: Spec, known_data: dict[str, L.LightningDataModule] | None = None) -> Result:
-    """Train, validate, and where the spec says so measure and test.
+    """Train, validate, and if the spec says so measure and test.
 
     Args:
         spec: `task`, `data`, `trainer`, `entry` (`kind`, `method`, `optim`), `seed`, `rate`, `steps`, `val_every`,
@@ -57,7 +57,7 @@ def run(spec: Spec, known_data: dict[str, L.LightningDataModule] | None = None) 
         known_data: Data modules that earlier trials built, by spec; this one's is added.
 
     Returns:
-        The figures; see `table` for what becomes of them.
+        The figures; `table` formats them.
     """
     started = time.perf_counter()
     L.seed_everything(spec["seed"], workers=True, verbose=False)
@@ -82,7 +82,7 @@ def run(spec: Spec, known_data: dict[str, L.LightningDataModule] | None = None) 
 
 
 def _final(spec: Spec, task: AdapterTask, data: L.LightningDataModule, trainer: L.Trainer) -> Result:
-    """Fold, test, and look at what is left to keep."""
+    """Fold, test, and measure the trained state."""
     num_trainable, num_head = trainable_counts(task.adapted)
     is_full = spec["entry"]["kind"] == "full"
     task.fold()
@@ -137,7 +137,7 @@ def _trainer(spec: Spec, recorder: Recorder) -> L.Trainer:
 
 
 def _limit_validation(data: L.LightningDataModule, num_rows: int) -> None:
-    """Make a data module validate on some of its rows alone; of several sets each gives its share."""
+    """Make a data module validate on a part of its rows, taken from each of several sets in proportion."""
     make: Callable[[], Any] = data.val_dataloader
 
     def limited() -> Any:  # noqa: ANN401 - Lightning's own union
@@ -165,13 +165,13 @@ def _limited(loader: Any, num_rows: int) -> Any:  # noqa: ANN401 - Lightning's o
 
 
 def _num_rows(loader: Any) -> int:  # noqa: ANN401 - Lightning's own union
-    """Return the number of rows of a loader; 0 where it is not known."""
+    """Return the number of rows of a loader; 0 if unknown."""
     dataset = getattr(loader, "dataset", None)
     return len(dataset) if isinstance(loader, DataLoader) and hasattr(dataset, "__len__") else 0  # type: ignore[arg-type]  # datasets need not be sized to torch
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, so that no trial goes on unseen."""
+    """End this process when its parent process is gone, so that no trial continues unnoticed."""
     parent = os.getppid()
 
     def look() -> None:
