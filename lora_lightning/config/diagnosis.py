@@ -1,7 +1,7 @@
-"""Finds what is wrong with settings by comparing them with the signatures of the classes that they name.
+"""Finds errors in settings by comparing them with the signatures of the classes that they name.
 
-jsonargparse decides whether settings are good. Where it refuses them, this module looks for the one place that is to
-blame, since the parser's own text lists every alternative that it tried.
+jsonargparse decides whether settings are valid. If it refuses them, this module finds the setting that is wrong, since
+the parser's message lists every alternative that it tried.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ class Problem:
 
 
 def explain(settings: Settings, schema: Parameters) -> str | None:
-    """Return one line that says what is wrong with the settings, or None where nothing can be found.
+    """Return one line that says what is wrong with the settings, or None if no error is found.
 
     Args:
         settings: What the user wrote.
-        schema: The type of each top-level key: `model`, `data`, `ckpt_path`, …; where a type is itself a `Parameters`,
-            the key is a group of plain settings, such as the trainer's.
+        schema: The type of each top-level key: `model`, `data`, `ckpt_path`, …; if a type is a `Parameters`, the key is
+            a group of plain settings, such as the trainer's.
     """
     problem = next(_problems_of_arguments(settings.tree, schema, ()), None)
     return None if problem is None else _told(problem, settings, schema)
 
 
 def refuse_ignored(settings: Settings, schema: Parameters) -> None:
-    """Refuse a key that names no setting and has no value, which the parser drops without a word.
+    """Refuse a key that names no setting and has no value, which the parser ignores silently.
 
     Args:
         settings: What the user wrote.
@@ -95,7 +95,7 @@ def refusal_of_building(error: Exception, settings: Settings, schema: Parameters
 
 
 def _told(problem: Problem, settings: Settings, schema: Parameters) -> str:
-    """Return a problem as one line, with the setting that is meant where one is for sure, and where it was written."""
+    """Return a problem as one line, with the intended setting if that is certain, and with its file and line."""
     message = problem.message
     if problem.is_unknown:
         written = ".".join(key for key in problem.path if key != INIT_ARGS)
@@ -141,7 +141,7 @@ def problems(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:  # noqa
 
 
 def dotted(path: KeyPath) -> str:
-    """Write a path of keys the way a flag does.
+    """Write a path of keys like a flag.
 
     Example:
         >>> dotted(("model", "init_args", "r"))
@@ -215,7 +215,7 @@ def _own_class(name: str, expected: type, path: KeyPath) -> tuple[type | None, P
 
 
 def _hint_of_callback(name: str, expected: type) -> str:
-    """Return how to train a LightningModule that is not a task, where a name stands for one."""
+    """Return how to train a LightningModule that is not a task, if a name stands for one."""
     is_module = find_class(name, L.LightningModule) is not None
     if not is_module or not issubclass(expected, L.LightningModule):
         return ""
@@ -256,7 +256,7 @@ def _class_item(parts: tuple[Any, ...]) -> Any:  # noqa: ANN401 - a type hint
 
 
 def _error_of(hint: Any, value: Any) -> str | None:  # noqa: ANN401 - type hints have no common type
-    """Return what jsonargparse has against a plain value for a type, or None where it takes it."""
+    """Return the error of jsonargparse for a plain value of a type, or None if it accepts the value."""
     parser = ArgumentParser(exit_on_error=False)
     try:
         parser.add_argument("--value", type=hint)
