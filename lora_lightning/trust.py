@@ -80,7 +80,7 @@ def check_module(name: str, source: str) -> None:
 
 
 def is_allowed(path: str) -> bool:
-    """Tell whether a class may be named; outside strict mode all may. A short name, without a dot, imports nothing."""
+    """Return whether a class may be named; outside strict mode all may. A short name (no dot) imports nothing."""
     return "." not in path or _is_below(path, allowed_prefixes())
 
 

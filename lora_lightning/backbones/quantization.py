@@ -117,7 +117,7 @@ class Quantization:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Tell whether this CPU multiplies bfloat16 with instructions of its own; else it is several times slower."""
+    """Return whether this CPU multiplies bfloat16 with instructions of its own; else it is several times slower."""
     # The names are torch's private ones; there are no public ones yet.
     checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
     if any(check is not None for check in checks):

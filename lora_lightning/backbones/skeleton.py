@@ -38,7 +38,7 @@ def without_weights() -> Iterator[None]:
 
 
 def is_without_weights() -> bool:
-    """Tell whether this runs inside `without_weights`."""
+    """Return whether this runs inside `without_weights`."""
     return _IS_ACTIVE.get()
 
 

@@ -146,7 +146,7 @@ def _bias_names(module: nn.Module) -> list[str]:
 
 
 def takes_shift(modules: Mapping[str, nn.Module], path: str) -> bool:
-    """Tell whether a shift of the module's output is a shift of its bias, and the module is really called."""
+    """Return whether a shift of the module's output is a shift of its bias, and the module is really called."""
     module = modules[path]
     if isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention):
         return False
@@ -165,7 +165,7 @@ _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNo
 
 
 def _counts_channels(host: Host) -> bool:
-    """Tell whether a host's bias counts the channels of an output `[batch, channels, ...]`."""
+    """Return whether a host's bias counts the channels of an output `[batch, channels, ...]`."""
     codec = find_codec(host)
     if codec is not None:
         return codec.kind is HostKind.CONV

@@ -102,7 +102,7 @@ def _run(model: Any) -> None:  # noqa: ANN401 - a transformers model
 
 
 def _is_costly(model: nn.Module) -> bool:
-    """Tell whether a trial would take long, or change how weights are stored, as a first run of packed ones does."""
+    """Return whether a trial would take long, or change how weights are stored, as a first run of packed ones does."""
     parameters = list(model.parameters())
     is_packed = any(not one.is_floating_point() or hasattr(one, "quant_state") for one in parameters)
     is_large = parameters[0].device.type == "cpu" and sum(one.numel() for one in parameters) > _TOO_LARGE
@@ -157,7 +157,7 @@ def _few_threads(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from telling of a run that nobody asked for."""
+    """Suppress messages of transformers during a trial run."""
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
