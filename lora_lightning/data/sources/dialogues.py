@@ -14,7 +14,7 @@ _MAX_DEPTH = 64
 
 
 def read_dialogues(path: Path, name: str, settings: ReadSettings) -> Iterator[Record]:
-    """Read chatterbot's dialogues: a list of lists of texts under `conversations`; scalars stay as they are written.
+    """Read chatterbot's dialogues: a list of lists of texts under `conversations`; scalars are not converted.
 
     Raises:
         DataError: The file is not valid YAML, or holds no dialogues.

@@ -15,7 +15,7 @@ from lora_lightning.errors import DataError
 
 
 def read_json(path: Path, name: str, settings: ReadSettings) -> Iterator[Found]:
-    """Read the objects of a file; only an array is read as a whole. Lines that are not wanted are not parsed.
+    """Read the objects of a file; only an array is read as a whole. Skipped lines are not parsed.
 
     Raises:
         DataError: An array is not valid JSON.
@@ -54,7 +54,7 @@ def _record(value: object, name: str, number: int, unit: str) -> Record | Broken
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object; of a key that stands twice, one value would be lost."""
+    """Return an object; refuse duplicate keys, of which one value would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
