@@ -75,13 +75,13 @@ from lora_lightning.tasks.token_loss import TokenSums as TokenSums
 
 __version__: str
 
-# command cache: List or clear what data modules keep between runs: rows and tokens, encoded once.
-# command chat: Talk with a fine-tuned language model; Ctrl-D leaves.
-# command compare: Train every method on one task within one budget, and tell which suits it.
-# command completion: Print the script that makes a shell complete commands, settings, classes and files.
+# command cache: List or clear the rows and tokens that data modules keep between runs.
+# command chat: Chat with a fine-tuned language model; Ctrl-D exits.
+# command compare: Train several methods on one task within one budget, and compare them.
+# command completion: Print the completion script of a shell, for commands, settings, classes and files.
 # command export: Write a checkpoint's adapter for other tools, in PEFT's format or merged into its base.
 # command generate: Write on from a prompt, or from each prompt of a file, with a fine-tuned language model.
-# command init: Look at data and write a config that trains on them.
+# command init: Analyse data and write a config that trains on them.
 # command merge: Merge a checkpoint's adapter into its base and write a plain Hugging Face folder.
-# command plan: Tell how much memory a config needs, part by part, and whether it fits a GPU.
-# command schema: Write the JSON Schema of config files, by which editors complete and check them.
+# command plan: Report the memory that a config needs, part by part, and whether it fits a GPU.
+# command schema: Write the JSON Schema of config files, with which editors complete and check them.

@@ -13,8 +13,9 @@ from typing import NoReturn
 from lora_lightning import __version__
 from lora_lightning.commands import LIGHTNING_COMMANDS, all_commands, load_command
 from lora_lightning.errors import ConfigError, UserError, trouble_of_disk
+from lora_lightning.imports import failure_of_import, import_module, is_failure_of_import
 from lora_lightning.run.quiet import hide_bars
-from lora_lightning.trust import be_strict, check_import
+from lora_lightning.trust import be_strict, check_module
 
 PROG = "lora-lightning"
 OK, BUG, MISTAKE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
@@ -49,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except SystemExit as stop:
-        return _status(stop)
+        if not is_failure_of_import(stop):
+            return _status(stop)
+        print(f"{PROG}: error: {failure_of_import(stop)}", file=sys.stderr)  # a program where a module was expected
+        return MISTAKE
     except BrokenPipeError:
         if not _ASKED.intersection(arguments):
             raise
@@ -91,17 +95,11 @@ def _import_modules(arguments: list[str]) -> list[str]:
 
 
 def _import_module(name: str) -> None:
-    import importlib
-
-    check_import(f"{name}.*", "--import")  # strict mode lets names without a dot pass, which import nothing elsewhere
+    check_module(name, "--import")
     try:
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # a module that it imports itself
-        raise ConfigError(
-            f"--import {name}: there is no module {error.name!r} among the installed ones and in {Path.cwd()}."
-        ) from error
+        import_module(name)
+    except ConfigError as error:
+        raise ConfigError(f"--import {name}: {error}") from error
 
 
 def run(arguments: list[str]) -> int:

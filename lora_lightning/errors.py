@@ -42,7 +42,7 @@ class UploadError(UserError):
 
 
 class TrainingError(UserError):
-    """A run cannot go on: its loss or its gradients are not finite, or its memory is full."""
+    """A run cannot continue: its loss or its gradients are not finite, or its memory is full."""
 
 
 class NotMergeable(UserError):  # noqa: N818 - reads as the fact it states; the name is public API

@@ -63,10 +63,29 @@ def check_import(path: str, source: str) -> None:
         raise ConfigError(refusal(path, source))
 
 
+def check_module(name: str, source: str) -> None:
+    """Refuse, in strict mode, to import a module that is not on the list as a whole.
+
+    Names without a dot are checked too: a module of this name is imported, unlike a class's short name.
+
+    Args:
+        name: Import path of the module.
+        source: What names it, for the message.
+
+    Raises:
+        ConfigError: It is not allowed.
+    """
+    if not _is_below(name, allowed_prefixes()):
+        raise ConfigError(refusal(name, source))
+
+
 def is_allowed(path: str) -> bool:
-    """Tell whether a class may be named; outside strict mode all may. A short name, without a dot, imports nothing."""
-    prefixes = allowed_prefixes()
-    return prefixes is None or "." not in path or any(path == one or path.startswith(one + ".") for one in prefixes)
+    """Return whether a class may be named; outside strict mode all may. A short name (no dot) imports nothing."""
+    return "." not in path or _is_below(path, allowed_prefixes())
+
+
+def _is_below(path: str, prefixes: tuple[str, ...] | None) -> bool:
+    return prefixes is None or any(path == one or path.startswith(f"{one}.") for one in prefixes)
 
 
 def refusal(path: str, source: str) -> str:

@@ -93,7 +93,7 @@ def _abouts(root: Path) -> Iterator[tuple[str, dict[str, str]]]:
             about = _about_of(node.body, "about") if isinstance(node, ast.ClassDef) and node.name in public else None
             if isinstance(node, ast.ClassDef) and about is not None:
                 yield node.name, about
-    words = root / PACKAGE / "commands" / "_compare" / "words.py"
+    words = root / PACKAGE / "commands" / "_compare" / "report" / "words.py"
     lora_plus = _about_of(ast.parse(words.read_text(encoding="utf-8")).body, "LORA_PLUS_WORDS")
     if lora_plus is not None:
         yield "LoRA+", lora_plus

@@ -17,7 +17,7 @@ from lora_lightning import callbacks, data, methods, tasks
 from lora_lightning.adapters import Method
 from lora_lightning.commands import all_commands, load_command
 from lora_lightning.commands._compare.entries import known_names
-from lora_lightning.commands._compare.words import words_of
+from lora_lightning.commands._compare.report.words import words_of
 from lora_lightning.public import classes_of, table
 from tests.test_contract import concrete_methods
 
@@ -153,7 +153,7 @@ def test_a_new_method_has_its_short_name_everywhere(copied):
     code = """
 from lora_lightning import HalfLoRA, methods
 from lora_lightning.commands._compare.entries import known_names
-from lora_lightning.commands._compare.words import words_of
+from lora_lightning.commands._compare.report.words import words_of
 assert methods.HalfLoRA is HalfLoRA is known_names()["HalfLoRA"]
 assert words_of("HalfLoRA").suits == "a test"
 from lora_lightning.__main__ import main

@@ -14,7 +14,7 @@ from lora_lightning.checkpoint.task_class import find_task_class
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim import Optim
 from lora_lightning.tasks.settings import methods_from
-from lora_lightning.trust import USUAL, VARIABLE, allowed_prefixes, be_strict, check_import, is_allowed
+from lora_lightning.trust import USUAL, VARIABLE, allowed_prefixes, be_strict, check_import, check_module, is_allowed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -39,7 +39,8 @@ def policy(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     Path("evil.py").write_text(CANARY)
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("evil", None)
 
 
 def refused(capsys, *arguments):
@@ -149,3 +150,14 @@ def test_a_checkpoint_may_not_name_what_builds_its_task(capsys, monkeypatch):
     torch.save({"state_dict": {}, "hyper_parameters": settings}, "a.ckpt")
     line = refused(capsys, "merge", "--ckpt_path", "a.ckpt", "--output_dir", "out")
     assert "names a function to build its task with" in line
+
+
+def test_a_module_is_asked_for_as_a_whole(monkeypatch):
+    check_module("tests.cli_toys", "--import")
+    check_module("torch.optim.adam", "--import")
+    for name in ("evil", "torch", "torch.optimal"):  # a class without a dot imports nothing, a module does
+        with pytest.raises(ConfigError, match=f"--import names {name}, which strict mode does not allow"):
+            check_module(name, "--import")
+    assert is_allowed("evil")
+    monkeypatch.delenv(VARIABLE)
+    check_module("evil", "--import")

@@ -18,7 +18,8 @@ from lora_lightning.adapters import adapter_state_dict
 from lora_lightning.callbacks import AdapterCheckpoint, MetricCurve, NonFiniteGuard
 from lora_lightning.callbacks.metric_curve import group_by_metric
 from lora_lightning.checkpoint.manifest import read_manifest
-from lora_lightning.commands._compare import charts, runner, trial
+from lora_lightning.commands._compare import runner, trial
+from lora_lightning.commands._compare.report import charts
 from lora_lightning.commands._compare.trial import _limit_validation
 from lora_lightning.data import TextClassificationData
 from lora_lightning.errors import TrainingError

@@ -109,7 +109,7 @@ def _asks_for_flag(model: nn.Module) -> bool:
 
 
 def _is_forced(config: Any) -> bool:  # noqa: ANN401 - transformers' configs differ by model
-    """Return whether a config sets the flag whatever it is told, as those of UMT5 and UDOP do."""
+    """Return whether a config always sets the flag, as those of UMT5 and UDOP do."""
     told = {**config.to_dict(), _FLAG: False}
     return bool(getattr(type(config).from_dict(told), _FLAG, False))
 

@@ -1,4 +1,4 @@
-"""Lightning's ModelCheckpoint, with the adapter's own folder beside every checkpoint."""
+"""Lightning's ModelCheckpoint, with an adapter folder beside every checkpoint."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ __all__ = ["AdapterCheckpoint"]
 
 
 class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
-    """Save checkpoints of the adapter; beside each `<name>.ckpt` stands `<name>/` with the adapter for other tools.
+    """Save checkpoints of the adapter; each `<name>.ckpt` has a folder `<name>/` with the adapter for other tools.
 
-    The `.ckpt` is what training resumes from. The folder is in PEFT's format where PEFT can express the adapter, and
-    holds a manifest; it comes and goes with its `.ckpt`. A state with NaN or infinite weights is never saved, so that
-    the checkpoint before it stays the last one; and a NaN or infinite value of `monitor` is never one of the best.
+    Training resumes from the `.ckpt`. The folder is in PEFT's format if PEFT can express the adapter, and holds a
+    manifest; it is written and removed with its `.ckpt`. A state with NaN or infinite weights is never saved, so that
+    the previous checkpoint stays the last one. A NaN or infinite value of `monitor` never counts as one of the best.
 
     Args:
-        dirpath: Where to save; None means `checkpoints` in the run's folder.
+        dirpath: Folder of the checkpoints; None means `checkpoints` in the run's folder.
         filename: Name pattern, such as `{epoch}-{step}` (the default).
-        monitor: Name of the metric that decides which checkpoints stay; None keeps the newest.
-        verbose: Whether each save is announced.
-        save_last: Whether `last.ckpt` is written whenever a save is due, also where the metric is not among the best
-            (Lightning's own leaves it behind then); `link` makes it a symbolic link to the newest one that stayed.
-        save_top_k: How many of the best stay; -1 keeps all, 0 none but `last`.
+        monitor: Name of the metric that decides which checkpoints are kept; None keeps the newest.
+        verbose: Whether to log each save.
+        save_last: Whether to write `last.ckpt` at every save, also if the metric is not among the best (Lightning's
+            callback does not update it then); `link` makes it a symbolic link to the newest checkpoint that was kept.
+        save_top_k: Number of best checkpoints to keep; -1 keeps all, 0 none but `last`.
         save_on_exception: Whether an exception or Ctrl-C saves a checkpoint.
-        save_weights_only: Whether optimizer and loops are left out, so that training cannot resume from it.
+        save_weights_only: Whether to omit optimizer and loops, so that training cannot resume from it.
         mode: Whether a smaller (`min`) or a larger (`max`) value of `monitor` is better.
-        auto_insert_metric_name: Whether names of metrics go into the file name.
-        every_n_train_steps: Save after so many optimizer steps; excludes the next two.
-        train_time_interval: Save after so much time.
-        every_n_epochs: Save after so many epochs; 1 where nothing else is given.
+        auto_insert_metric_name: Whether the file name contains the names of metrics.
+        every_n_train_steps: Save every so many optimizer steps; excludes the next two.
+        train_time_interval: Save at this interval of time.
+        every_n_epochs: Save every so many epochs; 1 if no interval is given.
         save_on_train_epoch_end: Whether to save before validation instead of after it.
-        enable_version_counter: Whether a name that is taken gets a `-v1`; False overwrites.
+        enable_version_counter: Whether a name that is taken gets the suffix `-v1`; False overwrites.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
         self._written: list[str] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Have checkpoints written whole or not at all, and checked when they are read."""
+        """Use a checkpoint plugin that writes atomically and checks what it reads."""
         super().setup(trainer, pl_module, stage)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AdapterCheckpointIO()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say once when there will be no adapter folders, and measure the base while its weights are in place."""
+        """Warn if no adapter folders can be written, and take the fingerprint of the base."""
         self._base_fingerprint = self._step_of_last = None
         model = adapted_model(pl_module)
         if model is None:
@@ -96,14 +96,14 @@ class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
             )
         elif not writes_folders(pl_module, model):
             rank_zero_warn(
-                "The model is sharded over processes, and nobody took its base's fingerprint before (an AdapterTask "
-                "does under FSDP2), so AdapterCheckpoint saves no adapter folders."
+                "The model is sharded over processes without a fingerprint of its base (an AdapterTask takes it under "
+                "FSDP2), so AdapterCheckpoint saves no adapter folders."
             )
         elif trainer.is_global_zero:
             self._base_fingerprint = getattr(pl_module, "base_fingerprint", None) or fingerprint(model)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tidy up after a run that was killed: in the folder to save in, and in that of the checkpoint gone on from."""
+        """Clean up after a killed run: in the folder to save in, and in that of the checkpoint to resume from."""
         super().on_train_start(trainer, pl_module)
         if trainer.is_global_zero and not is_trial(trainer):
             folders = {
@@ -115,17 +115,17 @@ class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
             self._remove_checkpoint(trainer, path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Add the checkpoints that this run has written and not removed yet."""
+        """Return the state, with the checkpoints that this run has written and not removed yet."""
         return {**super().state_dict(), "written": list(self._written)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a checkpoint says, as long as the folder is the same."""
+        """Load the state of a checkpoint if the folder is the same."""
         super().load_state_dict(state_dict)
         if state_dict.get("dirpath") == self.dirpath:
             self._written = list(state_dict.get("written", []))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make sure that there is a last checkpoint, except in a `fast_dev_run`, where Lightning forgets to ask."""
+        """Ensure that there is a last checkpoint, except in a `fast_dev_run`."""
         if not is_trial(trainer):
             super().on_train_end(trainer, pl_module)
 
@@ -143,7 +143,7 @@ class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
         return self.last_model_path
 
     def check_monitor_top_k(self, trainer: L.Trainer, current: Tensor | None = None) -> bool:
-        """Tell whether a value of `monitor` is among the best; one that is NaN or infinite never is."""
+        """Return whether a value of `monitor` is among the best; NaN and infinite values never are."""
         is_finite = current is None or bool(torch.isfinite(current))
         if not trainer.strategy.reduce_boolean_decision(is_finite, all=True):
             rank_zero_warn(
@@ -164,7 +164,7 @@ class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
         self._step_of_last = trainer.global_step
 
     def _superseded(self, trainer: L.Trainer) -> list[str]:
-        """Return the checkpoints that a killed run had replaced by better or newer ones, but not removed any more."""
+        """Return the checkpoints that a killed run had replaced with better or newer ones but not removed."""
         if self.save_top_k == -1:
             return []
         kept = {self.best_model_path, self.last_model_path, self.kth_best_model_path, *self.best_k_models}
@@ -175,7 +175,7 @@ class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
         ]
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        # What validation has measured is saved: the averages, where weights are averaged.
+        # Save the weights that validation has measured: the averages, if weights are averaged.
         model = adapted_model(averaged_task(trainer) or trainer.lightning_module)
         fill: Fill | None = None
         state: dict[str, Tensor] = {}
@@ -203,7 +203,7 @@ class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
                 logger.after_save_checkpoint(proxy(self))
 
     def _filler(self, trainer: L.Trainer, model: nn.Module, state: dict[str, Tensor]) -> Fill:
-        """Return what writes the adapter folder of the present state."""
+        """Return a function that writes the adapter folder of the current state."""
 
         def fill(folder: Path, record: FileRecord) -> None:
             facts, extra = run_facts(trainer), _extra_files(trainer, model)
@@ -217,7 +217,7 @@ class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
     def _write_folder(
         self, trainer: L.Trainer, filepath: str, model: nn.Module | None, state: dict[str, Tensor]
     ) -> None:
-        """Write the adapter folder beside a checkpoint that a plugin of the user's own has written."""
+        """Write the adapter folder beside a checkpoint that a user's plugin has written."""
         if model is None or not state:
             return
         if trainer.is_global_zero:
@@ -250,7 +250,7 @@ class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
         trainer.strategy.barrier()
 
     def _find_last_checkpoints(self, trainer: L.Trainer) -> set[str]:
-        """Return what `ckpt_path="last"` means: the newest complete checkpoint, whatever its name."""
+        """Return the checkpoint of `ckpt_path="last"`: the newest complete one, whatever its name."""
         # Lightning gives no other name to the folder before `setup`.
         folder = Path(self._ModelCheckpoint__resolve_ckpt_dir(trainer))  # type: ignore[attr-defined]  # name-mangled
         newest = newest_complete(folder)
@@ -260,7 +260,7 @@ class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
         damaged = [path for path in map(Path, found) if _written_at(path) > _written_at(newest)]
         if damaged:
             rank_zero_warn(
-                f"{damaged[0]} is damaged, so the run goes on from {newest}, the newest complete checkpoint."
+                f"{damaged[0]} is damaged, so the run resumes from {newest}, the newest complete checkpoint."
             )
         return {str(newest)}
 
@@ -270,7 +270,7 @@ def _written_at(path: Path) -> int:
 
 
 def run_facts(trainer: L.Trainer) -> RunFacts:
-    """Gather what the manifest tells about a run; what a module or data module does not have stays empty."""
+    """Collect the facts about a run for the manifest; facts that module and data module lack stay empty."""
     module, data = trainer.lightning_module, getattr(trainer, "datamodule", None)
     names = getattr(module, "label_names", None) or getattr(data, "label_names", None)
     base, data_fingerprint = getattr(module, "backbone", None), getattr(data, "fingerprint", None)
@@ -288,14 +288,14 @@ def run_facts(trainer: L.Trainer) -> RunFacts:
 
 
 def _extra_files(trainer: L.Trainer, model: nn.Module) -> dict[str, bytes]:
-    """Return the files that make other tools ask the model as this run trains it, and what the task holds beside it."""
+    """Return files for other tools (tokenizer, generation settings) and the task's state outside the model."""
     module = trainer.lightning_module
     texts = text_files(model, tokenizer_of(trainer), run_facts(trainer).tokenizer, generation_settings_of(module))
     return {**texts, **own_file(_own_tensors(averaged_task(trainer) or module, model))}
 
 
 def _own_tensors(module: Any, model: nn.Module) -> dict[str, Tensor]:  # noqa: ANN401 - a LightningModule
-    """Return what a module holds beside its adapted model, and would be lost without it."""
+    """Return the state of a module outside its adapted model, which would be lost otherwise."""
     if is_finetuned(module):
         return own_state(module, reduced(module, module.state_dict()))
     is_task = getattr(module, "model", None) is not None and model is unwrap(module.model)
@@ -303,10 +303,10 @@ def _own_tensors(module: Any, model: nn.Module) -> dict[str, Tensor]:  # noqa: A
 
 
 def writes_folders(module: L.LightningModule, model: nn.Module) -> bool:
-    """Tell whether adapter folders can be written: of a sharded base, the fingerprint must have been taken before.
+    """Return whether adapter folders can be written; the fingerprint of a sharded base must have been taken before.
 
-    A folder holds the adapters of one model, and not those of several submodules.
-    What DeepSpeed's third stage partitions (it marks each parameter with an id) is never whole.
+    A folder holds the adapters of one model, not of several submodules. Parameters that DeepSpeed's third stage
+    partitions (it marks each with an id) are never complete.
     """
     parameters = list(model.parameters())
     if not attached_methods(model):

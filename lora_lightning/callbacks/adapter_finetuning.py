@@ -1,4 +1,4 @@
-"""Fine-tune adapters in a LightningModule of the user's own."""
+"""Fine-tune adapters in any LightningModule."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ __all__ = ["AdapterFinetuning"]
 
 
 class AdapterFinetuning(NamesNearest, L.Callback):
-    """Attach adapters to a LightningModule that exists, freeze what they stand on, and train them.
+    """Attach adapters to an existing LightningModule, freeze the adapted submodule, and train the adapters.
 
-    The module's code stays as it is: `L.Trainer(callbacks=[AdapterFinetuning(LoRA(r=8), module="backbone")])`. The
-    submodule is frozen and gets its adapters before the optimizers are built; whatever else of the LightningModule
-    trains continues to train. Checkpoints hold the adapters, all that trains, and the module's own buffers, and load
-    strictly. Training resumes from them, and `validate`, `test` and `predict` load them, with the same callback.
-    Without a Trainer, `load_finetuned` loads them.
+    The module's code does not change: `L.Trainer(callbacks=[AdapterFinetuning(LoRA(r=8), module="backbone")])`. The
+    submodule is frozen and gets its adapters before the optimizers are built; other trained parameters of the
+    LightningModule continue to train. Checkpoints hold the adapters, all trained parameters, and the module's own
+    buffers, and load strictly. Training resumes from them, and `validate`, `test` and `predict` load them, with the
+    same callback. Without a Trainer, `load_finetuned` loads them.
 
     For LoRA+, build the optimizer in `configure_optimizers` over `param_groups(self, Optim(lora_plus_ratio=16))`.
 
@@ -56,10 +56,10 @@ class AdapterFinetuning(NamesNearest, L.Callback):
             LightningModule, whose own layers are then frozen too. It may be created in `__init__`, `setup` or
             `configure_model`.
         modules_to_save: Names of modules inside the submodule to train as full copies, such as its head.
-        train_norm_statistics: Let batch norms inside the submodule compute with, and learn, the statistics of the
-            training batches; otherwise those of the base stay in use.
+        train_norm_statistics: Let batch norms inside the submodule use and update the statistics of the training
+            batches; otherwise the base's statistics stay in use.
         merge_to: File to write when `fit` ends: a checkpoint with the adapters merged into the weights, which the
-            module's own class loads without this library. None merges nothing.
+            module's class loads without this library. None does not merge.
         merge_which: `best` merges the best checkpoint of the run's `ModelCheckpoint`, `last` the weights at the end.
 
     Raises:
@@ -90,11 +90,11 @@ class AdapterFinetuning(NamesNearest, L.Callback):
 
     @property
     def state_key(self) -> str:
-        """Tell several of these callbacks apart, by their submodule."""
+        """Return a key that distinguishes several of these callbacks, by their submodule."""
         return self._generate_state_key(module=self.module)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Attach the adapters, or have them attached once `configure_model` has created the submodule."""
+        """Attach the adapters, or arrange to attach them when `configure_model` has created the submodule."""
         refuse_module(trainer, pl_module)
         refuse_order(trainer, self)
         if stage == "fit":
@@ -114,7 +114,7 @@ class AdapterFinetuning(NamesNearest, L.Callback):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse optimizers that would not train the adapters, and say what trains."""
+        """Refuse optimizers that would not train the adapters, and log what trains."""
         part, submodule = self._attached(pl_module)
         renew_cli_optimizer(pl_module)
         restore_after_conversion(submodule)  # a Trainer's sync_batchnorm has replaced norms by now
@@ -138,7 +138,7 @@ class AdapterFinetuning(NamesNearest, L.Callback):
         announce(pl_module, part)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Have methods act around the steps of the optimizers that hold their adapters."""
+        """Run the methods' hooks around the steps of the optimizers that hold their adapters."""
         part, submodule = self._attached(pl_module)
         thawed = [name for name, parameter in submodule.named_parameters() if _is_thawed(name, parameter)]
         if thawed:
@@ -151,7 +151,7 @@ class AdapterFinetuning(NamesNearest, L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Let methods act on the gradients."""
+        """Run the methods' hooks on the gradients."""
         del trainer, pl_module
         if self._steps is not None:
             self._steps.before(optimizer)

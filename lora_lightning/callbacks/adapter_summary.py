@@ -27,11 +27,11 @@ TRAINABLE, FROZEN, BASE, BUFFER = "trainable", "frozen", "base", "buffer"
 
 @dataclass
 class RoleCount:
-    """What the parameters of one role add up to.
+    """Totals of the parameters of one role.
 
     Args:
         num_tensors: Number of tensors.
-        num_parameters: Number of elements; of packed weights, the elements that they stand for.
+        num_parameters: Number of elements; of packed weights, the number of unpacked elements.
         num_bytes: Bytes of their storage, quantization constants included.
         dtypes: Names of their dtypes.
     """
@@ -50,9 +50,9 @@ class RoleCount:
 
 
 class AdapterSummary(ModelSummary):
-    """Print, when `fit` starts, how many parameters train in each role, how large the base is, and what backward keeps.
+    """Print, when `fit` starts, the trained parameters by role, the size of the base, and what backward keeps.
 
-    It takes the place of Lightning's `ModelSummary`, which counts the packed storage of 4-bit weights as parameters.
+    It replaces Lightning's `ModelSummary`, which counts the packed storage of 4-bit weights as parameters.
     """
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ def count_roles(model: nn.Module) -> dict[str, RoleCount]:
 
     Returns:
         One entry for each role that occurs (`A`, `B`, `head`, …; `A (frozen)` for adapter parameters that do not
-        train, `buffer (frozen)` for tensors of adapters that are no parameters), and `base` for all the rest. A tensor
+        train, `buffer (frozen)` for tensors of adapters that are not parameters), and `base` for the others. A tensor
         that two modules share counts once.
     """
     counts: dict[str, RoleCount] = defaultdict(RoleCount)
@@ -96,17 +96,16 @@ def count_roles(model: nn.Module) -> dict[str, RoleCount]:
 
 
 def adapter_buffers(adapter: Adapter) -> list[Tensor]:
-    """Return the tensors that an adapter keeps beside its parameters, such as frozen projections.
+    """Return the tensors of an adapter that are not parameters, such as frozen projections.
 
-    What a trained copy of a module, or of its statistics, keeps is the base's own once more, and tells nothing about
-    the method.
+    Tensors of a trained copy of a module, or of its statistics, are omitted: they repeat the base's.
     """
     is_copy = isinstance(adapter, HeadAdapter | NormStatistics)
     return [] if is_copy else [one for one in adapter.buffers() if one.numel()]
 
 
 def build_table(counts: dict[str, RoleCount], caption: str = "") -> Table:
-    """Lay the counts out as a table for the terminal.
+    """Format the counts as a table for the terminal.
 
     Args:
         counts: As `count_roles` returns them.
@@ -136,13 +135,13 @@ def build_table(counts: dict[str, RoleCount], caption: str = "") -> Table:
 
 
 def count_elements(parameter: Tensor) -> int:
-    """Return the number of elements that a parameter stands for, which packed 4-bit storage hides."""
+    """Return the number of unpacked elements of a parameter, which packed 4-bit storage hides."""
     state = quant_state(parameter)
     return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def count_bytes(parameter: Tensor) -> int:
-    """Return the bytes that a parameter takes, with the constants of its quantization."""
+    """Return the bytes of a parameter, including the constants of its quantization."""
     num_bytes = parameter.numel() * parameter.element_size()
     state = quant_state(parameter)
     while state is not None:  # double quantization: the constants are quantized in turn
@@ -156,7 +155,7 @@ def count_bytes(parameter: Tensor) -> int:
 
 
 def dtype_name(parameter: Tensor) -> str:
-    """Return a parameter's dtype as people call it: `float32`, or `nf4` for packed weights."""
+    """Return the usual name of a parameter's dtype: `float32`, or `nf4` for packed weights."""
     state = quant_state(parameter)
     return str(parameter.dtype).removeprefix("torch.") if state is None else str(state.quant_type)
 

@@ -1,4 +1,4 @@
-"""How `AdapterCheckpoint` has Lightning write, read and remove `.ckpt` files: whole or not at all, and checked."""
+"""The checkpoint plugin of `AdapterCheckpoint`: writes `.ckpt` files atomically and checks what it reads."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lora_lightning.errors import CheckpointError, trouble_of_disk
 
 
 class AdapterCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint and its adapter folder as one, and reads none that differs from what was written.
+    """Writes a checkpoint and its adapter folder atomically, and refuses to read a changed one.
 
-    `AdapterCheckpoint` puts it in the place of Lightning's own; a plugin that the user chose stays. Paths that are no
-    local files go to Lightning's.
+    `AdapterCheckpoint` replaces Lightning's plugin with it, but keeps a plugin that the user chose. Lightning's plugin
+    handles paths that are not local files.
 
     Args:
-        read_already: A run whose `.ckpt` this process has read; it is handed out once instead of being read again.
+        read_already: A run whose `.ckpt` this process has read; the first load returns it instead of reading it again.
     """
 
     def __init__(self, read_already: SavedRun | None = None) -> None:
@@ -37,9 +37,9 @@ class AdapterCheckpointIO(TorchCheckpointIO):
 
     @contextmanager
     def saving(self, fill: Fill | None) -> Iterator[None]:
-        """Give what is saved in the block an adapter folder, and keep a failure in `failure` instead of raising it.
+        """Write an adapter folder with each save in the block, and store an error in `failure` instead of raising it.
 
-        Other processes wait at a barrier after the save; an exception would leave them there.
+        Other processes wait at a barrier after the save; an exception would block them.
 
         Args:
             fill: Writes the folder; None writes a `.ckpt` alone.
@@ -54,7 +54,7 @@ class AdapterCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            CheckpointError: The disk refuses, or something else stands where the folder goes; what was there stays.
+            CheckpointError: The disk cannot be written, or the folder's path is taken; existing files are unchanged.
         """
         if storage_options is not None or _is_remote(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -72,7 +72,7 @@ class AdapterCheckpointIO(TorchCheckpointIO):
         map_location: Any = None,  # noqa: ANN401 - as torch.load has it
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Read a checkpoint, without running any code that it might carry unless `weights_only=False` asks for it.
+        """Read a checkpoint, without running code in it unless `weights_only=False`.
 
         Raises:
             CheckpointError: It is missing, damaged, or differs from what was written.
@@ -110,7 +110,7 @@ def _kept(path: Path) -> str:
     manifest = None if newest is None else vouching_manifest(newest)
     if manifest is None:
         return "No checkpoint was saved before."
-    return f"The newest complete checkpoint is {newest} (step {manifest.step}); make room and go on from it."
+    return f"The newest complete checkpoint is {newest} (step {manifest.step}); free disk space and resume from it."
 
 
 def _is_remote(path: _PATH) -> bool:

@@ -1,4 +1,4 @@
-"""What the guards of a run ask of its parameters and gradients, with few operations and no wait for the device."""
+"""Checks of parameters and gradients for the guards, with few operations and without synchronizing with the device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def local(tensor: Tensor) -> Tensor:
 def largest(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the largest absolute value in each tensor, NaN where there is one, as scalars on their device.
 
-    One fused operation for all of them. Parts that a rank holds nothing of are left out.
+    It is one fused operation. Tensors without a part on this rank are skipped.
 
     Example:
         >>> largest([torch.tensor([1.0, -3.0]), torch.empty(0)])
@@ -65,9 +65,9 @@ def bit_sum(tensor: Tensor) -> Tensor:
 
 
 def over_ranks(trainer: L.Trainer, value: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.MAX) -> Tensor:
-    """Combine a tensor over all ranks, in place; with one rank it stays as it is.
+    """Reduce a tensor over all ranks, in place; with one rank it is unchanged.
 
-    Lightning's own `strategy.reduce` puts a barrier before it, which every step would pay for.
+    Lightning's `strategy.reduce` adds a barrier, which would cost time in every step.
     """
     if trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
         dist.all_reduce(value, op=op)
@@ -95,9 +95,9 @@ def quoted(names: Sequence[str], limit: int = 3) -> str:
 
 
 def trained(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return name and tensor of every adapter parameter that trains and whose gradient is not zero by nature.
+    """Return name and tensor of every trained adapter parameter whose gradient is not zero by construction.
 
-    A shift of all of attention's keys cancels in the softmax, so that the gradient of their bias is mere rounding.
+    A shift of all attention keys cancels in the softmax, so that the gradient of their bias is only rounding.
     """
     return [
         (name, parameter)

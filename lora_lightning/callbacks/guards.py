@@ -1,4 +1,4 @@
-"""Which guards watch a run."""
+"""The guards of a run, switched on and off."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Guards:
     Args:
         non_finite: Stop before an update by a loss or gradient that is not finite.
         idle_parameters: Warn of adapter parameters that do not learn.
-        out_of_memory: Say what to change when memory runs out.
+        out_of_memory: Suggest settings to change when memory runs out.
         signals: Save and end on SIGTERM, SIGINT and SIGUSR1.
     """
 
@@ -35,7 +35,7 @@ class Guards:
     signals: bool = True
 
     def callbacks(self) -> list[L.Callback]:
-        """Build the guards that are on; the one that saves comes last, when the others have seen the step.
+        """Build the guards that are on; the one that saves comes last, after the others have checked the step.
 
         Example:
             >>> [type(guard).__name__ for guard in Guards(signals=False, out_of_memory=False).callbacks()]

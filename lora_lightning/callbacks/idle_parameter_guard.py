@@ -21,9 +21,9 @@ __all__ = ["IdleParameterGuard"]
 class IdleParameterGuard(NamesNearest, L.Callback):
     """Warn, once, of adapter parameters without a gradient in the first steps, or still exactly at their start.
 
-    Only what trains is judged; biases of attention's keys, whose gradient is zero by nature, are not. After those steps
-    the guard does nothing more. A host that no forward pass calls is an error already in the first batch (see
-    `AdapterTask`); a run that is shorter than `num_steps` is not judged.
+    It checks trained parameters, except biases of attention keys, whose gradient is zero by construction. After those
+    steps the guard does nothing. A host that no forward pass calls is already an error in the first batch (see
+    `AdapterTask`); a run shorter than `num_steps` is not checked.
 
     Args:
         num_steps: Steps to watch, of each optimizer that holds adapters; at least 2, since LoRA's A has no gradient in
@@ -47,7 +47,7 @@ class IdleParameterGuard(NamesNearest, L.Callback):
         self._indices: dict[int, list[int]] = {}  # the watched parameters to look at when it steps
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take note of where the parameters start."""
+        """Record the initial parameters."""
         model = adapted_model(pl_module)
         self._watched = [] if model is None else trained(model)
         self._indices = self._indices_by_optimizer(trainer.optimizers)
@@ -59,9 +59,9 @@ class IdleParameterGuard(NamesNearest, L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Take note of which of an optimizer's parameters have a gradient.
+        """Record which parameters of an optimizer have a gradient.
 
-        Those of other optimizers may have one of a loss that is not theirs.
+        Parameters of other optimizers may have the gradient of another loss.
         """
         del trainer, pl_module
         if not self._watched or id(optimizer) not in self._indices:
@@ -85,7 +85,7 @@ class IdleParameterGuard(NamesNearest, L.Callback):
         batch: Any,  # noqa: ANN401 - Lightning's own signature
         batch_idx: int,
     ) -> None:
-        """Judge after the first steps."""
+        """Check after the first steps."""
         del pl_module, outputs, batch, batch_idx
         if self._watched and min(self._num_steps.values(), default=0) >= self.num_steps:
             self._judge(trainer)
@@ -114,7 +114,7 @@ class IdleParameterGuard(NamesNearest, L.Callback):
     def _indices_by_optimizer(self, optimizers: Sequence[torch.optim.Optimizer]) -> dict[int, list[int]]:
         """Return which of the watched parameters each optimizer holds, with those that none holds.
 
-        An optimizer without watched parameters is left out, unless no optimizer has any.
+        An optimizer without watched parameters is omitted, unless no optimizer has any.
         """
         held = {id(optimizer): {id(parameter) for parameter in optimized(optimizer)} for optimizer in optimizers}
         watched = [id(parameter) for _, parameter in self._watched]

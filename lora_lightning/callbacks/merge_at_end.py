@@ -24,21 +24,21 @@ __all__ = ["MergeAtEnd"]
 class MergeAtEnd(NamesNearest, L.Callback):
     """Merge a checkpoint of the run into its base when `fit` ends, into a folder that plain transformers loads.
 
-    The merge starts from the checkpoint file, with the base loaded anew, exactly as `lora-lightning merge` does; the
-    running model stays adapted. Rank 0 does it while the others wait.
+    The merge starts from the checkpoint file and reloads the base, exactly like `lora-lightning merge`; the running
+    model is not changed. Rank 0 merges while the others wait.
 
     Args:
-        output_dir: Where to; None means `merged` in the run's folder. It must not exist, or be empty.
-        which: `best` takes the best checkpoint by the metric that the checkpoint callback monitors (the newest where
-            it monitors none), `last` the last one.
+        output_dir: The folder to write; None means `merged` in the run's folder. It must not exist, or be empty.
+        which: `best` takes the best checkpoint by the metric that the checkpoint callback monitors (the newest if it
+            monitors none), `last` the last one.
         dtype: `float32`, `bfloat16` or `float16`; None keeps the base's own.
         dequantize: Merge a run on a quantized base into the dequantized base, not into the dense one.
-        force: Write even where the cast to `dtype` loses most of the update; else that is a warning, and nothing is
+        force: Write even if the cast to `dtype` loses most of the update; otherwise that is a warning, and nothing is
             written.
 
     Raises:
-        ConfigError: `which` or `dtype` is something else; when `fit` starts, that the run trains what cannot be merged,
-            or uses `AdapterFinetuning`, whose `merge_to` does this.
+        ConfigError: `which` or `dtype` has another value; when `fit` starts, the adapters cannot be merged, or the run
+            uses `AdapterFinetuning`, which merges with `merge_to`.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class MergeAtEnd(NamesNearest, L.Callback):
         self.report: MergeReport | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse a folder that is taken before any training is done."""
+        """Refuse a folder that is taken, before training."""
         del pl_module
         if stage == "fit":
             refuse_taken(self._folder(trainer))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Refuse adapters that cannot be merged before any training is done."""
+        """Refuse adapters that cannot be merged, before training."""
         del trainer
         if is_finetuned(pl_module):
             raise ConfigError(
@@ -107,7 +107,7 @@ class MergeAtEnd(NamesNearest, L.Callback):
 
 
 def checkpoint_path(trainer: L.Trainer, which: Literal["best", "last"]) -> Path | None:
-    """Return the best or last checkpoint of a run; where only the other one was kept, that one."""
+    """Return the best or last checkpoint of a run; the other one if only that was kept."""
     callback = trainer.checkpoint_callback
     if not isinstance(callback, ModelCheckpoint):
         return None

@@ -1,4 +1,4 @@
-"""A picture of how loss and metrics went."""
+"""A plot of loss and metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Curve = list[list[float]]
 """Points `[optimizer step, value]` of one metric."""
 
 MAX_MARKERS = 30
-"""Longer curves are drawn as lines alone."""
+"""Longer curves are drawn without markers."""
 
 NOT_METRICS = ("samples_per_second", "tokens_per_second", "epoch", "step", "lr")
 
@@ -29,11 +29,11 @@ NOT_METRICS = ("samples_per_second", "tokens_per_second", "epoch", "step", "lr")
 class MetricCurve(NamesNearest, L.Callback):
     """Draw every logged loss and metric over the optimizer steps, when `fit` ends or is stopped.
 
-    Each metric gets a panel of its own with one line for each stage (`train`, `val`), in `<run folder>/curve.png`.
+    Each metric gets a panel with one line for each stage (`train`, `val`), in `<run folder>/curve.png`.
     Training metrics are read at the trainer's `log_every_n_steps`, validation metrics after each validation.
 
     Args:
-        filename: Name of the picture inside the run's folder.
+        filename: Name of the image file in the run's folder.
     """
 
     def __init__(self, filename: str = "curve.png") -> None:
@@ -43,12 +43,12 @@ class MetricCurve(NamesNearest, L.Callback):
         self._last_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find out where the picture goes; all ranks take part, which they could not after a failure."""
+        """Find the path of the plot; all ranks take part, which they could not do after a failure."""
         del pl_module
         self._path = run_folder(trainer) / self.filename
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Note the step from which training continues."""
+        """Record the step from which training continues."""
         del pl_module
         self._last_step = trainer.global_step
 
@@ -74,12 +74,12 @@ class MetricCurve(NamesNearest, L.Callback):
             self._read(trainer, "val")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw the picture."""
+        """Draw the plot."""
         del pl_module
         self._draw(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Draw what there is when training is stopped or fails."""
+        """Draw the points so far when training is stopped or fails."""
         del pl_module, exception
         self._draw(trainer)
 
@@ -88,7 +88,7 @@ class MetricCurve(NamesNearest, L.Callback):
         return {"curves": {name: [list(point) for point in curve] for name, curve in self.curves.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the points back."""
+        """Restore the points."""
         self.curves = {name: [list(point) for point in curve] for name, curve in state_dict["curves"].items()}
 
     def _draw(self, trainer: L.Trainer) -> None:

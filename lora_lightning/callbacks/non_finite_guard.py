@@ -19,17 +19,17 @@ __all__ = ["NonFiniteGuard"]
 
 
 class NonFiniteGuard(NamesNearest, L.Callback):
-    """Stop before an update by a loss or gradient that is NaN or infinite, and where a validation loss is.
+    """Stop before an update by a loss or gradient that is NaN or infinite, and at such a validation loss.
 
     Weights and checkpoints stay those of the last good step. Losses and gradients of a step are checked together, on
-    the device, by five small operations; the host then waits for the answer once in each optimizer step (not in each
-    accumulated batch), since a step that is under way cannot be taken back. Ranks agree on the answer.
+    the device, by five small operations. The host waits for the result once per optimizer step (not per accumulated
+    batch), since an update cannot be undone. All ranks use the same result.
 
-    Under a gradient scaler (`precision: 16-mixed`) infinite gradients are how it finds its scale, and it leaves such a
-    step out itself: there only a NaN loss, or too many such steps in a row, ends the run.
+    A gradient scaler (`precision: 16-mixed`) finds its scale by infinite gradients, and skips such steps itself. With a
+    scaler, only a NaN loss, or too many skipped steps in a row, ends the run.
 
     Args:
-        max_skipped_steps: How many steps in a row a gradient scaler may leave out; its scale has then halved as often.
+        max_skipped_steps: Maximum number of steps in a row that a gradient scaler may skip; each halves its scale.
 
     Raises:
         ConfigError: `max_skipped_steps` is below 0.
@@ -45,12 +45,12 @@ class NonFiniteGuard(NamesNearest, L.Callback):
         self._first_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget an earlier run."""
+        """Reset the state of an earlier run."""
         del pl_module
         self._losses, self._num_skipped, self._first_step = [], 0, trainer.global_step
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Keep the loss of a batch until the gradients are there."""
+        """Keep the loss of a batch until the gradients are computed."""
         del trainer, pl_module
         loss = local(loss.detach())
         self._losses.append(loss.sum() if loss.dim() else loss)
@@ -69,7 +69,7 @@ class NonFiniteGuard(NamesNearest, L.Callback):
             self._judge(trainer, pl_module, optimizer, losses)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop where a validation loss is not finite; this comes before any checkpoint of that validation."""
+        """Stop if a validation loss is not finite, before any checkpoint of that validation."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         broken = {
@@ -89,7 +89,7 @@ class NonFiniteGuard(NamesNearest, L.Callback):
     def _judge(
         self, trainer: L.Trainer, module: L.LightningModule, optimizer: torch.optim.Optimizer, losses: list[Tensor]
     ) -> None:
-        """Raise, unless a gradient scaler is going to leave this step out."""
+        """Raise, unless a gradient scaler will skip this step."""
         values = [float(loss) for loss in losses]
         decide = trainer.strategy.reduce_boolean_decision
         is_scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -104,7 +104,7 @@ class NonFiniteGuard(NamesNearest, L.Callback):
         )
 
     def _findings(self, module: L.LightningModule, optimizer: torch.optim.Optimizer, values: list[float]) -> str:
-        """Say which of this rank's losses and gradients are not finite."""
+        """Describe which losses and gradients of this rank are not finite."""
         names, parameters = names_of(module), optimized(optimizer)
         with_gradient = [(parameter, local(parameter.grad)) for parameter in parameters if parameter.grad is not None]
         broken = [names.get(id(p), "?") for p, gradient in with_gradient if not torch.isfinite(gradient).all()]
@@ -133,7 +133,7 @@ class NonFiniteGuard(NamesNearest, L.Callback):
 
 
 def _has_optim(module: L.LightningModule) -> bool:
-    """Return whether a module is a task of this library, whose rates are settings; others build their optimizers."""
+    """Return whether a module is a task of this library, whose learning rates are settings."""
     return hasattr(module, "optim")
 
 
@@ -142,7 +142,7 @@ def _rate_of(module: L.LightningModule) -> str:
 
 
 def checkpoint_kept(trainer: L.Trainer) -> str:
-    """Say in a sentence which checkpoint is the last good one."""
+    """Name the last good checkpoint in a sentence."""
     callbacks: list[Any] = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
     paths = [path for one in callbacks for path in (one.last_model_path, one.best_model_path) if path]
     return f"The last good checkpoint is {paths[0]}." if paths else "No checkpoint had been saved yet."

@@ -1,4 +1,4 @@
-"""Tells what to change when memory runs out."""
+"""Suggests settings to change when memory runs out."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _NUM_HINTS = 4
 
 
 class OutOfMemoryGuard(L.Callback):
-    """Turn running out of memory into a sentence: the batch's size and length, and what to change.
+    """Explain an out-of-memory error in a sentence: size and length of the batch, and settings to change.
 
-    The sentence is added to the exception as a note, which Python shows under the traceback; `lora-lightning` shows it
-    alone.
+    The sentence is added to the exception as a note, which Python shows under the traceback; `lora-lightning` shows
+    only the sentence.
 
     Attributes:
-        error: The sentence as an error, once memory ran out; None before.
+        error: The sentence as an error after memory ran out; None before.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class OutOfMemoryGuard(L.Callback):
         self._batch = None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Explain the exception, where memory ran out."""
+        """Explain the exception if memory ran out."""
         batch, self._batch = self._batch, None
         if is_out_of_memory(exception):
             self.error = TrainingError(explain(trainer, pl_module, batch, exception))
@@ -81,7 +81,7 @@ class OutOfMemoryGuard(L.Callback):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an exception says that memory of the device or of the host ran out.
+    """Return whether an exception says that memory of the device or of the host ran out.
 
     Example:
         >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("shapes differ"))
@@ -93,7 +93,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explain(trainer: L.Trainer, module: L.LightningModule, batch: Any, error: BaseException) -> str:  # noqa: ANN401 - the data module's own type
-    """Return what ran out when, and at least three things to change, in the words of a config file.
+    """Return which memory ran out when, and at least three settings to change, as in a config file.
 
     Args:
         trainer: The trainer.
@@ -136,7 +136,7 @@ def _describe(batch: Any) -> str:  # noqa: ANN401 - the data module's own type
 
 
 def _hints(trainer: L.Trainer, module: L.LightningModule, num_samples: int, *, is_training: bool) -> list[str]:
-    """Return what to change, the least costly first, without what is in place already."""
+    """Return the changes to suggest, the least costly first, without those already in effect."""
     if not hasattr(module, "gradient_checkpointing"):
         return _hints_for_others(trainer, module, num_samples, is_training=is_training)
     data = getattr(trainer, "datamodule", None)
@@ -167,7 +167,7 @@ def _hints(trainer: L.Trainer, module: L.LightningModule, num_samples: int, *, i
 def _hints_for_others(
     trainer: L.Trainer, module: L.LightningModule, num_samples: int, *, is_training: bool
 ) -> list[str]:
-    """Return what to change in a module that is not a task of this library and lacks its settings."""
+    """Return the changes to suggest for a module that is not a task of this library."""
     hints = []
     if num_samples > 1:
         accumulated = trainer.accumulate_grad_batches

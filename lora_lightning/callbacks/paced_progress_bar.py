@@ -1,4 +1,4 @@
-"""Lightning's rich progress bar, which reads the metrics no more often than anybody can."""
+"""Lightning's rich progress bar, which reads the metrics at a limited rate."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["PacedProgressBar"]
 
 
 class PacedProgressBar(ForwardsSettings, RichProgressBar):
-    """Shows progress and metrics; it reads the metrics at most ten times a second while it trains.
+    """Shows progress and metrics; during training it reads the metrics at most ten times a second.
 
-    Every read makes the host wait for the device, so Lightning's bar, which reads at every step, keeps a GPU from being
-    fed ahead of time.
+    Every read synchronizes the host with the device. Lightning's bar reads at every step, so that the host cannot
+    queue work for a GPU ahead of time.
 
     Args:
-        refresh_rate: How many batches pass between two updates of the bar; 0 shows none.
+        refresh_rate: Number of batches between two updates of the bar; 0 disables it.
         leave: Whether the bar of an epoch stays on the screen when the next one starts.
         theme: Colours and styles.
         console_kwargs: Arguments of the `rich.console.Console` that the bar is drawn on.
@@ -33,7 +33,7 @@ class PacedProgressBar(ForwardsSettings, RichProgressBar):
         self._metrics: dict[str, Any] = {}
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        """Return what stands beside the bar: as just read, or as read less than a tenth of a second ago."""
+        """Return the metrics beside the bar, read now or less than a tenth of a second ago."""
         is_amid_epoch = trainer.training and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         if not is_amid_epoch:
             return dict(super().get_metrics(trainer, pl_module))

@@ -1,4 +1,4 @@
-"""Where callbacks find the adapted model, and where they put their files."""
+"""The adapted model and the folder of a run, for callbacks."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def adapted_model(module: L.LightningModule) -> nn.Module | None:
 def run_folder(trainer: L.Trainer) -> Path:
     """Return the folder of the current run: the logger's, or `default_root_dir` without one.
 
-    All ranks must call it, since the answer is rank 0's.
+    All ranks must call it, since rank 0 broadcasts the result.
     """
     return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def log_interval(trainer: L.Trainer) -> int:
-    """Return after how many optimizer steps the trainer logs."""
+    """Return the trainer's logging interval in optimizer steps."""
     return max(int(trainer.log_every_n_steps), 1)  # type: ignore[attr-defined]  # set by Lightning's logger connector
 
 
@@ -50,11 +50,11 @@ def passed_interval(trainer: L.Trainer, last_step: int) -> bool:
 
 
 def is_trial(trainer: L.Trainer) -> bool:
-    """Tell whether this is a `fast_dev_run`, which leaves no files behind."""
+    """Return whether this is a `fast_dev_run`, which leaves no files behind."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # set by Lightning's debugging setup
 
 
 def free_name(path: Path) -> Path:
-    """Return the path, or where it is taken the same with `-2`, `-3`, … before the suffix."""
+    """Return the path, or if it is taken the path with `-2`, `-3`, … before the suffix."""
     candidates = (path.with_stem(f"{path.stem}-{number}") for number in range(2, 10_000))
     return path if not path.exists() else next(one for one in candidates if not one.exists())

@@ -17,7 +17,7 @@ from lora_lightning.keywords import NamesNearest
 __all__ = ["PlainProgress"]
 
 SECONDS_BETWEEN_LINES = 60.0
-"""A run that takes longer than this for a logging interval prints lines between, at the end of a batch."""
+"""If a logging interval takes longer than this, lines are also printed in between, at the end of a batch."""
 
 _RATES = {"train/tokens_per_second": "tokens/s", "train/samples_per_second": "samples/s"}
 
@@ -53,7 +53,7 @@ class PlainProgress(NamesNearest, ProgressBar):
     # Training.
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say how long the run is."""
+        """Print the length of the run."""
         del pl_module
         self._start()
         self._first_step = self._last_step = trainer.global_step
@@ -151,7 +151,7 @@ class PlainProgress(NamesNearest, ProgressBar):
 
 
 def _evaluation_line(trainer: L.Trainer, batch_idx: int, dataloader_idx: int) -> str:
-    """Return how far the validation, test or prediction in progress is."""
+    """Return the progress of the current validation, test or prediction."""
     totals: Sequence[float]
     if trainer.predicting:
         stage, totals = "predict", trainer.num_predict_batches
@@ -173,7 +173,7 @@ def _steps_and_epochs(trainer: L.Trainer) -> str:
 
 
 def _position(trainer: L.Trainer) -> str:
-    """Return epoch and step, each with its total where it is known."""
+    """Return epoch and step, each with its total if known."""
     max_epochs, total = trainer.max_epochs, trainer.estimated_stepping_batches
     of_epochs = f"/{max_epochs}" if max_epochs is not None and max_epochs > 0 else ""
     of_steps = "" if math.isinf(total) else f"/{int(total)}"

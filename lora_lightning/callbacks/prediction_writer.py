@@ -1,4 +1,4 @@
-"""The predictions of a run, in a file beside the rows that they are for."""
+"""Writes the predictions of a run to a file, with the rows of the input."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ __all__ = ["PredictionWriter"]
 
 
 class PredictionWriter(NamesNearest, L.Callback):
-    """Write what `trainer.predict` answers to a file: each row of the input once, in its order, with all its columns.
+    """Write the predictions of `trainer.predict` to a file: each row of the input once, in order, with all its columns.
 
     The columns are `index` (the position of the row in its source, from 0), those of the input, and those of the task
     (see `AdapterTask.prediction_columns`). A column of the input whose name is taken gets `input_` in front. Cells of a
     CSV file that hold lists or mappings are JSON.
 
-    Each rank writes what it predicts to a file of its own, as it comes; at the end rank 0 joins them with the input,
-    which it reads once more, and renames the file when it is complete. The ranks need a folder that all of them see.
+    Each rank writes its predictions to a separate file during the run. At the end, rank 0 joins them with the input,
+    which it reads again, and renames the file when it is complete. The ranks need a shared folder.
 
-    The input's columns come from the data module: those of this library have them, and another one may define
-    `input_rows(dataloader_idx)`, which returns a mapping for each row of the loader's data set in turn.
+    The input's columns come from the data module: those of this library provide them, and another one may define
+    `input_rows(dataloader_idx)`, which returns a mapping for each row of the loader's data set in order.
 
     Args:
-        path: The file, with the ending `.csv`, `.jsonl` (JSON lines) or `.parquet`; one that is there is replaced. None
-            means `predictions` in the run's folder, with the ending that suits the task, and a number if it is taken.
-            Of several sets, each has a file with its name behind a hyphen.
+        path: The file, with the suffix `.csv`, `.jsonl` (JSON lines) or `.parquet`; an existing file is replaced. None
+            means `predictions` in the run's folder, with a suffix by the task, and a number if it is taken. Several
+            sets get one file each, with the name of the set after a hyphen.
 
     Attributes:
         paths: The files that the last run wrote.
 
     Raises:
-        ConfigError: The ending says no format.
+        ConfigError: The suffix does not name a format.
 
     Example:
         >>> trainer = L.Trainer(callbacks=[PredictionWriter("answers.csv")], logger=False)
@@ -77,7 +77,7 @@ class PredictionWriter(NamesNearest, L.Callback):
             raise ConfigError(f"{self.path} is the file that is predicted, and would be replaced; name another one.")
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Settle the file and make its folder."""
+        """Choose the file and make its folder."""
         self._close()
         self.paths, self._target = [], None
         folder = run_folder(trainer)  # on all ranks
@@ -103,7 +103,7 @@ class PredictionWriter(NamesNearest, L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Write the predictions of a batch aside.
+        """Write the predictions of a batch to this rank's file.
 
         Raises:
             DataError: They are not one for each row.
@@ -140,14 +140,14 @@ class PredictionWriter(NamesNearest, L.Callback):
         self._made.clear()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Say where the predictions are, when progress bars are through."""
+        """Print the path of the predictions, after the progress bars."""
         del trainer, pl_module, stage
         for message in self._messages:
             rank_zero_info(message)
         self._messages.clear()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Remove what is not complete."""
+        """Remove incomplete files."""
         del trainer, pl_module, exception
         self._close()
         for folder in self._made:
@@ -176,7 +176,7 @@ class PredictionWriter(NamesNearest, L.Callback):
         try:
             num_rows = write_table(path, _with_inputs(data, module, index, in_order(parts, are_indices=are_indices)))
         except DataError as error:
-            # What took hours to compute is kept, whatever became of the input in the meantime.
+            # Keep predictions that may have taken hours, even if the input has changed in the meantime.
             rank_zero_warn(f"{path} is written without the columns of the input: {error}")
             num_rows = write_table(path, _with_inputs(None, module, index, in_order(parts, are_indices=are_indices)))
         self.paths.append(path)
@@ -196,7 +196,7 @@ def _part_path(target: Path, index: int, rank: int) -> Path:
 
 
 def _indices(trainer: L.Trainer, batch_idx: int, dataloader_idx: int) -> list[int] | None:
-    """Return the indices of a batch's rows in their data set; None where the loader does not tell them."""
+    """Return the indices of a batch's rows in their data set; None if the loader does not provide them."""
     loaders = trainer.predict_loop._combined_loader
     assert loaders is not None
     sampler = getattr(loaders.flattened[dataloader_idx], "batch_sampler", None)
@@ -214,7 +214,7 @@ def _with_inputs(
     index: int,
     found: Iterator[tuple[int, Any]],
 ) -> Iterator[PredictedRow]:
-    """Return predictions with the rows that they are for, as columns."""
+    """Return predictions and their rows as columns."""
     inputs = data.input_rows(index) if hasattr(data, "input_rows") else None
     complete = getattr(data, "complete_prediction", None)
     describe = getattr(module, "prediction_columns", columns_of)

@@ -1,4 +1,4 @@
-"""Connections between the ranks of a run, over which each hears at once that another is gone."""
+"""Connections between the ranks of a run, by which each rank notices at once that another is gone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SOCKETS: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
 
 def _close_inherited() -> None:
-    """Close what a forked data worker inherits: it would hold the connection open when its rank is gone."""
+    """Close the inherited connection in a forked data worker, which would keep it open after its rank is gone."""
     for one in list(_SOCKETS):
         one.close()
 
@@ -35,7 +35,7 @@ class Loss:
     Args:
         rank: Its global rank.
         host: Name of its machine.
-        how: What is known about its end, as the rest of a sentence: `its process ended …`.
+        how: Cause of its end, as the rest of a sentence: `its process ended …`.
     """
 
     rank: int
@@ -45,7 +45,7 @@ class Loss:
 
 @dataclass
 class _Peer:
-    """One open connection; `rank` is None until the other side has said who it is."""
+    """One open connection; `rank` is None until the other side has identified itself."""
 
     connection: socket.socket
     rank: int | None = None
@@ -56,15 +56,15 @@ class _Peer:
 
 
 class RankLinks(threading.Thread):
-    """A thread with a connection to rank 0, or, on rank 0, to all others; beats go both ways every second.
+    """A thread with a connection to rank 0, or, on rank 0, to all others; both sides send a heartbeat every second.
 
-    A connection that breaks tells at once that a process ended, silence that a machine or a network did. Rank 0 tells
-    the others about each other.
+    A closed connection means that a process ended, a missing heartbeat that a machine or a network failed. Rank 0
+    notifies the others.
 
     Args:
         rank: This process's global rank.
-        token: What the other side must know.
-        silence: Seconds without a beat after which a rank counts as gone.
+        token: Secret that the other side must send.
+        silence: Seconds without a heartbeat after which a rank counts as gone.
         on_loss: Called once, in this thread, when another rank is gone.
         listener: On rank 0, the socket to accept connections on.
         hub: On the others, the connection to rank 0.
@@ -97,7 +97,7 @@ class RankLinks(threading.Thread):
             self._send(peer, {"token": token, "rank": rank, "host": socket.gethostname()})
 
     def run(self) -> None:
-        """Beat, listen and compare clocks until told to end, or until a rank is gone."""
+        """Send and receive heartbeats until the end is requested or a rank is gone."""
         beaten_at = time.monotonic()
         while not self._is_over.is_set():
             for key, _ in self._selector.select(_BEAT):
@@ -111,7 +111,7 @@ class RankLinks(threading.Thread):
                 self._beat(pause)
 
     def _beat(self, pause: float) -> None:
-        """Beat on every connection, and see who was silent for too long."""
+        """Send a heartbeat on every connection, and find ranks that were silent for too long."""
         now = time.monotonic()
         for peer in list(self._peers):
             if pause > 5 * _BEAT:  # this process itself stood still, and could hear nobody
@@ -120,7 +120,7 @@ class RankLinks(threading.Thread):
             self._check_clock(peer, now)
 
     def end(self, message: Mapping[str, Any]) -> None:
-        """Tell the others how this rank ends, and hang up.
+        """Notify the others how this rank ends, and close the connections.
 
         Args:
             message: `{"done": true}` after the work, `{"left": reason}` on the way out, or `{"failed": reason}`.
@@ -184,7 +184,7 @@ class RankLinks(threading.Thread):
                 return
 
     def _take(self, peer: _Peer, message: dict[str, Any]) -> bool:
-        """Act on a message; return False for a stranger's."""
+        """Process a message; return False if the sender is unknown."""
         if peer.rank is None:
             if message.get("token") != self._token:
                 return False

@@ -1,4 +1,4 @@
-"""End a run over several ranks soon after one of them is gone, and say which."""
+"""End a run over several ranks soon after one of them is gone, and name it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _OF_COMMUNICATION = re.compile(r"gloo|nccl|process group|socket|connection (was 
 class RankWatch(NamesNearest, L.Callback):
     """End every rank when one is gone, in a sentence that names it; in a run of one process it does nothing.
 
-    A collective with a rank that died fails at once (gloo) or only after the process group's timeout of half an hour
-    (NCCL). Here each rank holds a connection to rank 0. When one breaks, or no beat comes for `timeout` seconds, each
-    rank gets `grace` seconds to come out of its step; then its process is ended. Slow work on one rank alone, such as
-    merging, does not count: the beats go on. The status is 75, after which it makes sense to start again.
+    A collective with a dead rank fails at once (gloo) or only after the process group's timeout of half an hour (NCCL).
+    Here each rank has a connection to rank 0. If one closes, or no heartbeat arrives for `timeout` seconds, each rank
+    gets `grace` seconds to finish its step; then its process is ended. Slow work on one rank, such as merging, does not
+    count, since its heartbeats continue. The exit status is 75, after which the run can be restarted.
 
     Args:
-        timeout: Seconds of silence after which a rank counts as gone; above 3. None turns the watch off.
-        grace: Seconds that a rank has to end by itself; at least 0.
+        timeout: Seconds without a heartbeat after which a rank counts as gone; above 3. None turns the watch off.
+        grace: Seconds in which a rank may end by itself; at least 0.
 
     Raises:
         ConfigError: A number is out of its range.
@@ -79,7 +79,7 @@ class RankWatch(NamesNearest, L.Callback):
         batch: Any,  # noqa: ANN401 - Lightning's own signature
         batch_idx: int,
     ) -> None:
-        """End here where another rank is known to be gone.
+        """End if another rank is known to be gone.
 
         Raises:
             RankLost: One is.
@@ -89,7 +89,7 @@ class RankWatch(NamesNearest, L.Callback):
             raise self._error()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Tell the others how this rank ends; where communication failed, find out whose end it was.
+        """Notify the others how this rank ends; if communication failed, find out which rank caused it.
 
         Raises:
             RankLost: Another rank's.
@@ -109,22 +109,22 @@ class RankWatch(NamesNearest, L.Callback):
             self._end({"left": type(exception).__name__})
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Say that this rank is done."""
+        """Notify the others that this rank is done."""
         del trainer, pl_module, stage
         self._end({"done": True})
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copy the settings alone."""
+        """Return only the settings, for copies."""
         return {"timeout": self.timeout, "grace": self.grace}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Start anew with the settings."""
+        """Restore a new watch from the settings."""
         self.__init__(**state)  # type: ignore[misc]  # a callback is no class to inherit state from
 
     # Helpers.
 
     def _connect(self, trainer: L.Trainer, timeout: float) -> RankLinks | None:
-        """Open the connections; return None, after a warning, where the network does not let them through."""
+        """Open the connections; return None, after a warning, if the network blocks them."""
         strategy: ParallelStrategy = trainer.strategy  # type: ignore[assignment]  # the only ones with several ranks
         listener: socket.socket | None = None
         place: tuple[int, str] | None = None
@@ -154,7 +154,7 @@ class RankWatch(NamesNearest, L.Callback):
         return RankLinks(trainer.global_rank, token, timeout, self._note, hub=hub)
 
     def _note(self, loss: Loss) -> None:
-        """In the links' thread: let the main thread end by itself, or end the process."""
+        """Called in the links' thread: let the main thread end by itself, or end the process."""
         self._loss = loss
         self._is_known.set()
         if self._is_ending.wait(self.grace):
@@ -176,21 +176,21 @@ class RankWatch(NamesNearest, L.Callback):
 
 
 def _listen() -> socket.socket:
-    """Listen on any free port, for IPv6 as well where the machine has it."""
+    """Listen on any free port, also for IPv6 if available."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
     return socket.create_server(("", 0), backlog=1024)
 
 
 def _is_of_communication(exception: BaseException) -> bool:
-    """Tell whether a collective failed, rather than something of this rank's own."""
+    """Return whether a collective failed, rather than something of this rank's own."""
     if isinstance(exception, dist.DistError):
         return True
     return isinstance(exception, RuntimeError) and bool(_OF_COMMUNICATION.search(str(exception)))
 
 
 def _retire_observer() -> None:
-    """Stop the thread by which Lightning's launcher kills rank 0, without a word to it, when a child is gone."""
+    """Stop the thread of Lightning's launcher that kills rank 0 without a message when a child process is gone."""
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":
             thread._child_processes = []  # type: ignore[attr-defined]  # with nobody to observe, it ends

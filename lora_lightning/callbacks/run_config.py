@@ -1,4 +1,4 @@
-"""The settings of a run, written into its folder once the model stands."""
+"""The settings of a run, written into its folder after the model is built."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lora_lightning.errors import UserError, trouble_of_disk
 class RunConfig(SaveConfigCallback):
     """Write `config.yaml`, from which `lora-lightning fit --config` repeats the run, into the run's folder.
 
-    Lightning writes it before data and model are built, and aborts where one exists. This one waits until the model is
-    built and a checkpoint restored, so that a mistake found there leaves no file behind; where the run goes on in a
-    folder that holds a `config.yaml`, it writes `config-2.yaml` and so on.
+    Lightning writes it before data and model are built, and aborts if one exists. This callback waits until the model
+    is built and a checkpoint is restored, so that an error there leaves no file. If the run continues in a folder that
+    holds a `config.yaml`, it writes `config-2.yaml` and so on.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

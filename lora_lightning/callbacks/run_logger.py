@@ -1,4 +1,4 @@
-"""Lightning's CSVLogger, which leaves the disk alone until there is something to write."""
+"""Lightning's CSVLogger, which creates no files before the first entry."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from lora_lightning.errors import ConfigError
 class RunLogger(CSVLogger):
     """Log metrics to `<save_dir>/version_<k>/metrics.csv`, k the first that is free.
 
-    Lightning asks for the writer before data and model are built. This one makes its folder with the first entry, so
-    that a run which fails before leaves nothing behind.
+    Lightning requests the writer before data and model are built. This logger makes its folder with the first entry, so
+    that a run that fails earlier leaves no files.
 
     Args:
         save_dir: Folder of all runs.
@@ -43,7 +43,7 @@ class RunLogger(CSVLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:  # noqa: ANN401 - the writer, or Lightning's dummy on other ranks
-        """The writer; making it touches no file."""
+        """The writer; building it creates no file."""
         if self._experiment is None:
             self._experiment = _LazyWriter(log_dir=self.log_dir)
         return self._experiment
@@ -72,7 +72,7 @@ def loggers_of_run(given: Logger | Iterable[Logger] | bool | None, root: str | P
     one; beside others (Weights & Biases, MLflow) a `RunLogger` comes first.
 
     Args:
-        given: What the user set; None and True stand for the `RunLogger` alone, False for none.
+        given: The user's setting; None and True mean only the `RunLogger`, False none.
         root: Folder of all runs.
     """
     if given is None or isinstance(given, bool):
@@ -87,7 +87,7 @@ def loggers_of_run(given: Logger | Iterable[Logger] | bool | None, root: str | P
 
 
 class _LazyWriter(ExperimentWriter):
-    """A writer whose folder appears with the first file; into a folder that is there already it appends."""
+    """A writer that creates its folder with the first file, and appends in an existing folder."""
 
     def __init__(self, log_dir: str) -> None:
         # The base class makes the folder and removes older metrics when it is built, so it is not called.

@@ -1,4 +1,4 @@
-"""One page about a run: curves, metrics, settings, mistakes, samples, merge."""
+"""A report of a run: curves, metrics, settings, confusion matrix, samples, merge."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RunReport(NamesNearest, L.Callback):
 
     It holds the curves (of `MetricCurve`), the last value of each metric, the confusion matrix or the table of entities
     of the last validation, the last sample outputs (of `SampleGenerations`), the merge report (of `MergeAtEnd`) and the
-    settings. The page needs nothing beside itself.
+    settings. The page is self-contained.
 
     Args:
         filename: Name of the page inside the run's folder.
@@ -40,7 +40,7 @@ class RunReport(NamesNearest, L.Callback):
         self._table: Table | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the folder; all ranks take part, which they could not after a failure."""
+        """Find the folder; all ranks take part, which they could not do after a failure."""
         del pl_module
         self._folder = run_folder(trainer)
 
@@ -60,7 +60,7 @@ class RunReport(NamesNearest, L.Callback):
         self._write(trainer, pl_module, "finished")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Write what there is when training is stopped or fails."""
+        """Write the available sections when training is stopped or fails."""
         self._write(trainer, pl_module, f"ended by {type(exception).__name__}: {exception}".rstrip(": "))
 
     def _keep_metrics(self, trainer: L.Trainer) -> None:
@@ -76,7 +76,7 @@ class RunReport(NamesNearest, L.Callback):
         write_atomically(self._folder / self.filename, page.page(title, parts).encode())
 
     def _parts(self, trainer: L.Trainer, folder: Path) -> list[str]:
-        """Return the sections for which the run has something to show."""
+        """Return the sections for which the run has content."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning's callback connector
         parts = [self._metrics_part()]
         for callback in callbacks:

@@ -1,4 +1,4 @@
-"""What the model says to a few prompts, after each validation."""
+"""Sample generations of the model for a few prompts, after each validation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["SampleGenerations"]
 
 
 class Sample(NamedTuple):
-    """A prompt, what the data answer to it (None where nobody knows), and what the model says."""
+    """A prompt, the answer in the data (None if unknown), and the generated answer."""
 
     prompt: str
     expected: str | None
@@ -29,19 +29,18 @@ class Sample(NamedTuple):
 
 
 class SampleGenerations(NamesNearest, L.Callback):
-    """Let the model answer a few prompts after each validation, and show what it says.
+    """Generate answers to a few prompts after each validation, and show them.
 
-    The answers are printed, appended to `<run folder>/samples.jsonl`, and given to loggers that take text (TensorBoard,
-    Weights & Biases, MLflow). Rank 0 alone generates. Neither the model's mode nor the run's random numbers change.
+    The answers are printed, appended to `<run folder>/samples.jsonl`, and sent to loggers that take text (TensorBoard,
+    Weights & Biases, MLflow). Only rank 0 generates. The model's mode and the run's random state do not change.
 
     Args:
-        prompts: Texts to continue; None takes the first rows of the validation data (of its first set, where it has
-            several), whose own answers are shown beside the model's. Where the tokenizer has a chat template, a text is
-            what the user says.
-        num_samples: How many rows to take where no prompts are given.
-        max_new_tokens: Length of an answer, at most.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn, the same way each time.
-        filename: Name of the file inside the run's folder.
+        prompts: Texts to continue; None takes the first rows of the validation data (of its first set, if it has
+            several), whose answers are shown too. If the tokenizer has a chat template, a text is a user's message.
+        num_samples: Number of rows to take if no prompts are given.
+        max_new_tokens: Maximum number of tokens of an answer.
+        temperature: 0 decodes greedily; a larger value samples, with the same seed each time.
+        filename: Name of the file in the run's folder.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class SampleGenerations(NamesNearest, L.Callback):
             refuse_sharded(model, "SampleGenerations")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Forget the rows of the last validation."""
+        """Discard the rows of the last validation."""
         del trainer, pl_module
         self._examples = []
 
@@ -87,7 +86,7 @@ class SampleGenerations(NamesNearest, L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Take the first rows of the data: as prompts, where none were given, and to see what ends an answer."""
+        """Take the first rows of the data: as prompts if none were given, and to find the end of answers."""
         del pl_module, batch_idx, dataloader_idx
         missing = self.num_samples - len(self._examples)
         if missing > 0 and trainer.is_global_zero:
@@ -142,12 +141,12 @@ class SampleGenerations(NamesNearest, L.Callback):
         return self._tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the tokenizer and the rows, which are found again."""
+        """Return the state without the tokenizer and the rows, which can be found again."""
         return {**self.__dict__, "_tokenizer": None, "_examples": []}
 
 
 def encode(prompt: str, tokenizer: Any) -> list[int]:  # noqa: ANN401 - a tokenizer of transformers
-    """Return a prompt's token ids: as a user's turn where the tokenizer has a chat template, else as it stands."""
+    """Return a prompt's token ids: as a user's turn if the tokenizer has a chat template, else as plain text."""
     if getattr(tokenizer, "chat_template", None) is None:
         ids = list(tokenizer(prompt)["input_ids"])
         return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text
@@ -157,7 +156,7 @@ def encode(prompt: str, tokenizer: Any) -> list[int]:  # noqa: ANN401 - a tokeni
 
 
 def render(samples: Sequence[Sample], step: int) -> str:
-    """Lay samples out for the terminal.
+    """Format samples for the terminal.
 
     Example:
         >>> print(render([Sample("2 + 2 =", "4", "5")], 10))
@@ -175,7 +174,7 @@ def render(samples: Sequence[Sample], step: int) -> str:
 
 
 def log_text(logger: Any, samples: Sequence[Sample], step: int) -> None:  # noqa: ANN401 - any of Lightning's loggers
-    """Give samples to a logger, where it takes text."""
+    """Send samples to a logger if it takes text."""
     rows = [[sample.prompt, sample.expected or "", sample.generated] for sample in samples]
     if hasattr(logger, "log_text"):  # Weights & Biases
         logger.log_text("val/samples", columns=list(Sample._fields), data=rows, step=step)

@@ -1,4 +1,4 @@
-"""Saves and ends a run, on all ranks, when somebody asks it to stop."""
+"""Saves and ends a run on all ranks after a signal."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class SignalGuard(L.Callback):
     """On SIGTERM, SIGINT or SIGUSR1 to any rank, save `last.ckpt` after the current step and end every rank.
 
     The exit status is 128 plus the signal's number, as shells count it: 143 for SIGTERM, 130 for SIGINT (Ctrl-C), 138
-    for SIGUSR1 on Linux. `--ckpt_path <run>/checkpoints/last.ckpt` goes on from there. A second SIGINT ends at once and
-    saves nothing. A signal during validation waits for its end; one before the first step, or after the last, does what
-    it did without this guard.
+    for SIGUSR1 on Linux. `--ckpt_path <run>/checkpoints/last.ckpt` resumes from there. A second SIGINT ends at once
+    without saving. A signal during validation takes effect after it; a signal before the first step or after the last
+    has its usual effect.
 
-    Where the whole process group gets the signal, workers of data loaders go on until their loader ends them.
+    If the whole process group gets the signal, workers of data loaders continue until their loader ends them.
 
-    Ranks agree in each optimizer step by one all-reduce of one number, so that all of them save after the same step.
+    In each optimizer step, ranks exchange one number by an all-reduce, so that all of them save after the same step.
 
-    Lightning's own handler of SIGTERM, which broadcasts inside the handler and saves nothing, is set aside while the
-    run trains. In a SLURM job with Lightning's automatic requeue, the requeue signal (SIGUSR1) still requeues the job
-    and writes the `hpc_ckpt` that the job continues from, but after a step instead of in the middle of one.
+    Lightning's handler of SIGTERM, which broadcasts inside the handler and saves nothing, is replaced during training.
+    In a SLURM job with Lightning's automatic requeue, the requeue signal (SIGUSR1) still requeues the job and writes
+    the `hpc_ckpt` from which the job continues, but after a step instead of within one.
     """
 
     def __init__(self) -> None:
@@ -57,9 +57,9 @@ class SignalGuard(L.Callback):
         self._sparing = ExitStack()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take the signals whose handlers a data loader's workers inherit, before any are started.
+        """Install the handlers that workers of data loaders inherit, before any worker starts.
 
-        A schedule that asks for the number of steps starts those of training, even before `on_fit_start`.
+        A schedule that needs the number of steps starts the training workers, even before `on_fit_start`.
         """
         del pl_module
         if stage != "fit":
@@ -71,7 +71,7 @@ class SignalGuard(L.Callback):
         self._sparing.enter_context(sparing_workers(trainer))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take SIGTERM from Lightning, and start to listen."""
+        """Replace Lightning's handler of SIGTERM, and install the others."""
         if trainer.received_sigterm:
             self._received = signal.SIGTERM
         self._last_step = trainer.global_step
@@ -83,9 +83,9 @@ class SignalGuard(L.Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Let the ranks agree on the signal.
+        """Exchange the signal between the ranks.
 
-        Here the host waits for the gradients anyway, where `NonFiniteGuard` is on.
+        With `NonFiniteGuard`, the host waits for the gradients here anyway.
         """
         del pl_module, optimizer
         if self._agreed is not None:
@@ -99,7 +99,7 @@ class SignalGuard(L.Callback):
         batch: Any,  # noqa: ANN401 - Lightning's own signature
         batch_idx: int,
     ) -> None:
-        """Save and end, if there was a signal; only after an optimizer step, since no checkpoint holds gradients."""
+        """Save and end after a signal, but only after an optimizer step, since checkpoints do not hold gradients."""
         del pl_module, outputs, batch, batch_idx
         if trainer.global_step == self._last_step:
             return
@@ -119,7 +119,7 @@ class SignalGuard(L.Callback):
         self._stop_listening(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stop listening, where there was nothing to train."""
+        """Stop listening if there was nothing to train."""
         del pl_module
         if stage == "fit":
             self._stop_listening(trainer)
@@ -147,7 +147,7 @@ class SignalGuard(L.Callback):
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """Remember a signal; the next step acts on it."""
+        """Record a signal, which the next step handles."""
         del frame
         if os.getpid() != self._pid:
             return  # a worker of a data loader, which must go on until its loader ends it
@@ -174,14 +174,14 @@ class SignalGuard(L.Callback):
         if path is None:
             rank_zero_info(f"{name}: ended after step {trainer.global_step}; no callback saves checkpoints here.")
         else:
-            rank_zero_info(f"{name}: saved step {trainer.global_step}; go on with --ckpt_path {path}")
+            rank_zero_info(f"{name}: saved step {trainer.global_step}; resume with --ckpt_path {path}")
         _let_children_end(trainer)
         trainer.strategy.barrier("SignalGuard")
         raise SystemExit(128 + number)
 
 
 def save_last(trainer: L.Trainer) -> str | None:
-    """Save the current step as `last.ckpt`, on all ranks; return its path, or None where nothing saves checkpoints."""
+    """Save the current step as `last.ckpt`, on all ranks; return its path, or None if no callback saves checkpoints."""
     if is_trial(trainer):
         return None
     savers = [one for one in trainer.checkpoint_callbacks if isinstance(one, ModelCheckpoint)]
@@ -196,7 +196,7 @@ def save_last(trainer: L.Trainer) -> str | None:
 
 
 def _requeue_signal(trainer: L.Trainer) -> int | None:
-    """Return the signal on which Lightning requeues a SLURM job, or None where it does not."""
+    """Return the signal on which Lightning requeues a SLURM job, or None if it does not."""
     environment = trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
         return int(environment.requeue_signal or signal.SIGUSR1)
@@ -204,7 +204,7 @@ def _requeue_signal(trainer: L.Trainer) -> int | None:
 
 
 def _let_children_end(trainer: L.Trainer) -> None:
-    """Wait for the processes that Lightning started when this one ends, instead of having it killed for their status.
+    """Wait for the processes that Lightning started, so that it does not kill this one for their exit status.
 
     Lightning watches them, and kills all ranks when one of them ends with a status other than 0.
     """

@@ -1,4 +1,4 @@
-"""Keeps the workers of data loaders at work when a signal goes to all processes of a run at once."""
+"""Keeps the workers of data loaders running when a signal goes to all processes of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 
 class SparedWorker:
-    """A `worker_init_fn` for a worker in which SIGTERM is blocked: its own run may still end it by that signal.
+    """A `worker_init_fn` for a worker with blocked SIGTERM, which only its own run can end with that signal.
 
     Args:
         then: The loader's own `worker_init_fn`, or None.
@@ -33,7 +33,7 @@ class SparedWorker:
 
 
 def _obey_the_run() -> None:
-    """End this process when the run sends SIGTERM, or is gone."""
+    """End this process when the run sends SIGTERM or has ended."""
     run = multiprocessing.parent_process()
     assert run is not None
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run.pid and run.is_alive():
@@ -43,7 +43,7 @@ def _obey_the_run() -> None:
 
 @contextmanager
 def _blocked(number: int) -> Iterator[None]:
-    """Hold a signal to this thread back until the block is over."""
+    """Block a signal in this thread during the block."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield
@@ -52,7 +52,7 @@ def _blocked(number: int) -> Iterator[None]:
 
 
 def _spare(loader: DataLoader[Any], rank: int) -> None:
-    """Have a loader block SIGTERM while it starts its workers, which inherit that."""
+    """Make a loader block SIGTERM while it starts its workers, which inherit the mask."""
     if isinstance(loader.worker_init_fn, SparedWorker):
         return
     _auto_add_worker_init_fn(loader, rank)  # Lightning adds none where it finds one
@@ -68,11 +68,11 @@ def _spare(loader: DataLoader[Any], rank: int) -> None:
 
 @contextmanager
 def sparing_workers(trainer: L.Trainer) -> Iterator[None]:
-    """Spare the workers of all data loaders that a Trainer prepares inside the block.
+    """Protect the workers of all data loaders that a Trainer prepares inside the block from SIGTERM.
 
-    Schedulers, containers and `timeout` send SIGTERM to a whole process group. Torch has a worker die of it, and then
-    raises an error in the run, amid the step after which it was going to save. Spared workers are born with SIGTERM
-    blocked. On systems that do not tell who sends a signal (macOS, Windows) nothing changes.
+    Schedulers, containers and `timeout` send SIGTERM to a whole process group. A worker of torch dies of it, and torch
+    then raises an error in the run, within the step after which it would save. Protected workers start with SIGTERM
+    blocked. On systems that do not report the sender of a signal (macOS, Windows) nothing changes.
     """
     if not hasattr(signal, "sigwaitinfo"):
         yield

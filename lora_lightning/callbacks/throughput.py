@@ -1,4 +1,4 @@
-"""How many samples and tokens a second training takes in."""
+"""Training throughput in samples and tokens a second."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["Throughput"]
 class Throughput(L.Callback):
     """Log `train/samples_per_second` and `train/tokens_per_second`, summed over all ranks.
 
-    Both are means since the last log, at the trainer's `log_every_n_steps`, with the time of validation taken out.
-    Tokens are the ones in `attention_mask`, so padding does not count; a batch without a mask gives samples alone.
-    The counts stay on the device between logs: reading them would make the host wait for it in every step.
+    Both are means since the last log, at the trainer's `log_every_n_steps`, without the time of validation. Tokens are
+    those in `attention_mask`, so padding does not count; for a batch without a mask only samples are logged. The counts
+    stay on the device between logs: reading them would synchronize the host in every step.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Throughput(L.Callback):
         self._paused_at = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Let the clock run on."""
+        """Restart the clock."""
         del trainer, pl_module
         if self._paused_at is not None:
             self._started += time.perf_counter() - self._paused_at
@@ -104,7 +104,7 @@ def count_samples(batch: Any) -> int:  # noqa: ANN401 - a batch of any shape
 
 
 def count_tokens(batch: Any) -> Tensor | None:  # noqa: ANN401 - a batch of any shape
-    """Return the number of real tokens in a batch as a tensor on its device, or None where no mask tells.
+    """Return the number of tokens in a batch without padding, as a tensor on its device, or None without a mask.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Writing what a run has learnt, and reading it safely: checkpoints, adapter folders, manifests, PEFT's folders."""
+"""Write and safely read the results of training: checkpoints, adapter folders, manifests, PEFT's folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The name of a base model, as others can use it."""
+"""Portable names of base models."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _HUB_CACHE = re.compile(r"(?:^|[\\/])models--([^\\/]+)[\\/]snapshots[\\/]")
 
 
 def public_name(name: str) -> str | None:
-    """Return the name by which others may know a base: never a path inside a cache of this machine.
+    """Return the name of a base for other machines: never a path inside a cache of this machine.
 
     Args:
         name: Hub name, folder, or path inside a cache.
 
     Returns:
-        The name; the Hub name of what lies in the Hub's cache; None for what lies in this library's own.
+        The name; the Hub name for a path in the Hub's cache; None for a path in this library's cache.
 
     Example:
         >>> public_name("/home/me/.cache/huggingface/hub/models--org--base/snapshots/0a1b")
@@ -33,7 +33,7 @@ def public_name(name: str) -> str | None:
 
 
 def name_for_others(name: str | None) -> str | None:
-    """Return the name by which anybody may load a base: a Hub name or a `pkg://` path, None for a local folder.
+    """Return a name by which any machine can load a base: a Hub name or a `pkg://` path; None for a local folder.
 
     Args:
         name: Hub name, folder, or path inside a cache.

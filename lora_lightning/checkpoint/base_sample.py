@@ -1,4 +1,4 @@
-"""A few values of the base in each checkpoint and adapter folder: they tell bases apart once they are quantized."""
+"""Sampled values of the base in each checkpoint and adapter folder, which identify the base even if it is quantized."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ MAX_ERRORS = {4: (0.5, 0.8), 8: (0.1, 0.2), _DENSE: (0.02, 0.02)}
 
 @dataclass
 class BaseSample:
-    """A few values of each weight that adapters stand on.
+    """Sampled values of each base weight under an adapter.
 
     Args:
         values: By the weight's path, up to 64 values as float32.
-        quantized: Bits of those weights whose values are a quantized weight's, and not those of the files, by path.
+        quantized: Bits of the weights whose values come from a quantized weight instead of the files, by path.
     """
 
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class BaseSample:
         return bool(self.quantized)
 
     def add(self, path: str, values: Tensor, bits: int | None) -> None:
-        """Take evenly strided values of a weight's larger sample, with the bits that they were quantized to, if any."""
+        """Add evenly strided values of a weight's larger sample, with the bits of their quantization, if any."""
         count = min(NUM_VALUES, len(values))
         chosen = torch.arange(count) * (len(values) - 1) // max(count - 1, 1)
         self.values[path] = values[chosen].clone()
@@ -57,7 +57,7 @@ class BaseSample:
 
     @classmethod
     def from_plain(cls, data: object, source: str) -> BaseSample | None:
-        """Check and build what `plain` gave; None where a checkpoint of an older version has nothing.
+        """Build a sample from the result of `plain`; None for a checkpoint of an older version without one.
 
         Raises:
             CheckpointError: It was changed since it was written.
@@ -73,23 +73,23 @@ class BaseSample:
         return cls(values={path: one.float().cpu() for path, one in values.items()}, quantized=dict(quantized))
 
     def plain(self) -> dict[str, Any]:
-        """Return it as tensors and plain types, for checkpoints."""
+        """Return the sample as tensors and plain types, for checkpoints."""
         return {"values": dict(self.values), _QUANTIZED: dict(self.quantized)}
 
     def metadata(self) -> dict[str, str]:
-        """Return what a safetensors file says beside the values."""
+        """Return the metadata of the safetensors file."""
         return {_QUANTIZED: json.dumps(self.quantized, sort_keys=True)}
 
 
 def keep_base_sample(model: nn.Module, sampled: BaseSample) -> None:
-    """Keep with a model's adapters what their base was when its fingerprint was taken: later it may be sharded."""
+    """Store the sample of the base with a model's adapters when its fingerprint is taken: later it may be sharded."""
     for _, _, adapter in iter_adapters(model):
         adapter.__dict__[_KEPT] = sampled
         return
 
 
 def base_sample_of(model: nn.Module) -> BaseSample | None:
-    """Return what `keep_base_sample` kept, or None."""
+    """Return the sample that `keep_base_sample` stored, or None."""
     kept = (adapter.__dict__.get(_KEPT) for _, _, adapter in iter_adapters(model))
     return next((one for one in kept if one is not None), None)
 
@@ -149,8 +149,8 @@ def _relative(error: Tensor, power: Tensor) -> float:
 def without_trained_rows(host: Host, shape: tuple[int, ...], values: Tensor) -> Tensor:
     """Return a weight's sample with zeros for those rows of an embedding that are trained alone.
 
-    Such rows are replaced by the adapter's, so that it does not matter what they are; where a vocabulary was extended,
-    they are drawn at random anew each time.
+    The adapter replaces these rows, so that their values do not matter; after an extension of the vocabulary they are
+    random.
 
     Args:
         host: The host.

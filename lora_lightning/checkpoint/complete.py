@@ -1,4 +1,4 @@
-"""Tell complete checkpoints from damaged ones, find the newest, and tidy up after a process that was killed."""
+"""Distinguish complete from damaged checkpoints, find the newest, and clean up after a killed process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def check_checkpoint(path: Path, found: FileRecord | None = None) -> Manifest | 
 
     Args:
         path: The file.
-        found: Length and digest of the file where the caller has them; None reads the file.
+        found: Length and digest of the file, if the caller knows them; None reads the file.
 
     Returns:
-        The manifest; None where none stands beside it, or one of a version that did not know the `.ckpt`.
+        The manifest; None without a manifest, or if it is of a version that did not record the `.ckpt`.
 
     Raises:
         CheckpointError: They differ, or the manifest is damaged; the message names the newest complete one beside it.
@@ -34,7 +34,7 @@ def check_checkpoint(path: Path, found: FileRecord | None = None) -> Manifest | 
 def vouching_manifest(path: Path, found: FileRecord | None = None) -> Manifest | None:
     """Return the manifest that names a `.ckpt`; see `check_checkpoint`.
 
-    It is in the folder beside the file, or, where a process was killed between two renames, in a hidden one.
+    It is in the folder beside the file, or in a hidden folder if a process was killed between two renames.
     """
     path = path.resolve()  # `last.ckpt` may be a link: what it points to has its own folder
     folder, seen = folder_of(path), None
@@ -64,17 +64,17 @@ def _hidden_manifest(path: Path, found: FileRecord | None) -> Manifest | None:
 
 
 def newest_complete(folder: Path, *, without: Path | None = None) -> Path | None:
-    """Return the newest `.ckpt` of a folder that agrees with its manifest and whose adapter folder is whole.
+    """Return the newest `.ckpt` of a folder that matches its manifest and has a complete adapter folder.
 
     Args:
         folder: A run's `checkpoints` folder; it may be missing.
-        without: A file to leave out.
+        without: A file to skip.
     """
     return next((path for path in newest_first([folder]) if path != without and is_complete(path)), None)
 
 
 def is_complete(path: Path) -> bool:
-    """Tell whether a `.ckpt` agrees with its manifest, and every file of its adapter folder too."""
+    """Return whether a `.ckpt` and every file of its adapter folder match the manifest."""
     try:
         manifest = vouching_manifest(path)
         if manifest is None:
@@ -96,9 +96,9 @@ def instead_of(path: Path) -> str:
 
 
 def recover(folder: Path) -> None:
-    """Finish in a folder of checkpoints what a killed process had begun, and remove what else it left.
+    """Complete the renames that a killed process had begun in a folder of checkpoints, and remove its other files.
 
-    Nothing is done while another process is saving there.
+    It does nothing while another process is saving there.
 
     Args:
         folder: A run's `checkpoints` folder; it may be missing.
@@ -118,7 +118,7 @@ def recover(folder: Path) -> None:
 
 
 def _recover_folder(path: Path) -> None:
-    """Give a `.ckpt` the folder that was written with it, where a rename is missing."""
+    """Rename the folder that was written with a `.ckpt` to its final name, if that is missing."""
     folder = folder_of(path)
     hidden = [entry for entry in hidden_siblings(folder) if is_adapter_folder(entry)]
     if not hidden:
@@ -136,7 +136,7 @@ def _recover_folder(path: Path) -> None:
 
 
 def _recover_link(link: Path) -> None:
-    """Have the folder's link point where that of the `.ckpt` points."""
+    """Point the link of the folder to the target of the `.ckpt`'s link."""
     target, folder = folder_of(link.resolve()), folder_of(link)
     if is_adapter_folder(target) and folder.resolve() != target:
         replace_link(target, folder)

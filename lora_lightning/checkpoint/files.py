@@ -1,4 +1,4 @@
-"""Write files and folders so that a reader sees either all of them or nothing, and tell files by their digest."""
+"""Write files and folders atomically, and identify files by their digest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Have the system write a file, or the entries of a folder, to its disk."""
+    """Sync a file, or the entries of a folder, to disk."""
     if os.name == "nt" and path.is_dir():  # Windows has no handle for a folder to sync
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
@@ -39,7 +39,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a file under a temporary name in its own folder, sync it, and rename it into place.
 
     Args:
-        path: Where the file goes; a file already there is replaced in one step.
+        path: The file; an existing file is replaced atomically.
         data: Its bytes.
     """
     temporary = hidden_sibling(path, "tmp")
@@ -57,11 +57,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Hand out a temporary sibling of `folder` to fill; it takes the name `folder` only once the block has succeeded.
+    """Yield a temporary sibling of `folder` to fill; it is renamed to `folder` when the block has succeeded.
 
-    A folder (or a link to one) already there is replaced. When the block raises, the temporary folder is removed and
-    what was there before stays as it was. Everything is synced before the rename. What a killed process left of an
-    earlier try is removed first.
+    An existing folder (or a link to one) is replaced. If the block raises, the temporary folder is removed and the
+    existing folder is unchanged. Everything is synced before the rename. Files that a killed process left are removed
+    first.
 
     Args:
         folder: The final path. Missing parents are made, and removed again on failure.
@@ -88,10 +88,10 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing_in(folder: Path) -> Iterator[None]:
-    """Announce that this process has temporary files in a folder, so that no other one takes them for leftovers.
+    """Mark a folder as in use by this process, so that other processes do not remove its temporary files.
 
-    The mark is a shared lock on the folder itself, which goes with the process however it ends. A file system without
-    locks gets none.
+    The mark is a shared lock on the folder, which the system releases when the process ends. On a file system without
+    locks there is no mark.
     """
     with _locked(folder, exclusive=False):
         yield
@@ -99,7 +99,7 @@ def writing_in(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[bool]:
-    """Tell whether no process is `writing_in` a folder, and keep others from beginning to while the block runs."""
+    """Yield whether no process is `writing_in` a folder, and prevent others from starting to during the block."""
     with _locked(folder, exclusive=True) as is_locked:
         yield is_locked
 
@@ -125,26 +125,26 @@ def hidden_sibling(path: Path, kind: str) -> Path:
     """Return an unused name in the same folder, so that a rename never crosses file systems.
 
     Args:
-        path: The path that it stands for.
-        kind: `tmp` for what is going to take its place, `old` for what stood there.
+        path: The path to derive the name from.
+        kind: `tmp` for its replacement, `old` for the file or folder that is replaced.
     """
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
 
 
 def hidden_siblings(path: Path) -> list[Path]:
-    """Return what `hidden_sibling` named for a path and is still there."""
+    """Return the existing paths that `hidden_sibling` named for a path."""
     found = hidden_entries(path.parent)
     return [entry for entry, name in found.items() if name == path.name]
 
 
 def hidden_entries(folder: Path) -> dict[Path, str]:
-    """Return everything in a folder that `hidden_sibling` named, and the names that it stands for."""
+    """Return all paths in a folder that `hidden_sibling` named, with the names that they were derived from."""
     matches = ((entry, _HIDDEN.fullmatch(entry.name)) for entry in sorted(folder.iterdir()))
     return {entry: match[1] for entry, match in matches if match}
 
 
 def tidy(path: Path) -> None:
-    """Put back what a killed process had moved aside, where nothing has taken its place, and remove what else it left.
+    """Restore files that a killed process had moved aside and not replaced, and remove its other files.
 
     Call it while `alone_in` the folder.
     """
@@ -157,7 +157,7 @@ def tidy(path: Path) -> None:
 
 
 def remove(*paths: Path) -> None:
-    """Remove files, folders (with all in them) and links (alone); a missing one is no error."""
+    """Remove files, folders (recursively) and links (not their targets); missing paths are ignored."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -166,7 +166,7 @@ def remove(*paths: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, or only the link where it is a link to one; a missing one is no error."""
+    """Remove a folder, or only the link if it is one; a missing folder is ignored."""
     if folder.is_symlink():
         folder.unlink()
     elif folder.exists():
@@ -181,14 +181,14 @@ def make_parents(parent: Path) -> list[Path]:
 
 
 def remove_empty(folders: list[Path]) -> None:
-    """Remove what `make_parents` made, as far as nothing is in it."""
+    """Remove the folders that `make_parents` made, if they are empty."""
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def sync_tree(folder: Path) -> None:
-    """Have the system write all of a folder to its disk."""
+    """Sync all files of a folder to disk."""
     for path in folder.rglob("*"):
         if not path.is_symlink():
             sync(path)
@@ -196,7 +196,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def move_into_place(temporary: Path, folder: Path) -> None:
-    """Rename `temporary` to `folder`; an older folder steps aside first and comes back if the rename fails."""
+    """Rename `temporary` to `folder`; an existing folder is moved aside first and restored if the rename fails."""
     old = hidden_sibling(folder, "old") if folder.is_symlink() or folder.exists() else None
     if old is not None:
         folder.rename(old)

@@ -1,4 +1,4 @@
-"""A short digest of the base weights under the adapters, to notice an adapter on a base it was not trained on."""
+"""A digest of the base weights under the adapters, to detect an adapter on a base that it was not trained on."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from lora_lightning.errors import CheckpointError
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Digest the frozen weights that the adapters of a model stand on.
+    """Return a digest of the frozen weights under the adapters of a model.
 
     The digest covers, for every host in the order of its path: the path, the shape of its dense weight, and 1,024
     evenly strided values of it (all of them in a smaller weight) as float32; of a module of experts, each 3-D
     parameter. It does not depend on the device, nor on whether adapters are enabled, nor on the dtype as long as the
     values survive the cast to float32. A base that `load_backbone` quantized has the fingerprint of the dense one,
-    since the values are those before quantizing; one that was quantized elsewhere has a fingerprint of its own, and
-    `check_base` compares it by its values. Rows of an embedding that are trained alone do not count either. A
-    module that is trained as a full copy (a head) does not count: its own starting values are replaced by the copy.
+    since the values are those before quantization; a base that was quantized elsewhere has another fingerprint, and
+    `check_base` compares its values. Rows of an embedding that are trained individually do not count, nor do modules
+    that are trained as full copies (heads): the copy replaces their initial values.
 
     Args:
         model: A model with adapters attached.
@@ -59,7 +59,7 @@ def check_fingerprint(found: str, expected: str, source: str) -> None:
     Args:
         found: The fingerprint of the model at hand.
         expected: The fingerprint that was stored with the adapter.
-        source: What is being loaded, for the message.
+        source: Name of the checkpoint or folder, for the message.
 
     Raises:
         CheckpointError: The fingerprints differ.
@@ -77,15 +77,15 @@ def check_base(
 ) -> None:
     """Refuse a base model that differs from the one an adapter was trained on.
 
-    Where either of the two was quantized before this library saw its weights, their values are compared within the
-    error of quantizing, by the small sample that an adapter folder or a checkpoint holds.
+    If one of the two was quantized before this library loaded it, their values are compared within the quantization
+    error, by the sample in the adapter folder or checkpoint.
 
     Args:
         model: The model at hand, with the adapters attached.
         expected: The fingerprint that was stored with the adapter.
         theirs: The sample that was stored with it; None in a folder of an older version.
-        source: What is being loaded, for the message.
-        found: The model's fingerprint, where it was taken already: that of a sharded base cannot be taken any more.
+        source: Name of the checkpoint or folder, for the message.
+        found: The model's fingerprint, if known: it cannot be computed for a sharded base.
 
     Raises:
         CheckpointError: The bases differ.
@@ -111,7 +111,7 @@ def check_base(
 
 
 def _hosts(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules whose own weight stays in use, by path: hosts, and the layers of hosts that have no weight."""
+    """Return the modules whose weight stays in use, by path: hosts, and the layers of hosts without a weight."""
     found = [
         (path, host, {role for _, _, role in adapter.named_roles()}) for path, host, adapter in iter_adapters(model)
     ]

@@ -1,4 +1,4 @@
-"""Adapter folders: an adapter's weights with their manifest, in PEFT's format wherever PEFT can express them."""
+"""Adapter folders: weights of an adapter with a manifest, in PEFT's format if PEFT can express them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ OWN_WEIGHTS_NAME = "adapter.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What the manifest tells about the run; see `Manifest` for each."""
+    """Facts about the run in the manifest; see `Manifest` for each."""
 
     base: str | None = None
     data_fingerprint: str | None = None
@@ -71,15 +71,15 @@ def write_adapter_folder(
     peft: PeftAdapter | None = None,
     extra: Mapping[str, bytes] | None = None,
 ) -> Manifest:
-    """Write the adapters of a model into a folder, all of it or nothing; the manifest goes in last.
+    """Write the adapters of a model into a folder atomically; the manifest is written last.
 
     Args:
-        folder: Where to; an adapter folder already there is replaced.
+        folder: The folder; an existing adapter folder is replaced.
         model: A model with adapters.
-        facts: What the manifest shall tell about the run.
-        base_fingerprint: The base's fingerprint, where the caller has it already; a sharded base has none to measure.
-        state: The model's `folded_state_dict`, where the caller has it already: gathered from all processes.
-        peft: How PEFT is to read them, where they are written for PEFT (`for_peft`) and not just beside a checkpoint.
+        facts: Facts about the run for the manifest.
+        base_fingerprint: The base's fingerprint, if the caller knows it; it cannot be computed for a sharded base.
+        state: The model's `folded_state_dict`, if the caller has gathered it from all processes.
+        peft: The adapter in PEFT's terms, if it is exported for PEFT (`for_peft`) instead of written with a checkpoint.
         extra: Further files by their names, such as those of `text_files` and `own_file`.
 
     Returns:
@@ -110,14 +110,14 @@ def fill_adapter_folder(
     """Write the adapters of a model into an empty folder, the manifest last; see `write_adapter_folder`.
 
     Args:
-        folder: Where to.
+        folder: The folder.
         model: A model with adapters.
-        facts: What the manifest shall tell about the run.
-        checkpoint: The `.ckpt` that the folder is going to stand beside.
-        base_fingerprint: The base's fingerprint, where the caller has it already.
-        state: The model's `folded_state_dict`, where the caller has it already.
-        peft: How PEFT is to read them, where they are written for PEFT. If that alone does not give our own tensors
-            back, these stand in the folder too.
+        facts: Facts about the run for the manifest.
+        checkpoint: The `.ckpt` that belongs to the folder.
+        base_fingerprint: The base's fingerprint, if the caller knows it.
+        state: The model's `folded_state_dict`, if the caller has it.
+        peft: The adapter in PEFT's terms, if it is exported for PEFT. If our tensors cannot be restored from it, the
+            folder also holds them.
         extra: Further files by their names, such as those of `text_files` and `own_file`.
 
     Raises:
@@ -157,7 +157,7 @@ def fill_adapter_folder(
 def write_card(
     folder: Path, model: nn.Module, manifest: Manifest, num_parameters: int, *, is_for_peft: bool = False
 ) -> None:
-    """Write the model card of a folder; it is not in the manifest, so that it may be edited.
+    """Write the model card of a folder; it is not part of the manifest, so that users may edit it.
 
     Args:
         folder: The folder.
@@ -194,13 +194,13 @@ def _write_peft(folder: Path, peft: PeftAdapter, facts: RunFacts | None) -> None
 
 
 def _public_base(config: Mapping[str, Any], facts: RunFacts | None) -> str | None:
-    """Return the base as the user named it; where that is unknown, as transformers does."""
+    """Return the base's name as given by the user, else as known to transformers."""
     named = facts.base if facts is not None and facts.base is not None else config["base_model_name_or_path"]
     return None if named is None else public_name(named)
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Refuse to replace what is neither an adapter folder nor empty.
+    """Refuse to replace a path that is neither an adapter folder nor an empty folder.
 
     Raises:
         CheckpointError: `folder` is there and holds something else.
@@ -252,8 +252,7 @@ def load_adapter(
     Args:
         model: A model with freshly attached adapters, on the base that the folder was trained on.
         folder: The folder, as `AdapterCheckpoint` writes it beside each checkpoint.
-        tokenizer: The tokenizer that the model is going to be used with, to be compared with that of the training; None
-            compares none.
+        tokenizer: The tokenizer of the model's data, which is compared with that of the training; None skips this.
         name: The name of the adapter to load into; may be left out where the model has one.
 
     Returns:
@@ -262,7 +261,7 @@ def load_adapter(
     Raises:
         ConfigError: No adapter has this name, or the model has several and none is named.
         CheckpointError: The folder is damaged, or its methods, base, keys or shapes differ from the model's, or its
-            vocabulary from the tokenizer's; the model answers as before.
+            vocabulary from the tokenizer's; the model is unchanged.
     """
     folder = Path(folder)
     manifest, state = read_adapter_folder(folder)
@@ -275,12 +274,12 @@ def load_adapter(
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Tell whether a path is a folder with a manifest, as `write_adapter_folder` leaves it."""
+    """Return whether a path is a folder with a manifest, as `write_adapter_folder` leaves it."""
     return (folder / MANIFEST_NAME).is_file()
 
 
 def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors with NaN or infinite values, and what is no tensor at all.
+    """Refuse tensors with NaN or infinite values, and values that are not tensors.
 
     Raises:
         CheckpointError: Some have or are; the message names the first.
@@ -300,7 +299,7 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
 
 
 def save_tensors(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as safetensors; each gets storage of its own, since the format refuses shared ones."""
+    """Write tensors as safetensors; shared storages are copied, since the format refuses them."""
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     try:
         save_file(own, path, metadata={"format": "pt", **(metadata or {})})
@@ -315,7 +314,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
-        CheckpointError: It is cut short, damaged, of another kind, or its header is larger than any adapter's.
+        CheckpointError: It is truncated, damaged, of another kind, or its header is larger than any adapter's.
     """
     try:
         with path.open("rb") as stream:
@@ -355,15 +354,15 @@ def _check_saved_modules(config: Mapping[str, Any], path: Path) -> None:
 def check_methods(attached: Sequence[Method], stored: Sequence[Mapping[str, Any]], folder: Path | str) -> None:
     """Refuse methods that compute something else from the same tensors, such as another alpha.
 
-    A setting that the folder does not name, since it is newer than the folder, counts as its default.
+    A setting that is newer than the folder counts as its default.
 
     Args:
         attached: The methods of the model.
         stored: Those of the folder, as `class_config` gives them.
-        folder: Where it is, or what was read, for the message.
+        folder: Path of the folder, or name of the source, for the message.
 
     Raises:
-        CheckpointError: They differ in more than how they were trained or found their hosts.
+        CheckpointError: They differ in more than settings of training or of target selection.
     """
     configs = [class_config(method) for method in attached]
     names = [[method["class_path"] for method in methods] for methods in (configs, stored)]

@@ -1,4 +1,4 @@
-"""The manifest of an adapter folder: what was trained, on what, how far, and the digest of every file."""
+"""The manifest of an adapter folder: methods, base, progress of the training, and the digest of every file."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ class Manifest:
         adapter_format: `peft` (PEFT reads it too), `lora_lightning` (what PEFT cannot express), or `merged` (a whole
             model, with its adapter folded in).
         methods: Each attached method as `{"class_path": ..., "init_args": {...}}`.
-        base: Name or folder of the base model, or None for a model that has none.
+        base: Name or folder of the base model, or None if there is none.
         base_fingerprint: Digest of the base weights under the adapters.
-        data_fingerprint: Digest of the training data, or None where the data module gives none.
-        tokenizer_fingerprint: Digest of the vocabulary of the data's tokenizer, or None where there was none.
-        tokenizer: The data's tokenizer as the training used it; see `SavedTokenizer`. None where there was none.
+        data_fingerprint: Digest of the training data, or None if the data module has none.
+        tokenizer_fingerprint: Digest of the vocabulary of the data's tokenizer, or None without one.
+        tokenizer: The data's tokenizer as the training used it, see `SavedTokenizer`; None without one.
         task: Import path of the task's class, or None outside a task.
         label_names: Class names in the order of their ids, or None.
         metrics: Last logged value of each metric.
         epoch: Epochs finished, counted from 0 as Lightning does.
         step: Optimizer steps taken.
         files: Every other file of the folder by its name.
-        checkpoint: The `.ckpt` that the folder stands beside or was merged from, or None where it stands alone.
+        checkpoint: The `.ckpt` that the folder belongs to or was merged from, or None without one.
         versions: Versions of the libraries that wrote it.
         format_version: Version of this format.
     """
@@ -90,7 +90,7 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """Return the manifest as JSON text, keys sorted, with the digest of all the rest of it."""
+        """Return the manifest as JSON text, keys sorted, with the digest of its other entries."""
         data = plain(self)
         return _text({**data, DIGEST_KEY: _digest(data)})
 
@@ -103,8 +103,7 @@ class Manifest:
             source: Where it came from, for messages.
 
         Raises:
-            CheckpointError: It is no JSON, not a manifest of a version that this library reads, or was damaged since it
-                was written.
+            CheckpointError: It is not JSON, not a manifest of a version that this library reads, or damaged.
         """
         try:
             data = json.loads(text)
@@ -153,7 +152,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; name the adapter folder that stands beside a checkpoint.")
+        raise CheckpointError(f"{folder} is not a directory; name the adapter folder that stands beside a checkpoint.")
     if not path.is_file():
         raise CheckpointError(
             f"{folder} holds no {MANIFEST_NAME}, so it is incomplete or was not written by lora_lightning; "
@@ -184,12 +183,12 @@ def check_files(folder: Path, manifest: Manifest) -> None:
 
 
 def difference_from(record: FileRecord, path: Path, found: FileRecord | None = None) -> str | None:
-    """Describe how a file differs from its record, in words that continue its name; None if it does not.
+    """Describe how a file differs from its record, as the end of a sentence; None if it does not.
 
     Args:
-        record: What the manifest says of the file.
+        record: The file's record in the manifest.
         path: The file.
-        found: What the file is, where the caller has read it; None reads it, unless its length alone tells.
+        found: The actual record, if the caller knows it; None reads the file, unless its length already differs.
     """
     size = path.stat().st_size if found is None else found.num_bytes
     if size != record.num_bytes:
@@ -201,7 +200,7 @@ def difference_from(record: FileRecord, path: Path, found: FileRecord | None = N
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of the packages that decide how an adapter is read."""
+    """Return the versions of the packages that affect how an adapter is read."""
     versions = {}
     for name in LIBRARIES:
         try:
@@ -220,7 +219,7 @@ def class_config(instance: object) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401 - any value in, JSON types out
-    """Turn a value into plain JSON types: numbers that are not finite become None, unknown objects their `str`.
+    """Convert a value into plain JSON types: non-finite numbers become None, unknown objects their `str`.
 
     Example:
         >>> plain({"axes": (1, 2), "path": Path("a") / "b", "loss": float("nan")})
@@ -338,7 +337,7 @@ def _check_fields(data: dict[str, Any], source: str) -> None:
     missing, unknown = sorted(_FIELDS.keys() - _NEWER - data.keys()), sorted(data.keys() - _FIELDS.keys())
     if missing or unknown:
         raise CheckpointError(
-            f"{source} is no manifest that this library wrote: missing {missing or 'nothing'}, "
+            f"{source} is not a manifest of this library: missing {missing or 'nothing'}, "
             f"unknown {unknown or 'nothing'}; use another folder."
         )
     for name, (expected, is_valid) in _FIELDS.items():

@@ -1,9 +1,9 @@
-"""A checkpoint on disk: the `.ckpt` that training resumes from, and its adapter folder, written and removed as one.
+"""A checkpoint on disk: the `.ckpt` for resuming and its adapter folder, written and removed together.
 
-The folder's manifest holds the length and the SHA-256 of the `.ckpt`; a checkpoint is complete when the two agree. Both
-are written under hidden names and synced first. Then the `.ckpt` takes its name, and after it the folder: from the
-first rename on the checkpoint is complete, since `complete.vouching_manifest` also looks at the hidden folder, and
-`recover` puts that in its place where the process was killed between the two.
+The manifest of the folder holds the length and the SHA-256 of the `.ckpt`; a checkpoint is complete if they match. Both
+are first written under hidden names and synced. Then the `.ckpt` is renamed, and after it the folder. The checkpoint is
+complete from the first rename on: `complete.vouching_manifest` also looks at the hidden folder, and `recover` renames
+that if the process was killed between the two.
 """
 
 from __future__ import annotations
@@ -46,16 +46,15 @@ def folder_of(filepath: str | Path) -> Path:
 
 
 def write_pair(path: Path, checkpoint: Mapping[str, Any], fill: Fill | None = None) -> None:
-    """Write a checkpoint so that a reader, at any instant and after any kill, finds the old one or the new one whole.
+    """Write a checkpoint atomically: at any time, also after a kill, the old or the new one is complete.
 
     Args:
-        path: The `.ckpt` file; a checkpoint already there is replaced.
-        checkpoint: What `torch.save` takes.
-        fill: Writes the adapter folder; None leaves the checkpoint without one, and takes one of an older checkpoint of
-            the same name away.
+        path: The `.ckpt` file; an existing checkpoint is replaced.
+        checkpoint: The object for `torch.save`.
+        fill: Writes the adapter folder; None writes none, and removes that of an older checkpoint of the same name.
 
     Raises:
-        OSError: The disk refuses; what was there before stays, and nothing else is left.
+        OSError: The disk cannot be written; the existing checkpoint is unchanged, and no other files remain.
     """
     made = make_parents(path.parent)
     file, folder = hidden_sibling(path, "tmp"), hidden_sibling(folder_of(path), "tmp")
@@ -80,7 +79,7 @@ def write_pair(path: Path, checkpoint: Mapping[str, Any], fill: Fill | None = No
 
 
 def remove_pair(path: Path, remove_file: Callable[[], object]) -> None:
-    """Remove a checkpoint and its folder, so that a killed process never leaves the folder alone.
+    """Remove a checkpoint and its folder, such that a killed process never leaves the folder without its file.
 
     Args:
         path: The `.ckpt` file.
@@ -112,7 +111,7 @@ def with_folder_aside(path: Path, act: Callable[[], object]) -> None:
 
 
 def replace_link(target: Path, link: Path) -> None:
-    """Point a symbolic link at a file or folder beside it, replacing in one step the link or file that was there."""
+    """Point a symbolic link at a file or folder beside it, and replace an existing link or file atomically."""
     new = hidden_sibling(link, "tmp")
     new.symlink_to(os.path.relpath(target, link.parent), target_is_directory=target.is_dir())
     if link.is_dir() and not link.is_symlink():
@@ -138,7 +137,7 @@ def _save(file: Path, checkpoint: Mapping[str, Any]) -> FileRecord:
 
 
 class _Sink:
-    """What `torch.save` writes into: digests what goes through, and remembers what the system said."""
+    """A file object for `torch.save` that computes the digest of the data and records errors of the system."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self.stream = stream

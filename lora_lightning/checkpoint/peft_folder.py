@@ -1,4 +1,4 @@
-"""Adapter folders in PEFT's format: written for other tools to read, and read whoever wrote them."""
+"""Adapter folders in PEFT's format: exported for other tools, and imported from any tool."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _PICKLED_NAME = "adapter_model.bin"
 
 @dataclass(frozen=True, kw_only=True)
 class PeftFiles:
-    """What an adapter folder in PEFT's format holds.
+    """Content of an adapter folder in PEFT's format.
 
     Args:
         folder: The folder.
-        config: What its `adapter_config.json` says.
+        config: Its `adapter_config.json`.
         tensors: Its tensors by PEFT's key names.
-        base_fingerprint: The base's digest where this library wrote the folder, else None.
+        base_fingerprint: The base's digest if this library wrote the folder, else None.
         base_sample: A few of the base's values, likewise.
     """
 
@@ -60,7 +60,7 @@ class PeftFiles:
     base_sample: BaseSample | None = None
 
     def fit(self, model: nn.Module) -> FittedAdapter:
-        """Understand the adapter for one bare model, which stays as it is.
+        """Match the adapter with a bare model, which is not changed.
 
         Raises:
             CheckpointError: It does not fit the model.
@@ -81,17 +81,17 @@ def export_peft(
     """Write the adapters of a model in PEFT's format: `adapter_config.json`, `adapter_model.safetensors`, a manifest.
 
     `peft.PeftModel.from_pretrained(base, folder)` and transformers' `model.load_adapter(folder)` read it, and so does
-    `load_peft`. Trained copies (heads) go in as `modules_to_save`. A relative of LoRA goes in as the LoRA that computes
-    the same, from its `factors()`: often of another rank, and no longer to be trained by its own method. IA3, soft
-    prompts, prefixes and trainable tokens go in as PEFT's own kinds; the folder then holds the adapter a second time in
-    this library's format, from which training continues. `docs/peft.md` lists what goes in and out.
+    `load_peft`. Trained copies (heads) become `modules_to_save`. A relative of LoRA becomes the equivalent LoRA, from
+    its `factors()`: often of another rank, and its own method cannot continue to train it. IA3, soft prompts, prefixes
+    and trainable tokens become PEFT's own types; the folder then also holds the adapter in this library's format, from
+    which training continues. `docs/peft.md` lists what can be exported and imported.
 
     Args:
         model: A model with adapters of a method that PEFT has too, or of a relative of LoRA.
-        folder: Where to; an adapter folder already there is replaced.
-        facts: What the manifest shall tell about the run.
+        folder: The folder; an existing adapter folder is replaced.
+        facts: Facts about the run for the manifest.
         name: The name of the adapter to write; may be left out where the model has one.
-        base_fingerprint: The base's fingerprint, where the caller has it already.
+        base_fingerprint: The base's fingerprint, if the caller knows it.
         own_kind: Write AdaLoRA and VeRA as PEFT's AdaLoRA and VeRA, which fewer tools read than LoRA.
         extra: Further files by their names, such as those of `text_files` and `own_file`.
 
@@ -100,8 +100,8 @@ def export_peft(
 
     Raises:
         ConfigError: No adapter has this name, or the model has several and none is named.
-        CheckpointError: PEFT has no words for these adapters (the message says for what), a weight is NaN or
-            infinite, or the folder holds something else.
+        CheckpointError: PEFT cannot express these adapters (the message says why), a weight is NaN or infinite, or the
+            folder holds something else.
     """
     if not is_attached(model):
         raise CheckpointError("The model has no adapters, so there is nothing to export; attach and train them first.")
@@ -189,7 +189,7 @@ def read_peft_config(path: Path) -> PeftConfig:
 def _check_there(folder: Path) -> None:
     """Refuse folders without a config or without safetensors, saying what is there instead."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; name the one that holds {CONFIG_NAME}.")
+        raise CheckpointError(f"{folder} is not a directory; name the one that holds {CONFIG_NAME}.")
     if not (folder / CONFIG_NAME).is_file():
         if (folder / OWN_WEIGHTS_NAME).is_file():
             raise CheckpointError(
@@ -207,7 +207,7 @@ def _check_there(folder: Path) -> None:
 
 
 def _own_fingerprint(folder: Path) -> str | None:
-    """Return the base's fingerprint where this library wrote the folder, whose files are then checked too."""
+    """Return the base's fingerprint if this library wrote the folder, and check its files."""
     if not is_adapter_folder(folder):
         return None
     manifest = read_manifest(folder)

@@ -1,4 +1,4 @@
-"""Read a `.ckpt` file once: its digest and its content come from one opened file, and none of its code runs."""
+"""Read a `.ckpt` file once: digest and content come from the same open file, and none of its code runs."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class CheckpointFile:
 
     Args:
         path: The file.
-        content: What `torch.save` was given.
-        manifest: The manifest that vouches for it, or None where there is none.
+        content: The saved object.
+        manifest: The manifest that matches it, or None without one.
         record: Length and digest of the file.
     """
 
@@ -46,7 +46,7 @@ def read_file(path: Path, map_location: Any = "cpu", *, weights_only: bool = Tru
     Args:
         path: The file.
         map_location: As `torch.load` takes it.
-        weights_only: False also runs the code that the file may carry; for files that the user vouches for.
+        weights_only: False also runs code in the file; only for files that the user trusts.
 
     Raises:
         CheckpointError: The file is missing, damaged, differs from its manifest, or holds more than plain data.
@@ -95,7 +95,7 @@ def read_checkpoint(path: Path) -> CheckpointFile:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, int]]]:
-    """Open a file once, mapped into memory so that digest and content share its pages; also give its identity."""
+    """Open a file once, mapped into memory so that digest and content share its pages; also return its identity."""
     with path.open("rb") as file:
         stat = os.fstat(file.fileno())
         identity = (stat.st_dev, stat.st_ino)
@@ -133,7 +133,7 @@ def _load(stream: IO[bytes], path: Path, map_location: Any, weights_only: bool) 
         if isinstance(error, pickle.UnpicklingError):  # torch recommends to run the code
             reason = "it holds more than numbers, texts and tensors, and to read that could run code"
         raise CheckpointError(
-            f"{path} is no checkpoint that can be read safely ({reason:.120}); it is damaged, or another kind of file. "
+            f"{path} is not a checkpoint that can be read safely ({reason:.120}); it is damaged or of another kind. "
             f"{instead_of(path)}"
         ) from error
 

@@ -1,4 +1,4 @@
-"""A saved run: a `.ckpt` or an adapter folder, read once, and everything that makes its model answer as in training."""
+"""A saved run: a `.ckpt` or an adapter folder, read once, with all that its model needs to answer as in training."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedRun:
-    """What a `.ckpt` file or an adapter folder holds; it reads no file after it was built, but for a tokenizer.
+    """Content of a `.ckpt` file or an adapter folder; after it was built, it reads only the tokenizer from disk.
 
     Args:
         path: The file or folder.
-        facts: What is known of the run: base, tokenizer, task, label names, progress.
-        manifest: The manifest, or None where there is none.
+        facts: Facts about the run: base, tokenizer, task, label names, progress.
+        manifest: The manifest, or None without one.
         record: Length and digest of a `.ckpt`.
         base_fingerprint: Digest of the base weights under the adapters, or None in a folder that PEFT wrote.
         base_sample: A few values of these weights, in a `.ckpt` or folder of this library.
         content: The content of a `.ckpt`; None for a folder.
         methods: The methods of a folder of this library, as `{"class_path": ..., "init_args": {...}}`.
         state: The tensors of a folder of this library, by the names of `adapter_state_dict`.
-        peft: What a folder holds that PEFT wrote.
+        peft: Content of a folder that PEFT wrote.
         tokenizer_folder: The folder that holds the tokenizer's own files, or None.
-        own: What the task of a folder held beside its model.
+        own: State of the task of a folder outside its model.
     """
 
     path: Path
@@ -153,7 +153,7 @@ class SavedRun:
 
     @property
     def own_state(self) -> dict[str, Tensor]:
-        """What the task of a checkpoint, or of a folder of this library, held beside its model."""
+        """State of the task outside its model, of a checkpoint or of a folder of this library."""
         return dict(self.own) if self.content is None else own_entries(self.content["state_dict"])
 
     def task_class(self, name: str | None = None) -> type[L.LightningModule]:
@@ -197,7 +197,7 @@ class SavedRun:
         """Load the tokenizer of the training, with its additions and its chat template.
 
         Args:
-            backbone: Where the base lies now, if it has moved.
+            backbone: New location of the base, if it has moved.
 
         Raises:
             BackboneError: It cannot be loaded.
@@ -210,7 +210,7 @@ class SavedRun:
         return saved.load(str(self.path), name=backbone if backbone is not None and is_of_base else saved.name)
 
     def answers_with(self, tokenizer: Any) -> bool:  # noqa: ANN401 - tokenizers share no public base class
-        """Return whether the training taught to answer messages."""
+        """Return whether the model was trained to answer messages."""
         return self.facts.tokenizer is not None and self.facts.tokenizer.answers_with(tokenizer)
 
     def adapter_for(self, model: nn.Module) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -226,7 +226,7 @@ class SavedRun:
         return list(self.methods), dict(self.state)
 
     def facts_with(self, task: L.LightningModule) -> RunFacts:
-        """Return the facts with what a task knows that was built from the run."""
+        """Return the facts, updated from a task that was built from the run."""
         backbone, names = getattr(task, "backbone", None), getattr(task, "label_names", None)
         return replace(
             self.facts,
@@ -247,7 +247,7 @@ def generation_settings_of(task: object) -> dict[str, Any]:
 
 
 def newest_run(folders: Iterable[Path]) -> SavedRun | None:
-    """Read the newest `.ckpt` of some folders that agrees with its manifest and whose adapter folder is whole.
+    """Read the newest `.ckpt` of some folders that matches its manifest and has a complete adapter folder.
 
     Args:
         folders: Folders of checkpoints; they may be missing.
@@ -268,7 +268,7 @@ def newest_run(folders: Iterable[Path]) -> SavedRun | None:
 
 
 def facts_of_manifest(manifest: Manifest, source: str) -> RunFacts:
-    """Return what a manifest tells about its run."""
+    """Return the facts about the run in a manifest."""
     if manifest.tokenizer is None:
         tokenizer = SavedTokenizer(name=manifest.base, fingerprint=manifest.tokenizer_fingerprint)
     else:

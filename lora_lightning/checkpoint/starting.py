@@ -32,14 +32,14 @@ class StartingAdapter:
     """An adapter folder that a new run starts from.
 
     Args:
-        folder: Where it is.
-        methods: What to attach, as `{"class_path": ..., "init_args": {...}}`.
+        folder: The folder.
+        methods: The methods to attach, as `{"class_path": ..., "init_args": {...}}`.
         state: The tensors by the names of `adapter_state_dict`.
-        base_fingerprint: The base's digest where this library wrote the folder, else None.
+        base_fingerprint: The base's digest if this library wrote the folder, else None.
         label_names: The classes in the order of its head, or None.
-        base_sample: A few of the base's values, where this library wrote the folder.
-        tokenizer_fingerprint: The digest of the vocabulary that it was trained with, where it is known, else None.
-        own_state: What the task that trained it held beside its model.
+        base_sample: Sampled values of the base, if this library wrote the folder.
+        tokenizer_fingerprint: Digest of the vocabulary of its training, or None if unknown.
+        own_state: State of the task that trained it outside its model.
     """
 
     folder: Path
@@ -54,17 +54,16 @@ class StartingAdapter:
     def load_into(self, model: nn.Module, methods: Sequence[Method], tokenizer: Any = None) -> None:  # noqa: ANN401 - tokenizers share no public base class
         """Load the tensors into a model to which `methods` are attached.
 
-        Keys and shapes must be exactly the model's, but for trained copies (heads) of which the folder holds nothing:
-        these start from the base's.
+        Keys and shapes must be exactly the model's, except for trained copies (heads) that the folder does not hold:
+        these start from the base's values.
 
         Args:
             model: The adapted model.
-            methods: What is attached to it.
-            tokenizer: That of the run's data, to be compared with that of the adapter's training; None compares none.
+            methods: The attached methods.
+            tokenizer: That of the run's data, which is compared with that of the adapter's training; None skips this.
 
         Raises:
-            CheckpointError: The methods compute something else, the base or the vocabulary is another one, or keys or
-                shapes differ.
+            CheckpointError: Methods, base, vocabulary, keys or shapes differ.
         """
         check_methods(methods, self.methods, self.folder)
         if self.base_fingerprint is not None:
@@ -79,7 +78,7 @@ class StartingAdapter:
             raise CheckpointError(f"{self.folder}: {error}") from error
 
     def check_labels(self, label_names: Sequence[str] | None, model: nn.Module) -> None:
-        """Refuse a trained head whose classes are others, or in another order, than the run's.
+        """Refuse a trained head whose classes or their order differ from the run's.
 
         Raises:
             CheckpointError: They are.
@@ -93,7 +92,7 @@ class StartingAdapter:
 
     @torch.no_grad()
     def load_own(self, task: nn.Module) -> None:
-        """Load what the task that trained the adapter held beside its model, if this task holds the same.
+        """Load the state outside the model of the task that trained the adapter, if this task has the same entries.
 
         Raises:
             CheckpointError: A shape differs.
@@ -111,7 +110,7 @@ class StartingAdapter:
             own[name].copy_(tensor)
 
     def _fresh_copies(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the model's own tensors of those copies that the folder has none of."""
+        """Return the model's tensors of the trained copies that the folder does not hold."""
         fresh: dict[str, Tensor] = {}
         for path, _, adapter in iter_adapters(model):
             is_own = is_copy(adapter) or isinstance(adapter, NormStatistics)

@@ -1,15 +1,15 @@
-"""The task that wrote a checkpoint: its class, found without running untrusted code, and how to build it again."""
+"""The task that wrote a checkpoint: find its class without running untrusted code, and build it."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lightning.errors import CheckpointError
+from lora_lightning.errors import CheckpointError, ConfigError
+from lora_lightning.imports import import_class
 from lora_lightning.keywords import parameters_taken
 from lora_lightning.trust import LIBRARY, check_import
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import lightning as L
 
 _OLD_CLASS_PATH = "_class_path"
-"""Where version 0.1 kept the class, among the settings."""
+"""Key of the class among the settings in version 0.1."""
 
 
 def class_path_in(content: Mapping[str, Any]) -> str | None:
@@ -34,7 +34,7 @@ def class_path_of(cls: type[Any]) -> str:
 
 
 def settings_in(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of the task that wrote a checkpoint, without what is no setting."""
+    """Return the settings of the task that wrote a checkpoint, without other entries."""
     return {key: value for key, value in content["hyper_parameters"].items() if not key.startswith("_")}
 
 
@@ -50,7 +50,7 @@ def find_task_class(stored: str | None, name: str | None, path: Path) -> type[L.
 
     Args:
         stored: The import path that the checkpoint names.
-        name: The import path that the user names, which goes first and is trusted.
+        name: The import path that the user names, which takes precedence and is trusted.
         path: The checkpoint, for messages.
 
     Raises:
@@ -62,7 +62,7 @@ def find_task_class(stored: str | None, name: str | None, path: Path) -> type[L.
     if not isinstance(wanted, str) or "." not in wanted:
         raise CheckpointError(f"{path} does not say which task wrote it; name its class, as in my_module.MyTask.")
     check_import(wanted, "--task_class" if name else str(path))
-    module_name, _, class_name = wanted.rpartition(".")
+    module_name, _, _ = wanted.rpartition(".")
     is_trusted = name is not None or module_name in sys.modules or module_name.split(".")[0] == LIBRARY
     if not is_trusted:
         raise CheckpointError(
@@ -70,19 +70,15 @@ def find_task_class(stored: str | None, name: str | None, path: Path) -> type[L.
             f"code. If you trust it, say so: --task_class {wanted}"
         )
     try:
-        cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise CheckpointError(f"The task {wanted} of {path} cannot be imported ({error}).") from error
-    check_import(f"{getattr(cls, '__module__', '')}.{class_name}", str(path))  # a module may import another's class
-    if not (isinstance(cls, type) and issubclass(cls, L.LightningModule)):
-        raise CheckpointError(f"{wanted} is no LightningModule, so it cannot be the task that wrote {path}.")
-    return cls
+        return import_class(wanted, L.LightningModule, "--task_class" if name else str(path))
+    except ConfigError as error:
+        raise CheckpointError(f"The task {wanted} of {path} cannot be used: {error}") from error
 
 
 def argument_names(cls: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
     """Return the names of the arguments that a constructor was called with, those inside `*args` and `**kwargs` too.
 
-    What goes through `*args` is taken to go on to the next class's constructor.
+    Arguments in `*args` are assumed to be passed to the next class's constructor.
 
     Example:
         >>> class Task:

@@ -1,4 +1,4 @@
-"""What can be found wrong with a run before its first step."""
+"""Checks of a run before its first step."""
 
 from lora_lightning.checks.monitors import refuse_wrong_monitors
 from lora_lightning.checks.run_check import RunCheck

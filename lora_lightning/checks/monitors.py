@@ -24,7 +24,7 @@ _VALIDATION, _TEST = "val/", "test/"
 
 @dataclass(frozen=True)
 class Monitor:
-    """What a callback or a schedule looks at.
+    """A metric that a callback or a schedule monitors.
 
     Args:
         owner: Name of its class.

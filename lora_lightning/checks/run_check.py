@@ -1,4 +1,4 @@
-"""A callback that compares the settings of a fit with what the run turns out to be."""
+"""A callback that compares the settings of a fit with the run."""
 
 from __future__ import annotations
 

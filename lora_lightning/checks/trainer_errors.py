@@ -1,4 +1,4 @@
-"""Mistakes in settings that Lightning reports with the exceptions of bugs."""
+"""Errors in settings that Lightning reports with general exceptions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CALLBACKS = _LIGHTNING / "pytorch" / "callbacks"
 
 
 def mistake_of_settings(error: BaseException) -> ConfigError | None:
-    """Return what to change where Lightning's own code refuses a setting, or None for any other error.
+    """Return what to change if Lightning's code refuses a setting, or None for any other error.
 
     Lightning raises ValueError for settings that contradict the data, and its callbacks raise RuntimeError for metrics
     that are missing, which a task of the user's own may cause after the first epoch.

@@ -1,7 +1,7 @@
-"""The commands of `lora-lightning` beside Lightning's own, one a file.
+"""The commands of `lora-lightning` besides Lightning's own, one per file.
 
-A new command is a file here, named as the command, that holds a function of the same name; `scripts/public` then writes
-its line into the static table. Its parameters become the options, its docstring the help; return an int to set the exit
+A new command is a file here, named like the command, with a function of the same name; `scripts/public` then writes its
+line into the static table. The parameters become the options and the docstring the help; return an int to set the exit
 status. Files that start with an underscore are not commands.
 """
 
@@ -19,7 +19,7 @@ LIGHTNING_COMMANDS = {
     "test": "Compute the test metrics of a checkpoint.",
     "predict": "Compute predictions with a checkpoint.",
 }
-"""What LightningCLI runs, and the line that the help shows for it."""
+"""The subcommands of LightningCLI, with their lines in the help."""
 
 
 def all_commands() -> dict[str, str]:

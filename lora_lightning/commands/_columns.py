@@ -1,4 +1,4 @@
-"""Two texts side by side in a terminal, the right one while it is being written."""
+"""Two texts side by side in a terminal, the right one while it is generated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Columns:
     Args:
         left: The finished text.
         width: Characters of a row.
-        emit: Is given each row.
+        emit: Called with each row.
 
     Example:
         >>> columns = Columns("one two", 13, print)
@@ -34,12 +34,12 @@ class Columns:
         self._num_rows = 0
 
     def write(self, text: str) -> None:
-        """Take more of the right text, and print the rows that can no longer change."""
+        """Append to the right text, and print the rows that can no longer change."""
         self._text = (self._text + text).lstrip()
         self._print_rows(wrap(self._text, self._half)[:-1])
 
     def close(self) -> None:
-        """Print what is left of both texts."""
+        """Print the remaining rows of both texts."""
         self._print_rows(wrap(self._text, self._half))
         for row in range(self._num_rows, len(self._left)):
             self._print_row(row, "")

@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: a language model with its tokenizer, from a checkpoint, an adapter or a base."""
+"""Base of `generate` and `chat`: a language model with its tokenizer, from a checkpoint, an adapter or a base."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ _ROOM_OF_TRIAL = 6
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A model that goes on with texts, and what it needs for that.
+    """A language model for generation, with its tokenizer and settings.
 
     Args:
         model: The model, in evaluation mode.
         tokenizer: Its tokenizer.
-        name: What it was loaded from, for messages.
-        answers: Whether its training, or whoever loaded it, had it answer messages instead of going on with texts.
-        prefix: What its training put in front of every text (`Seq2SeqData`), such as `summarize: `.
+        name: Name of its source, for messages.
+        answers: Whether it answers messages, by its training or by request, instead of continuing texts.
+        prefix: Prefix of every text in its training (`Seq2SeqData`), such as `summarize: `.
     """
 
     model: nn.Module
@@ -65,22 +65,22 @@ class LanguageModel:
 
     @property
     def chat_template(self) -> str | None:
-        """The template that was asked for, or that it was trained with, or the tokenizer's own; else None."""
+        """The requested template, or that of the training, or the tokenizer's own; else None."""
         template: str | None = getattr(self.tokenizer, "chat_template", None)
         return template
 
     @property
     def context(self) -> float:
-        """Positions that the model takes; infinity where its config sets no limit."""
+        """Number of positions of the model; infinity if its config sets no limit."""
         return max_positions(self.model)
 
     @property
     def has_encoder(self) -> bool:
-        """Whether it answers texts that its encoder has read, instead of going on with them."""
+        """Whether it answers texts that its encoder reads, instead of continuing them."""
         return has_encoder(self.model)
 
     def encode(self, text: str) -> list[int]:
-        """Return a text's token ids: for an encoder whole, else without an end token."""
+        """Return a text's token ids; without an end token, unless an encoder reads them."""
         ids = list(self.tokenizer(self.prefix + text)["input_ids"])
         if self.has_encoder:
             return ids
@@ -110,8 +110,8 @@ class LanguageModel:
         """Return the tokens that end an answer.
 
         Args:
-            is_chat: Whether a turn ends it too.
-            texts: Stop texts; those that are a special token, which an answer's text does not show, count.
+            is_chat: Whether the end of a turn ends it too.
+            texts: Stop texts; those that are special tokens, which do not appear in an answer's text, are added.
         """
         special = set(self.tokenizer.all_special_ids)
         named = [index for text in texts if (index := self.tokenizer.get_vocab().get(text)) in special]
@@ -126,14 +126,14 @@ class LanguageModel:
         is_chat: bool = False,
         write: Callable[[str], None] | None = None,
     ) -> str:
-        """Return what the model says after some tokens.
+        """Return the generated text after some tokens.
 
         Args:
             ids: The tokens.
             sampling: How to choose the next ones.
-            seed: Seed of the draws.
+            seed: Seed of the sampling.
             is_chat: Whether the tokens are a conversation.
-            write: Is given the words as they come.
+            write: Called with the words when they are generated.
         """
         if write is None:
             return self._answers([ids], sampling, seed, is_chat)[0]
@@ -149,15 +149,15 @@ class LanguageModel:
     def go_on_all(
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int, is_chat: bool = False
     ) -> list[str]:
-        """Return what the model says after each of some prompts, computed in batches where that changes nothing.
+        """Return the generated text after each of several prompts, in batches if that does not change the result.
 
-        Prompts whose answers have less room than others go into batches of their own, and so do prompts of different
-        lengths where the model does not leave out padding; a model that mixes the rows of a batch gets one at a time.
+        Prompts with less room for an answer get separate batches, and so do prompts of different lengths if the model
+        does not mask padding; a model that mixes the rows of a batch processes one prompt at a time.
 
         Args:
             prompts: The tokens of each prompt.
             sampling: How to choose the next ones.
-            seed: Seed of the draws; each prompt starts from it.
+            seed: Seed of the sampling; each prompt starts from it.
             is_chat: Whether the tokens are conversations.
         """
         batching = self._batching(prompts)
@@ -173,7 +173,7 @@ class LanguageModel:
         return texts
 
     def _batching(self, prompts: Sequence[Sequence[int]]) -> Batching:
-        """Return which of some prompts go into one batch; the model is tried with the shortest."""
+        """Return the batches of prompts; the model is tested with the shortest prompt."""
         shortest = min(prompts, key=len)
         if len(prompts) == 1 or self._room(shortest) <= _ROOM_OF_TRIAL:
             return "alone"
@@ -213,7 +213,7 @@ class LanguageModel:
         return [before_stop(self._decode(answer), sampling.stop) for answer in answers]
 
     def _completeness(self, stops: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
-        """Return a function that tells whether an answer holds a stop text; it reads only the answer's end."""
+        """Return a function that returns whether an answer holds a stop text; it reads only the answer's end."""
         if not stops:
             return None
         num_last = 4 * max(map(len, stops)) + 16  # a character takes up to four bytes, and so up to four tokens
@@ -237,21 +237,20 @@ def load_language_model(
     device: Device = "auto",
     task_class: str | None = None,
 ) -> LanguageModel:
-    """Load a language model from one of the places where it may be.
+    """Load a language model from a checkpoint, an adapter folder or a base.
 
     Args:
         ckpt_path: A checkpoint of a task for language models.
         adapter_dir: An adapter folder, ours or PEFT's.
-        backbone: The base to put the adapter on, where it is not the one that it was trained on; without an adapter,
-            the model itself.
+        backbone: The base of the adapter, if it is not the one that it was trained on; without an adapter, the model.
         template: Name of a chat template, or a `.jinja` file; None takes the one that the training used.
-        device: Where it shall run; `auto` takes a GPU if there is one.
-        task_class: The task's import path, for checkpoints of a task of one's own.
+        device: Device of the model; `auto` takes a GPU if there is one.
+        task_class: The task's import path, for checkpoints of a user's own task.
 
     Raises:
         ConfigError: None or both of checkpoint and adapter are named.
         CheckpointError: They hold no language model, or are damaged.
-        BackboneError: The base cannot be loaded, or is no language model.
+        BackboneError: The base cannot be loaded, or is not a language model.
     """
     if template is not None:
         chat_template(template)  # a misspelt name shows before minutes go into loading
@@ -289,7 +288,7 @@ def _from_checkpoint(path: Path, backbone: str | None, task_class: str | None) -
 
 
 def _prefix_of(run: SavedRun) -> str:
-    """Return what the data module of a training put in front of every text."""
+    """Return the prefix that the data module of a training put before every text."""
     settings: Any = (run.content or {}).get("datamodule_hyper_parameters") or {}
     prefix = settings.get("prefix", "")
     return prefix if isinstance(prefix, str) else ""
@@ -309,13 +308,13 @@ def _from_base(backbone: str) -> LanguageModel:
     loaded = load_backbone(backbone, _task_for(backbone).auto_class)
     if loaded.new_modules:
         raise BackboneError(
-            f"{backbone!r} is no language model: its files hold no weights for {', '.join(loaded.new_modules)}."
+            f"{backbone!r} is not a language model: its files hold no weights for {', '.join(loaded.new_modules)}."
         )
     return LanguageModel(loaded.model, load_tokenizer(backbone), backbone, answers=_learnt_to_answer(backbone))
 
 
 def _task_for(backbone: str) -> type[CausalLM | Seq2SeqLM]:
-    """Return the task whose models a base is one of: by its config, where it has one that transformers knows."""
+    """Return the task for a base by its config, if transformers knows it."""
     from transformers import AutoConfig
 
     try:
@@ -326,7 +325,7 @@ def _task_for(backbone: str) -> type[CausalLM | Seq2SeqLM]:
 
 
 def _learnt_to_answer(backbone: str) -> bool:
-    """Return whether a base is the merged model of a training that taught to answer messages."""
+    """Return whether a base is a merged model that was trained to answer messages."""
     folder = resolve(backbone)
     if not is_adapter_folder(folder):
         return False
@@ -351,7 +350,7 @@ def _base_of(run: SavedRun) -> str:
 
 
 def _refuse_other_tasks(cls: type[Any], source: str) -> None:
-    """Raise CheckpointError where a task's models do not write; a task of one's own that says nothing may."""
+    """Raise CheckpointError if a task's models do not generate text; a user's task may, unless it says otherwise."""
     auto_class = getattr(cls, "auto_class", None)
     writing = (CausalLM.auto_class, Seq2SeqLM.auto_class, AdapterTask.auto_class)
     if issubclass(cls, AdapterTask) and auto_class not in writing:
@@ -372,13 +371,13 @@ def _device(name: Device) -> torch.device:
 
 @contextmanager
 def _on(device: torch.device) -> Iterator[torch.device]:
-    """Load onto a device inside the block: quantized layers cannot be moved afterwards."""
+    """Load onto a device within the block, since quantized layers cannot be moved afterwards."""
     with nullcontext() if device.type == "cpu" else device:
         yield device
 
 
 def _streamer(tokenizer: Any, write: Callable[[str], None]) -> Any:  # noqa: ANN401 - tokenizers share no public base class
-    """Return a streamer of transformers that hands on words as they are complete."""
+    """Return a streamer of transformers that passes on complete words."""
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):  # type: ignore[misc]  # transformers has no types

@@ -24,7 +24,7 @@ class Target:
 
     Args:
         repo: Its name, `owner/name`.
-        private: Whether it must be private; else it is created as the account has it, usually public.
+        private: Whether it must be private; otherwise the account's default applies, usually public.
     """
 
     repo: str
@@ -32,7 +32,7 @@ class Target:
 
     @classmethod
     def of(cls, repo: str | None, private: bool) -> Target | None:
-        """Check what a command line says, before anything is written; None where nothing is to be uploaded.
+        """Check the options before anything is written; None if nothing is to be uploaded.
 
         Raises:
             ConfigError: The name is not that of a repository, or this process cannot reach the Hub as a user.
@@ -59,13 +59,13 @@ class Target:
         return cls(repo=repo, private=private)
 
     def upload(self, folder: Path) -> str:
-        """Create the repository where it is missing, upload a folder in one go, and return where it is.
+        """Create the repository if it is missing, upload a folder in one commit, and return its URL.
 
-        The repository's model card stays where another person wrote or edited it. Weights that the folder does not have
-        are removed, since transformers would load them instead.
+        A model card that another person wrote or edited is kept. Weights in the repository that the folder does not
+        have are removed, since transformers would load them instead.
 
         Raises:
-            UploadError: The Hub refuses or cannot be reached; the folder stays as it is.
+            UploadError: The Hub refuses or cannot be reached; the folder is unchanged.
         """
         from huggingface_hub import HfApi
 
@@ -95,7 +95,7 @@ class Target:
 
 
 def push(target: Target | None, folder: str) -> None:
-    """Upload a folder that was just written, where a repository is named, and say where it is now.
+    """Upload a folder if a repository is named, and print its URL.
 
     Raises:
         UploadError: See `Target.upload`.
@@ -113,14 +113,14 @@ def push(target: Target | None, folder: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Return what the Hub says, behind its status, or what the network says."""
+    """Return the error of the Hub after its status, or that of the network."""
     first, said = reason_of(error), getattr(error, "server_message", None)
     is_told = not said or said in first
     return (first if is_told else f"{first.partition(':')[0]}: {said}").rstrip(". ")
 
 
 def _has_own_card(api: Any, repo: str) -> bool:  # noqa: ANN401 - huggingface_hub's HfApi
-    """Tell whether a repository has a model card that this library did not write, or that was edited."""
+    """Return whether a repository has a model card that this library did not write, or that was edited."""
     if not api.file_exists(repo, CARD_NAME):
         return False
     return not is_untouched(Path(api.hf_hub_download(repo, CARD_NAME)))

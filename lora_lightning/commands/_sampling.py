@@ -1,4 +1,4 @@
-"""How the commands choose tokens, and where answers end."""
+"""Sampling settings of the commands, and stop texts."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lora_lightning.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen.
+    """Sampling settings.
 
     Args:
-        max_new_tokens: How many to add at most.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
-        top_p: Draw from the likeliest tokens that make up this share of the probability, in (0, 1].
-        top_k: Draw from this many of the likeliest tokens; 0 means all.
-        repetition_penalty: Above 1 makes tokens less likely that prompt or answer hold already; 1 changes nothing.
-        stop: Texts that end an answer, which holds none of them.
+        max_new_tokens: Maximum number of tokens to generate.
+        temperature: 0 decodes greedily; a larger value samples.
+        top_p: Sample from the most probable tokens whose probabilities sum to this, in (0, 1].
+        top_k: Sample from this many of the most probable tokens; 0 means all.
+        repetition_penalty: Above 1, tokens that prompt or answer already hold become less likely; 1 has no effect.
+        stop: Texts that end an answer; the answer does not contain them.
 
     Raises:
         ConfigError: A value is out of its range, or has no effect.
@@ -63,11 +63,11 @@ def before_stop(text: str, stops: Sequence[str]) -> str:
 
 
 class StopWriter:
-    """Hands words on as they come, up to a stop text; holds back what may be the start of one.
+    """Passes on words up to a stop text, and holds back text that may be the start of one.
 
     Args:
         stops: The stop texts.
-        write: Is given the words.
+        write: Called with the words.
 
     Example:
         >>> writer = StopWriter(["END"], print)
@@ -85,7 +85,7 @@ class StopWriter:
         self._is_over = False
 
     def write(self, text: str) -> None:
-        """Take more words."""
+        """Add words."""
         if self._is_over:
             return
         text = self._held + text
@@ -95,12 +95,12 @@ class StopWriter:
         self._hand_on(shown.removesuffix(self._held))
 
     def close(self) -> None:
-        """Hand on what was held back and turned out to be no stop text."""
+        """Pass on the text that was held back and is not a stop text."""
         self._hand_on(self._held)
         self._held = ""
 
     def _start_of_stop(self, text: str) -> str:
-        """Return the longest end of a text with which a stop text starts."""
+        """Return the longest suffix of a text that is a prefix of a stop text."""
         longest = max((len(stop) - 1 for stop in self._stops), default=0)
         ends = [text[-length:] for length in range(min(longest, len(text)), 0, -1)]
         return next((end for end in ends if any(stop.startswith(end) for stop in self._stops)), "")

@@ -8,10 +8,10 @@ from lora_lightning.data.cache import Entry, cache_folder, clear, entries, parse
 
 
 def cache(clear_all: bool = False, keep: str | None = None) -> None:
-    """List or clear what data modules keep between runs: rows and tokens, encoded once.
+    """List or clear the rows and tokens that data modules keep between runs.
 
-    The folder is ~/.cache/lora_lightning, or that of LORA_LIGHTNING_CACHE; LORA_LIGHTNING_CACHE_SIZE bounds its size
-    (20GB). A run finds again what it needs: clearing costs time, never results.
+    The folder is ~/.cache/lora_lightning, or that of LORA_LIGHTNING_CACHE; LORA_LIGHTNING_CACHE_SIZE limits its size
+    (20GB). After clearing, a run encodes its data again, with the same results.
 
     Args:
         clear_all: Remove everything.

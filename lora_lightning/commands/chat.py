@@ -30,21 +30,21 @@ def chat(
     device: Device = "auto",
     task_class: str | None = None,
 ) -> None:
-    """Talk with a fine-tuned language model; Ctrl-D leaves.
+    """Chat with a fine-tuned language model; Ctrl-D exits.
 
-    The model sees the whole conversation, laid out with the chat template that it was trained with, or its
-    tokenizer's own. Where the conversation no longer fits, its oldest turns are left out.
+    The model sees the whole conversation, formatted with the chat template of its training, or its tokenizer's own.
+    When the conversation no longer fits, its oldest turns are dropped.
 
     Args:
         ckpt_path: The .ckpt file, such as runs/version_0/checkpoints/last.ckpt.
         adapter_dir: An adapter folder instead, ours or PEFT's.
-        backbone: The base, where it is not the one that the adapter was trained on; alone, the model to talk with.
-        system: A message that says how the model shall behave.
-        max_new_tokens: How many tokens an answer has at most.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
-        top_p: Draw from the likeliest tokens that make up this share of the probability.
-        top_k: Draw from this many of the likeliest tokens; 0 means all.
-        seed: Seed of the draws, for answers that can be had again.
+        backbone: The base, if it is not the one that the adapter was trained on; without an adapter, the model to use.
+        system: The system message.
+        max_new_tokens: Maximum number of tokens of an answer.
+        temperature: 0 decodes greedily; a larger value samples.
+        top_p: Sample from the most probable tokens whose probabilities sum to this.
+        top_k: Sample from this many of the most probable tokens; 0 means all.
+        seed: Seed of the sampling, for reproducible answers.
         template: A chat template to use instead of the training's: its name (chatml, gemma, ...) or a .jinja file.
         device: Where to run: auto, cpu, cuda or mps.
         task_class: Import path of the task, for a checkpoint of a task of your own.
@@ -78,9 +78,9 @@ class Conversation:
 
     Args:
         speaker: The model.
-        sampling: How it chooses its words.
-        system: A message that comes before all others.
-        seed: Seed of the draws; None draws one for each answer.
+        sampling: Its sampling settings.
+        system: The system message.
+        seed: Seed of the sampling; None draws one for each answer.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class Conversation:
         self.turns: list[Message] = []
 
     def check(self) -> None:
-        """Make sure that there is a template and room for an answer, before anybody types.
+        """Check that there is a template and room for an answer, before the first input.
 
         Raises:
-            ConfigError: There is not.
+            ConfigError: One of them is missing.
         """
         if self._tokens([{"role": "user", "content": "x"}]) is None:
             raise ConfigError(
@@ -102,11 +102,11 @@ class Conversation:
                 f"{self.sampling.max_new_tokens} fill; shorten them."
             )
 
-    def hear(self, said: str) -> Literal["go on", "leave"]:
-        """Act on what the user typed: a command, or a message to answer."""
+    def hear(self, said: str) -> Literal["continue", "leave"]:
+        """Process the user's input: a command, or a message to answer."""
         match said.strip():
             case "":
-                return "go on"
+                return "continue"
             case "/exit" | "/quit":
                 return "leave"
             case "/reset":
@@ -116,7 +116,7 @@ class Conversation:
                 print(HELP)
             case message:
                 self._answer(message)
-        return "go on"
+        return "continue"
 
     def _answer(self, message: str) -> None:
         turns = [*self.turns, {"role": "user", "content": message}]
@@ -135,7 +135,7 @@ class Conversation:
         self.turns = [*turns, {"role": "assistant", "content": text.strip()}]
 
     def _tokens(self, turns: list[Message]) -> list[int] | None:
-        """Return the tokens of a conversation, or None where they leave no room for an answer."""
+        """Return the tokens of a conversation, or None if they leave no room for an answer."""
         ids = self.speaker.encode_chat([*self.opening, *turns])
         return ids if len(ids) + self.sampling.max_new_tokens <= self.speaker.context else None
 

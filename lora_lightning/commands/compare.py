@@ -12,16 +12,16 @@ from rich.console import Console
 
 from lora_lightning import data as _data  # noqa: F401 - its classes are known by their short names
 from lora_lightning.checkpoint.files import write_atomically
-from lora_lightning.commands._compare import page
 from lora_lightning.commands._compare.budget import Skeleton
-from lora_lightning.commands._compare.charts import draw_all
-from lora_lightning.commands._compare.csv_files import curves_csv, search_csv, to_csv
 from lora_lightning.commands._compare.ends import no_adapters
 from lora_lightning.commands._compare.entries import check_rates, entries_of
 from lora_lightning.commands._compare.plain_classes import build_task, data_spec, task_spec
+from lora_lightning.commands._compare.report import page
+from lora_lightning.commands._compare.report.charts import draw_all
+from lora_lightning.commands._compare.report.csv_files import curves_csv, search_csv, to_csv
+from lora_lightning.commands._compare.report.table import columns_of, rows_of, to_terminal
 from lora_lightning.commands._compare.runner import Outcome, Runner
 from lora_lightning.commands._compare.study import Study
-from lora_lightning.commands._compare.table import columns_of, rows_of, to_terminal
 from lora_lightning.data.base import TokenizedData
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods import LoRA
@@ -30,7 +30,7 @@ from lora_lightning.tasks import AdapterTask
 FAILED = 1
 USUAL_STEPS = 200
 _WIDTH = 200
-"""Columns of the table where the output is no terminal, whose width would count."""
+"""Width of the table in characters if the output is not a terminal."""
 _TRAINER_SETTINGS = (
     *("accelerator", "devices", "precision", "accumulate_grad_batches"),
     *("gradient_clip_val", "gradient_clip_algorithm", "deterministic"),
@@ -54,28 +54,28 @@ def compare(
     trainer: dict[str, Any] | None = None,
     seed_everything: bool | int = True,
 ) -> int:
-    """Train every method on one task within one budget, and tell which suits it.
+    """Train several methods on one task within one budget, and compare them.
 
-    The frozen base with a trained head, and full fine-tuning, are always among them. Each method tries its learning
-    rates for a few steps, judged on the validation split, and trains with the best; the test split is read once at the
-    end. Every trial is a process of its own, and what is finished is not repeated when the command is started again.
-    Writes comparison.md, .csv and .html, charts, search.csv and curves.csv.
+    The frozen base with a trained head, and full fine-tuning, are always included. Each method tries its learning rates
+    for a few steps, compared on the validation split, and trains with the best; the test split is read once at the end.
+    Every trial is a separate process, and finished trials are not repeated when the command is started again. Writes
+    comparison.md, .csv and .html, charts, search.csv and curves.csv.
 
     Args:
-        model: The task and its backbone as `fit` takes them, without a method.
+        model: The task and its backbone as for `fit`, without a method.
         data: The data.
         methods: A list of names such as [LoRA, DoRA, LoRA+] or of {class_path, init_args, label, optim, rates}, or all.
-        trainable_parameters: Train so many parameters with each method, the head's not counted: ranks and widths are
-            solved for it. Where it is not given, methods keep their own size.
-        steps: Optimizer steps of each full run; 200 where neither steps nor minutes are given.
+        trainable_parameters: Number of parameters that each method trains, without the head: ranks and widths are
+            chosen accordingly. By default methods keep their own size.
+        steps: Optimizer steps of each full run; 200 if neither steps nor minutes are given.
         minutes: Minutes of each full run's steps, instead of steps.
-        search_rates: Learning rates to try with every method; each one's usual three where they are not given.
+        search_rates: Learning rates to try with every method; by default the three usual ones of each.
         search_steps: Optimizer steps with each learning rate.
-        seeds: Seeds of the full runs, 0 alone where they are not given; rates are chosen with the first.
-        val_rows: Judge learning rates on so many rows of the validation split alone, evenly spaced.
-        val_every: Validate a full run every so many steps; at its end alone where it is not given.
-        steps_to_reach: Label of a method; tells how soon the others have its final validation loss.
-        output_dir: Where to write; a comparison there with the same settings is continued.
+        seeds: Seeds of the full runs, by default only 0; rates are chosen with the first.
+        val_rows: Compare learning rates on this many rows of the validation split, evenly spaced.
+        val_every: Validate a full run every so many steps; by default only at its end.
+        steps_to_reach: Label of a method; reports the steps until the others reach its final validation loss.
+        output_dir: The folder to write; a comparison there with the same settings is continued.
         trainer: Settings of the trainer: accelerator, devices, precision, accumulate_grad_batches and gradient
             clipping count.
         seed_everything: Not used, see seeds; `fit` takes it.
@@ -126,7 +126,7 @@ def compare(
 
 
 def _write(study: Study, outcomes: list[Outcome], command: str, reference: str | None, *, with_charts: bool) -> None:
-    """Write what there is; charts and page only at the end, since drawing takes a while."""
+    """Write the available results; charts and page only at the end, since drawing takes a while."""
     rows = rows_of(outcomes, reference)
     columns = columns_of(rows, reference)
     files = {
@@ -144,7 +144,7 @@ def _write(study: Study, outcomes: list[Outcome], command: str, reference: str |
 
 
 def _check(**numbers: float | None) -> None:
-    """Refuse numbers below their least."""
+    """Refuse numbers below their minimum."""
     for name, value in numbers.items():
         if value is None:
             continue
@@ -180,7 +180,7 @@ def _seeds(seeds: list[int] | None) -> tuple[int, ...]:
 
 
 def _trainer_settings(given: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Return the trainer's settings that a trial takes, and tell which have no meaning here."""
+    """Return the trainer's settings that a trial takes, and warn of those without effect here."""
     ignored = [name for name in given if name not in _TRAINER_SETTINGS]
     if ignored:
         console.print(f"Not used of trainer: {', '.join(ignored)}.", highlight=False)

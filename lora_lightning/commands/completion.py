@@ -9,13 +9,13 @@ from lora_lightning.errors import ConfigError
 
 
 def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
-    """Print the script that makes a shell complete commands, settings, classes and files.
+    """Print the completion script of a shell, for commands, settings, classes and files.
 
     bash: add `eval "$(lora-lightning completion bash)"` to ~/.bashrc; zsh: the same with zsh, in ~/.zshrc after
     `compinit`; fish: `lora-lightning completion fish > ~/.config/fish/completions/lora-lightning.fish`.
 
     Args:
-        shell: Which shell: bash, zsh or fish; `lora-lightning completion bash` for short.
+        shell: bash, zsh or fish; `lora-lightning completion bash` for short.
 
     Raises:
         ConfigError: There is no script for this shell.

@@ -39,9 +39,9 @@ def export(
 ) -> None:
     """Write a checkpoint's adapter for other tools, in PEFT's format or merged into its base.
 
-    `peft` writes a folder that PEFT and transformers load. For a decoder language model it says too what vLLM and
-    llama.cpp would not take of it; what they make of other models has not been checked.
-    `merged` writes a plain Hugging Face folder, and says what the merge lost.
+    `peft` writes a folder that PEFT and transformers load. For a decoder language model it also reports what vLLM and
+    llama.cpp do not support; for other models this is not checked.
+    `merged` writes a plain Hugging Face folder, and reports the loss of the merge.
 
     Args:
         ckpt_path: The .ckpt file, such as runs/version_0/checkpoints/last.ckpt.
@@ -49,14 +49,14 @@ def export(
         to: peft or merged.
         task_class: Import path of the task, such as my_module.MyTask; needed only where the checkpoint was written by
             a task of your own.
-        dtype: For merged: float32, bfloat16 or float16; left out, the base's own.
+        dtype: For merged: float32, bfloat16 or float16; by default the base's own.
         max_shard_size: For merged: largest size of one weight file.
         dequantize: For merged: take the dequantized base of a run on a quantized one, not the dense one.
-        force: For merged: write even where the cast loses most of the update.
-        sample: For merged: a text on which the outputs before and after are compared; left out, random tokens.
-        backbone: The base, where it lies elsewhere than in the training; its weights must be the same.
+        force: For merged: write even if the cast loses most of the update.
+        sample: For merged: a text on which the outputs before and after are compared; by default random tokens.
+        backbone: The base, if it has moved since the training; its weights must be the same.
         push_to_hub: A repository of the Hugging Face Hub to upload the folder to, owner/name; it is created if missing.
-        private: Upload to a private repository alone.
+        private: Upload only to a private repository.
     """
     target = Target.of(push_to_hub, private)
     if to == "merged":
@@ -71,7 +71,7 @@ def export(
 
 
 def write_peft(ckpt_path: Path, output_dir: Path, task_class: str | None, backbone: str | None = None) -> None:
-    """Write an adapter in PEFT's format, and tell what vLLM and llama.cpp make of it where that is known."""
+    """Write an adapter in PEFT's format, and report the support by vLLM and llama.cpp if known."""
     refuse_taken(output_dir)
     run = SavedRun.of_checkpoint(ckpt_path)
     task = run.build(task_class, **({} if backbone is None else {"backbone": backbone}))
@@ -98,7 +98,7 @@ def write_peft(ckpt_path: Path, output_dir: Path, task_class: str | None, backbo
 
 
 def _texts(run: SavedRun, task: object, model: nn.Module, backbone: str | None) -> dict[str, bytes]:
-    """Return the files of the training's tokenizer and generation settings; none, with a warning, where it is gone."""
+    """Return the files of the training's tokenizer and generation settings; none, with a warning, if it is missing."""
     if not run.has_tokenizer:
         return {}
     try:
@@ -110,7 +110,7 @@ def _texts(run: SavedRun, task: object, model: nn.Module, backbone: str | None) 
 
 
 def _is_decoder(model: nn.Module) -> bool:
-    """Tell whether a model generates text and has no encoder beside its decoder."""
+    """Return whether a model generates text and has no encoder beside its decoder."""
     generates: Any = getattr(model, "can_generate", lambda: False)
     return bool(generates()) and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
@@ -126,7 +126,7 @@ def write_merged(
     sample: str | None,
     backbone: str | None,
 ) -> None:
-    """Merge a checkpoint into its base, and tell what was lost."""
+    """Merge a checkpoint into its base, and report the loss."""
     try:
         report = merge_checkpoint(
             ckpt_path,

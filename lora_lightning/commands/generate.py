@@ -44,29 +44,29 @@ def generate(
 ) -> None:
     """Write on from a prompt, or from each prompt of a file, with a fine-tuned language model.
 
-    The words of one prompt appear as they come, those of a batch when the batch is done. With --compare-base, what the
-    base alone says stands on the left.
+    The answer to one prompt is printed word by word, those of a batch when the batch is done. With --compare-base, the
+    answer of the base is shown on the left.
 
     Args:
         ckpt_path: The .ckpt file, such as runs/version_0/checkpoints/last.ckpt.
         adapter_dir: An adapter folder instead, ours or PEFT's.
-        backbone: The base, where it is not the one that the adapter was trained on; alone, the model to use.
+        backbone: The base, if it is not the one that the adapter was trained on; without an adapter, the model to use.
         prompt: The prompt.
         prompts_file: A file with a prompt on each line; in a .jsonl file, JSON strings or objects with `prompt`; in
             .csv, .tsv and .parquet files, a column `prompt`.
-        max_new_tokens: How many tokens to add at most.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
-        top_p: Draw from the likeliest tokens that make up this share of the probability.
-        top_k: Draw from this many of the likeliest tokens; 0 means all.
-        repetition_penalty: Above 1 makes tokens less likely that prompt or answer hold already.
-        stop: A text, or a list of texts, that ends an answer; the answer does not hold it.
-        batch_size: Prompts that are answered at a time; each gets the answer that it gets alone.
-        seed: Seed of the draws; each prompt, and the base as well, starts from it.
+        max_new_tokens: Maximum number of tokens to generate.
+        temperature: 0 decodes greedily; a larger value samples.
+        top_p: Sample from the most probable tokens whose probabilities sum to this.
+        top_k: Sample from this many of the most probable tokens; 0 means all.
+        repetition_penalty: A value above 1 makes tokens less likely that prompt or answer already hold.
+        stop: A text, or a list of texts, that ends an answer; the answer does not contain it.
+        batch_size: Number of prompts in a batch; each gets the same answer as alone.
+        seed: Seed of the sampling; each prompt, also for the base, starts from it.
         compare_base: Show the base's answer beside the adapter's.
-        chat: Whether the prompt is a message to answer, laid out with a chat template; where it is not given, if
-            the training used one.
-        output_file: A .jsonl file to write as well, an object for each prompt; it must not exist. `-` writes these
-            lines to standard output, and nothing else.
+        chat: Whether the prompt is a message to answer, formatted with a chat template; by default, if the training
+            used one.
+        output_file: A .jsonl file to write too, an object for each prompt; it must not exist. `-` writes only these
+            lines to standard output.
         template: A chat template to use instead of the training's: its name (chatml, gemma, ...) or a .jinja file.
         device: Where to run: auto, cpu, cuda or mps.
         task_class: Import path of the task, for a checkpoint of a task of your own.
@@ -101,7 +101,7 @@ def generate(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What every prompt is answered with."""
+    """The model and the settings of all answers."""
 
     speaker: LanguageModel
     sampling: Sampling
@@ -145,7 +145,7 @@ def _answer_all(
 
 
 def _stream(asked: _Asked, ids: list[int]) -> dict[str, str]:
-    """Print the answer to one prompt as it comes, beside the base's where asked, and return both."""
+    """Print the answer to one prompt while it is generated, optionally beside the base's, and return both."""
     speaker = asked.speaker
     settings: dict[str, Any] = {"seed": asked.seed, "is_chat": asked.is_chat}
     if not asked.compare_base:
@@ -161,7 +161,7 @@ def _stream(asked: _Asked, ids: list[int]) -> dict[str, str]:
 
 
 def _answer_batch(asked: _Asked, prompts: list[list[int]]) -> list[dict[str, str]]:
-    """Return the answers to some prompts, with the base's where asked."""
+    """Return the answers to several prompts, optionally with the base's."""
     speaker = asked.speaker
     settings: dict[str, Any] = {"seed": asked.seed, "is_chat": asked.is_chat}
     bases: list[str] = []
@@ -175,13 +175,13 @@ def _answer_batch(asked: _Asked, prompts: list[list[int]]) -> list[dict[str, str
 
 
 def _show_prompt(prompts: list[str], index: int) -> None:
-    """Print a prompt above its answer, where there are several."""
+    """Print a prompt above its answer if there are several."""
     if len(prompts) > 1:
         _print(f"{chr(10) if index else ''}> {prompts[index]}")
 
 
 def _show(answer: dict[str, str]) -> None:
-    """Print a finished answer, beside the base's where there is one."""
+    """Print a finished answer, beside the base's if there is one."""
     if "base" not in answer:
         _print(answer["generated"])
         return
@@ -204,10 +204,10 @@ def _json(row: dict[str, str]) -> str:
 
 
 def _output(name: str | None) -> Path | None:
-    """Return where the answers go, having made sure that they can.
+    """Return the output for the answers, and check that it can be written.
 
     Raises:
-        ConfigError: The file is there already, or its folder is not.
+        ConfigError: The file exists, or its folder does not.
     """
     if name is None or name == STDOUT:
         return None

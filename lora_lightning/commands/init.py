@@ -26,7 +26,7 @@ _GUESSES: dict[str, Guess] = {
     "SequenceClassification": guess_labelled,
     "plain text": guess_plain_text,
 }
-"""What looks at the columns for each task, the most telling first."""
+"""The function for each task that analyses the columns, the most specific first."""
 
 
 def init(
@@ -37,20 +37,20 @@ def init(
     text_column: str | None = None,
     label_column: str | None = None,
 ) -> None:
-    """Look at data and write a config that trains on them.
+    """Analyse data and write a config that trains on them.
 
-    Reads some thousand rows, and says what it sees and decides. An existing file is never overwritten.
+    Reads some thousand rows, and prints observations and decisions. An existing file is never overwritten.
 
     Args:
-        data: What to train on: a file, a folder, a pattern such as data/*.csv, or a Hub data set.
+        data: The training data: a file, a folder, a pattern such as data/*.csv, or a Hub data set.
         output: The file to write.
-        backbone: Hub name, folder, or pkg://package/folder of the model; the usual one of the task if left out. The
+        backbone: Hub name, folder, or pkg://package/folder of the model; by default the usual one of the task. The
             maximum length is counted with its tokenizer if that is on this machine, and estimated otherwise.
         task: SequenceClassification (or single_label, multi_label, regression), TokenClassification, MultipleChoice,
-            Seq2SeqLM or CausalLM; the data tell if left out.
-        text_column: The column with the texts, words, questions, sources or prompts; the data tell if left out.
-        label_column: The column with the labels, tags, answers or targets, or several with commas; the data tell if
-            left out.
+            Seq2SeqLM or CausalLM; by default chosen by the data.
+        text_column: The column with the texts, words, questions, sources or prompts; by default chosen by the data.
+        label_column: The column with the labels, tags, answers or targets, or several with commas; by default chosen by
+            the data.
     """
     path = _free(output)
     given = None if backbone is None else look_at(backbone)
@@ -76,10 +76,10 @@ def init(
 
 
 def _free(output: str) -> Path:
-    """Return the path of a file that is not there yet.
+    """Return the path of a file that does not exist yet.
 
     Raises:
-        ConfigError: It is there, or its folder is not.
+        ConfigError: It exists, or its folder does not.
     """
     path = Path(output).expanduser()
     if path.exists():

@@ -42,14 +42,14 @@ GPUS = {
     "V100": 16,
     "V100-32GB": 32,
 }
-"""GiB of memory of the usual GPUs; where one was made in two sizes, the plain name means the usual one."""
+"""GiB of memory of common GPUs; for a GPU with two sizes, the plain name means the more common one."""
 RESERVED_BY_CUDA = 600 << 20
-"""What CUDA's context and the kernels' workspaces take beside the tensors."""
+"""Memory of CUDA's context and the kernels' workspaces besides the tensors."""
 DOES_NOT_FIT = 1
 USUAL_LENGTH = 2048
-"""Tokens in a row where the data leave it to the model."""
+"""Tokens in a row if the data do not set it."""
 _LEAST_MEMORY = 1 << 20
-"""Less is a number whose unit was left out."""
+"""A smaller number is one without its unit."""
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -64,20 +64,20 @@ def plan(
     world_size: int | None = None,
     seed_everything: bool | int = True,
 ) -> int:
-    """Tell how much memory a config needs, part by part, and whether it fits a GPU.
+    """Report the memory that a config needs, part by part, and whether it fits a GPU.
 
-    Nothing is loaded: the model is built from its config alone. Base, adapters, gradients and optimizer state are
-    counted; activations are counted on a forward pass of tensors without data, every row at its full length.
+    Nothing is loaded: the model is built from its config. Base, adapters, gradients and optimizer state are counted;
+    activations are counted in a forward pass of tensors without data, every row at full length.
 
     Args:
-        model: The task, as `fit` takes it; --config takes the very file that `fit` takes.
-        data: The data, which give the batch size and the length; they are not read.
+        model: The task, as for `fit`; --config takes the same file as `fit`.
+        data: The data, which set the batch size and the length; they are not read.
         trainer: The trainer's settings; precision, devices and strategy count.
-        batch_size: Rows in a batch on each device; the data's own where it is not given.
-        length: Tokens in a row; the data's max_length where it is not given, or 2,048.
-        gpu: What it shall fit: a GPU's name (A100, RTX 4090, ...) or its memory (24GB; a card's GB are GiB); the GPU of
-            this machine, if there is one, where it is not given.
-        world_size: Number of devices; the trainer's where it is not given.
+        batch_size: Rows in a batch on each device; by default that of the data.
+        length: Tokens in a row; by default the data's max_length, or 2,048.
+        gpu: The GPU to fit: its name (A100, RTX 4090, ...) or its memory (24GB; a card's GB are GiB); by default the
+            GPU of this machine, if there is one.
+        world_size: Number of devices; by default that of the trainer.
         seed_everything: Not used; `fit` takes it.
     """
     del seed_everything
@@ -129,7 +129,7 @@ def _cuda_part() -> MemoryPart:
 
 
 def _verdict(planned: MemoryPlan, room: int, name: str) -> tuple[str, bool]:
-    """Say whether a plan fits, and how large a batch does."""
+    """Report whether a plan fits, and the largest batch that does."""
     usable = room - RESERVED_BY_CUDA
     largest, spare = planned.largest_batch(usable), usable - planned.num_bytes
     if spare >= 0:
@@ -157,7 +157,7 @@ def _positive(name: str, given: int | None, default: object) -> int:
 
 
 def _world_size(settings: dict[str, Any]) -> int:
-    """Return the number of processes that a trainer's settings ask for, 1 where they leave it open."""
+    """Return the number of processes in a trainer's settings, 1 by default."""
     devices, num_nodes = settings.get("devices", 1), settings.get("num_nodes", 1)
     if isinstance(devices, str):
         devices = int(devices) if devices.isdigit() else 1
@@ -181,7 +181,7 @@ def _room(gpu: str | None) -> tuple[int | None, str]:
     """Return the memory to fit into, in bytes, and how to call it.
 
     Raises:
-        ConfigError: It is neither a known name nor an amount of memory that a GPU has.
+        ConfigError: It is neither a known name nor a plausible amount of GPU memory.
     """
     if gpu is None:
         if not torch.cuda.is_available():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def schema(output: str | None = None) -> int:
-    """Write the JSON Schema of config files, by which editors complete and check them.
+    """Write the JSON Schema of config files, with which editors complete and check them.
 
     Name it in the first line of a config, relative to it: `# yaml-language-server: $schema=schema.json`.
 

@@ -1,1 +1,1 @@
-"""Reading configuration strictly, and explaining in one line what is wrong with it."""
+"""Strict reading of configuration, and one-line explanations of errors in it."""

@@ -1,4 +1,4 @@
-"""The help on one class that a config may name: all its settings, in their own words."""
+"""The help on one class that a config may name, with all its settings."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from lora_lightning.errors import ConfigError
 
 
 class StrictConfigFile(ActionConfigFile):
-    """The option `--config`, which reads nothing but strict YAML; `config://name.yaml` is a config of the package."""
+    """The option `--config`, which reads only strict YAML; `config://name.yaml` is a config of the package."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:  # noqa: ANN401 - argparse's own signature
         """Check the file, then let jsonargparse read it.

@@ -1,7 +1,7 @@
-"""Finds what is wrong with settings by comparing them with the signatures of the classes that they name.
+"""Finds errors in settings by comparing them with the signatures of the classes that they name.
 
-jsonargparse decides whether settings are good. Where it refuses them, this module looks for the one place that is to
-blame, since the parser's own text lists every alternative that it tried.
+jsonargparse decides whether settings are valid. If it refuses them, this module finds the setting that is wrong, since
+the parser's message lists every alternative that it tried.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any, get_args, get_origin
 
+import lightning as L
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lora_lightning.adapters.base import PEFT_SPELLINGS, Method
@@ -19,6 +20,7 @@ from lora_lightning.config.settings import CLASS_PATH, DICT_KWARGS, INIT_ARGS, S
 from lora_lightning.config.signatures import (
     Parameters,
     alternatives,
+    builds,
     describe,
     find_class,
     is_class_type,
@@ -27,6 +29,7 @@ from lora_lightning.config.signatures import (
 )
 from lora_lightning.config.strict_yaml import KeyPath
 from lora_lightning.errors import ConfigError
+from lora_lightning.imports import import_class, import_object
 from lora_lightning.trust import is_allowed, refusal
 from lora_lightning.wording import one_line, suggestion
 
@@ -47,19 +50,19 @@ class Problem:
 
 
 def explain(settings: Settings, schema: Parameters) -> str | None:
-    """Return one line that says what is wrong with the settings, or None where nothing can be found.
+    """Return one line that says what is wrong with the settings, or None if no error is found.
 
     Args:
         settings: What the user wrote.
-        schema: The type of each top-level key: `model`, `data`, `ckpt_path`, …; where a type is itself a `Parameters`,
-            the key is a group of plain settings, such as the trainer's.
+        schema: The type of each top-level key: `model`, `data`, `ckpt_path`, …; if a type is a `Parameters`, the key is
+            a group of plain settings, such as the trainer's.
     """
     problem = next(_problems_of_arguments(settings.tree, schema, ()), None)
     return None if problem is None else _told(problem, settings, schema)
 
 
 def refuse_ignored(settings: Settings, schema: Parameters) -> None:
-    """Refuse a key that names no setting and has no value, which the parser drops without a word.
+    """Refuse a key that names no setting and has no value, which the parser ignores silently.
 
     Args:
         settings: What the user wrote.
@@ -92,7 +95,7 @@ def refusal_of_building(error: Exception, settings: Settings, schema: Parameters
 
 
 def _told(problem: Problem, settings: Settings, schema: Parameters) -> str:
-    """Return a problem as one line, with the setting that is meant where one is for sure, and where it was written."""
+    """Return a problem as one line, with the intended setting if that is certain, and with its file and line."""
     message = problem.message
     if problem.is_unknown:
         written = ".".join(key for key in problem.path if key != INIT_ARGS)
@@ -138,7 +141,7 @@ def problems(value: Any, hint: Any, path: KeyPath) -> Iterator[Problem]:  # noqa
 
 
 def dotted(path: KeyPath) -> str:
-    """Write a path of keys the way a flag does.
+    """Write a path of keys like a flag.
 
     Example:
         >>> dotted(("model", "init_args", "r"))
@@ -171,8 +174,11 @@ def _problems_of_spec(spec: dict[str, Any], expected: type, path: KeyPath) -> It
         yield Problem((*path, CLASS_PATH), refusal(str(full), f"`{dotted(path)}`"))
         return
     if cls is None:
-        yield _unknown_class(str(named), expected, path)
-        return
+        cls, problem = _own_class(str(named), expected, path)
+        if problem is not None:
+            yield problem
+        if cls is None:
+            return
     if CLASS_PATH not in spec and INIT_ARGS not in spec:
         inside, arguments = path, spec
     else:
@@ -189,12 +195,31 @@ def _problems_of_spec(spec: dict[str, Any], expected: type, path: KeyPath) -> It
         yield from _problem_of_building(cls, arguments, inside)
 
 
-def _unknown_class(name: str, expected: type, path: KeyPath) -> Problem:
-    known = subclasses(expected)
-    text = f"unknown class `{name}` at `{dotted(path)}`"
+def _own_class(name: str, expected: type, path: KeyPath) -> tuple[type | None, Problem | None]:
+    """Import the class that a setting names; without one, say what is wrong with the name.
+
+    A function that builds an object of the class is good too: both are None then.
+    """
+    where = f"`{dotted(path)}`"
     if "." not in name:
-        return Problem((*path, CLASS_PATH), f"{text}; {suggestion(name, known)}")
-    return Problem((*path, CLASS_PATH), f"{text}: it cannot be imported, or is no {expected.__name__}")
+        text = f"unknown class `{name}` at {where}; {suggestion(name, subclasses(expected))}"
+        return None, Problem((*path, CLASS_PATH), text)
+    try:
+        found = import_object(name, expected, where)
+        if builds(found, expected):
+            return None, None
+        return import_class(name, expected, where), None
+    except ConfigError as error:
+        hint = _hint_of_callback(name, expected)
+        return None, Problem((*path, CLASS_PATH), f"{where}: {error}{hint}")
+
+
+def _hint_of_callback(name: str, expected: type) -> str:
+    """Return how to train a LightningModule that is not a task, if a name stands for one."""
+    is_module = find_class(name, L.LightningModule) is not None
+    if not is_module or not issubclass(expected, L.LightningModule):
+        return ""
+    return " To train it as it is, use the callback AdapterFinetuning in a script of your own."
 
 
 def _foreign_spellings(cls: type[Method], arguments: dict[str, Any], path: KeyPath) -> Iterator[Problem]:
@@ -231,7 +256,7 @@ def _class_item(parts: tuple[Any, ...]) -> Any:  # noqa: ANN401 - a type hint
 
 
 def _error_of(hint: Any, value: Any) -> str | None:  # noqa: ANN401 - type hints have no common type
-    """Return what jsonargparse has against a plain value for a type, or None where it takes it."""
+    """Return the error of jsonargparse for a plain value of a type, or None if it accepts the value."""
     parser = ArgumentParser(exit_on_error=False)
     try:
         parser.add_argument("--value", type=hint)

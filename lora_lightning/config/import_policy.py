@@ -1,4 +1,4 @@
-"""What jsonargparse may import because a value names it."""
+"""The import paths that jsonargparse may import by name."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from lora_lightning.trust import allowed_prefixes
 
 
 def set_import_policy() -> None:
-    """Tell jsonargparse what values may name: in strict mode the allowed list alone.
+    """Set the import paths that values may name in jsonargparse: in strict mode only the allowed list.
 
-    It asks before it imports, for class paths, callables and modules alike, and again for the place where the found
-    object is defined. Outside strict mode its own list of refused modules (`os`, `subprocess`, ...) holds.
+    It checks class paths, callables and modules before it imports them, and again the path where the found object is
+    defined. Outside strict mode its own list of refused modules (`os`, `subprocess`, ...) applies.
     """
     prefixes = allowed_prefixes()
     set_parsing_settings(
-        # Giving a list, be it empty, makes jsonargparse enforce the one that it comes with.
+        # With a list, even an empty one, jsonargparse enforces its own list.
         import_path_denylist=[] if prefixes is None else ["*"],
         import_path_allowlist=[] if prefixes is None else list(prefixes),
         instantiate_subclass_spec_in_any=False,

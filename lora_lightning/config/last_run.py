@@ -1,4 +1,4 @@
-"""The newest checkpoint of all runs, which `--ckpt_path last` and `--ckpt_path hpc` mean."""
+"""The newest checkpoint of all runs, for `--ckpt_path last` and `--ckpt_path hpc`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lora_lightning.config.settings import INIT_ARGS
 from lora_lightning.errors import ConfigError
 
 DEFAULT_ROOT = "runs"
-"""Folder of all runs where the trainer names none."""
+"""Folder of all runs if the trainer names none."""
 
 
 def last_of_runs(trainer: Mapping[str, Any]) -> SavedRun:
     """Read the newest complete checkpoint of all runs, for a process that starts a new run and resumes from it.
 
-    Lightning would look in the folder of the new run, find nothing there, and start anew.
+    Lightning would look only in the folder of the new run, find no checkpoint, and start from scratch.
 
     Args:
         trainer: The trainer's settings.
@@ -38,7 +38,7 @@ def last_of_runs(trainer: Mapping[str, Any]) -> SavedRun:
 
 
 def require_requeued(trainer: dict[str, Any]) -> None:
-    """Make sure that there is a checkpoint of a job that Lightning requeued, which `--ckpt_path hpc` means.
+    """Check that there is a checkpoint of a job that Lightning requeued, for `--ckpt_path hpc`.
 
     Args:
         trainer: The trainer's settings.

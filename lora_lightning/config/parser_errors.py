@@ -1,4 +1,4 @@
-"""The text of a parser's error, cut down to the line that helps."""
+"""Parser errors, reduced to the relevant line."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def reduce_error(text: str) -> str:
 
 
 def own_message(error: BaseException) -> str:
-    """Return the sentence of the mistake that started a chain of exceptions, else that of the last one.
+    """Return the message of the `UserError` in a chain of exceptions, else that of the last exception.
 
-    jsonargparse wraps what a class says against its settings into a list of all types that it tried.
+    jsonargparse wraps the error of a class about its settings into a list of all types that it tried.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UserError):
@@ -62,7 +62,7 @@ def own_message(error: BaseException) -> str:
 
 
 def missing_package(error: BaseException) -> str | None:
-    """Return what to install where a class needs a package that is not there, or None for another error."""
+    """Return what to install if a class needs a missing package, or None for another error."""
     cause: BaseException | None = error
     while cause is not None:
         text = str(cause)
@@ -77,7 +77,7 @@ def missing_package(error: BaseException) -> str | None:
 
 
 def refused_import(text: str) -> str | None:
-    """Return our own sentence where jsonargparse refuses to import what a value names, or None for another error."""
+    """Return our message if jsonargparse refuses to import what a value names, or None for another error."""
     match = re.search(r"Importing '([^']+)' is not allowed", text)
     if match is None:
         return None

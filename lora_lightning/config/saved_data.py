@@ -1,4 +1,4 @@
-"""The data settings that a checkpoint carries, for commands that use its model on other rows."""
+"""The data settings in a checkpoint, for commands that use its model on other rows."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def data_of_run(run: SavedRun, given: Mapping[str, Any]) -> dict[str, Any] | Non
 
     Args:
         run: The checkpoint.
-        given: The data settings that the user wrote, in the same form. Where they name a source, those of the training
-            are left out.
+        given: The data settings that the user wrote, in the same form. If they name a source, those of the training
+            are omitted.
 
     Returns:
         The settings; None if the checkpoint was trained with another data module, or holds none.

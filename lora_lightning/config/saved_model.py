@@ -1,4 +1,4 @@
-"""The model settings that a checkpoint carries, and how they agree with the ones that the user gives beside it."""
+"""The model settings in a checkpoint, and their comparison with those that the user gives too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.trust import LIBRARY, check_import
 
 KEYWORDS = frozenset({"last", "best", "hpc"})
-"""What Lightning takes in place of a file."""
+"""Keywords that Lightning accepts instead of a file."""
 
 
 def saved_model(run: SavedRun) -> dict[str, Any]:
@@ -47,10 +47,10 @@ def saved_model(run: SavedRun) -> dict[str, Any]:
 def refuse_conflict(
     given: Mapping[str, Any], saved: Mapping[str, Any], path: Path, ignored: frozenset[str], *, trains: bool
 ) -> None:
-    """Refuse model settings that a checkpoint contradicts, since one of the two would be dropped silently.
+    """Refuse model settings that contradict a checkpoint, since one of the two would be ignored silently.
 
     Args:
-        given: What the user wrote, `{class_path, init_args}`; nothing but what he wrote.
+        given: Only the settings that the user wrote, `{class_path, init_args}`.
         saved: The same of the checkpoint, with all settings.
         path: The checkpoint, for the message.
         ignored: Names of `init_args` that may differ.

@@ -1,4 +1,4 @@
-"""What the user wrote, in config files and in flags, as one tree; used to explain mistakes, not to run."""
+"""Settings that the user wrote in config files and flags, as one tree; used to explain errors, not to run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPEC_KEYS = frozenset({CLASS_PATH, INIT_ARGS, DICT_KWARGS})
 
 @dataclass
 class Settings:
-    """Settings as the user wrote them, later ones over earlier ones.
+    """Settings as the user wrote them; later ones override earlier ones.
 
     Args:
         tree: Nested mappings, as one config file would have them.
@@ -39,7 +39,7 @@ class Settings:
 
 
 def collect(arguments: Sequence[str]) -> Settings:
-    """Gather the settings of a command line, reading the config files that it names.
+    """Collect the settings of a command line, including the config files that it names.
 
     Args:
         arguments: The command line after the subcommand.
@@ -63,7 +63,7 @@ def collect(arguments: Sequence[str]) -> Settings:
 
 
 def flag_value(arguments: Sequence[str], name: str) -> str | None:
-    """Return the value of the last flag of a name, wherever config files stand; None if there is none.
+    """Return the value of the last flag of a name, regardless of config files; None if there is none.
 
     Example:
         >>> flag_value(["--ckpt_path=last.ckpt", "--config", "run.yaml"], "ckpt_path")
@@ -92,7 +92,7 @@ def is_file_name(value: object) -> bool:
 
 
 def parse_value(text: str) -> Any:  # noqa: ANN401 - whatever the YAML says
-    """Read the value of a flag as YAML, or as a plain string where it is none."""
+    """Read the value of a flag as YAML, or as a plain string if it is not YAML."""
     try:
         return load_text(text)
     except yaml.YAMLError:
@@ -100,10 +100,10 @@ def parse_value(text: str) -> Any:  # noqa: ANN401 - whatever the YAML says
 
 
 def set_flag(tree: dict[str, Any], keys: Sequence[str], value: Any) -> KeyPath:  # noqa: ANN401 - values out of YAML are of any type
-    """Put the value of a flag such as `--model.method.r` into a tree, through `init_args` where a class is named.
+    """Insert the value of a flag such as `--model.method.r` into a tree, under `init_args` if a class is named.
 
     Returns:
-        The path at which it went in.
+        The path of the value.
     """
     node, path = tree, list[str]()
     for key in keys[:-1]:
@@ -124,7 +124,7 @@ def set_flag(tree: dict[str, Any], keys: Sequence[str], value: Any) -> KeyPath: 
 
 
 def _enter(node: dict[str, Any], key: str, path: list[str]) -> dict[str, Any]:
-    """Return the mapping in which a key of `node` stands: the node itself, or the `init_args` of its class."""
+    """Return the mapping that holds a key of `node`: the node itself, or the `init_args` of its class."""
     if CLASS_PATH not in node or key in SPEC_KEYS:
         return node
     path.append(INIT_ARGS)

@@ -20,9 +20,9 @@ class Line:
     """A setting of the short help.
 
     Args:
-        flag: The setting with what it takes, such as `--model.method.r N`.
-        text: What it does, in a few words.
-        default: Its default as YAML writes it; empty where it has none or depends on the rest.
+        flag: The setting with its value, such as `--model.method.r N`.
+        text: Short description.
+        default: Its default in YAML; empty if it has none or depends on other settings.
         commands: The subcommands that show it.
     """
 
@@ -83,7 +83,7 @@ GROUPS = {
         Line("--seed_everything N", "seed of weights, order and dropout", "42", commands=ALL),
     ),
 }
-"""What the short help shows, in its order."""
+"""The settings of the short help, in order."""
 
 
 def short_help(command: str, summary: str) -> str:

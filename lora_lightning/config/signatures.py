@@ -1,4 +1,4 @@
-"""What a class or function may be called with: parameter names and types, as a config file may set them."""
+"""Signatures of classes and functions: parameter names and types that a config file may set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Parameters:
     Args:
         types: Type by name; `Any` where none is known.
         required: Names without a default.
-        is_open: Whether more keywords are taken than can be told.
+        is_open: Whether further, unknown keywords are accepted.
     """
 
     types: dict[str, Any]
@@ -27,7 +27,7 @@ class Parameters:
 
 
 def parameters_of(cls: type) -> Parameters:
-    """Return what a class can be built with; `**kwargs` are followed up to the base classes.
+    """Return the parameters of a class; `**kwargs` are resolved in its base classes.
 
     Example:
         >>> sorted(parameters_of(Parameters).types)
@@ -120,8 +120,20 @@ def find_class(name: str, expected: type) -> type | None:
     return found if isinstance(found, type) and issubclass(found, expected) else None
 
 
+def builds(function: Any, cls: type) -> bool:  # noqa: ANN401 - whatever a path names
+    """Return whether a function declares that it returns an object of a class; a config may name it like the class.
+
+    Example:
+        >>> def three() -> int: ...
+        >>> builds(three, int), builds(three, str), builds(int, int)
+        (True, False, False)
+    """
+    returned = None if isinstance(function, type) or not callable(function) else _hints(function).get("return")
+    return isinstance(returned, type) and issubclass(returned, cls)
+
+
 def describe(hint: Any) -> str:  # noqa: ANN401 - a type hint
-    """Say in words what values a type allows.
+    """Describe the values that a type allows.
 
     Example:
         >>> describe(int | None), describe(list[str] | str), describe(Literal["a", "b"])

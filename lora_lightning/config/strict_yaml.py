@@ -1,4 +1,4 @@
-"""YAML as data only: no duplicate keys, no tags that build objects, no bombs; every mistake with its file and line."""
+"""YAML as data only: no duplicate keys, no tags that build objects, no alias bombs; errors have file and line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARSER_MODE = "strict_yaml"
 MAX_BYTES = 2**20
 MAX_DEPTH = 64
 MAX_NODES = 100_000
-"""How many values a document may hold once its aliases are written out."""
+"""Maximum number of values of a document with expanded aliases."""
 
 _PLAIN_TAGS = frozenset(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "seq", "map"))
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -64,7 +64,7 @@ def read_document(path: str | Path) -> Document:
 
 
 def load_text(text: str) -> Any:  # noqa: ANN401 - whatever the YAML says
-    """Load a piece of YAML strictly, as jsonargparse's `set_loader` wants it.
+    """Load YAML strictly; a loader for jsonargparse's `set_loader`.
 
     Numbers such as `1e-3` are floats, dates stay strings.
 
@@ -88,7 +88,7 @@ def check_yaml(text: str, source: str) -> dict[KeyPath, int]:
 
     Args:
         text: The YAML.
-        source: What to call it in messages, such as the file's path.
+        source: Its name in messages, such as the file's path.
 
     Returns:
         The line of each key by the path of keys that leads to it; positions in lists count as keys.
@@ -148,7 +148,7 @@ class _Level:
 
 
 class _Checker:
-    """What was seen so far of a document."""
+    """State of the check of a document."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -196,7 +196,7 @@ class _Checker:
             self.add_value(line, level.num_nodes)
 
     def add_node(self, line: int, num_nodes: int, text: str) -> None:
-        """Take a scalar or alias: a key where the mapping waits for one, else a value."""
+        """Process a scalar or alias: a key if the mapping expects one, else a value."""
         if not self.levels:
             return
         level = self.levels[-1]

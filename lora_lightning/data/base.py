@@ -1,4 +1,4 @@
-"""What the data modules share: their stages, and loaders that put rows of like length into a batch."""
+"""Base of the data modules: stages, and loaders that batch rows of similar length."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
     Args:
         batch_size: Rows in a training batch, on each device.
         eval_batch_size: Rows in any other batch; None means `batch_size`.
-        group_by_length: Put rows of like length into a batch, so that little is padded.
+        group_by_length: Batch rows of similar length, which reduces padding.
         seed: Seed of the order of training, at least 0.
         num_workers: Processes that make batches; 0 makes them in the main one.
         tokenizer: Hub name, folder, or `pkg://package/folder` of the tokenizer; None means the backbone's own. After
@@ -77,7 +77,7 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
 
     @abc.abstractmethod
     def _prepare(self) -> None:
-        """Load the tokenizer and settle what encoding needs; forget encoded rows that no longer fit."""
+        """Load the tokenizer and what encoding needs; discard encoded rows that no longer match."""
 
     @abc.abstractmethod
     def _encode(self, split: str) -> Any:  # noqa: ANN401 - data sets with lengths share no public base class
@@ -99,7 +99,7 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
     # What Lightning calls.
 
     def setup(self, stage: str | None = None) -> None:
-        """Read and divide the rows, and encode those that a stage needs; nothing is done twice.
+        """Read and split the rows, and encode those that a stage needs; repeated calls reuse the result.
 
         Args:
             stage: `fit`, `validate`, `test` or `predict`; None means all.
@@ -122,7 +122,7 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
                     self._check_encoded(split)
 
     def require_rows(self, *kinds: str) -> None:
-        """Read and divide the rows, and refuse data that leave a kind without any; nothing is encoded.
+        """Read and split the rows without encoding them, and raise an error if a kind has no rows.
 
         Args:
             *kinds: `val`, `test`.
@@ -137,7 +137,7 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
                 raise self._no_rows({"val": "validate"}.get(kind, kind), kind)
 
     def train_dataloader(self) -> Batches:
-        """Return the training batches of this rank, in an order of their own for every epoch."""
+        """Return the training batches of this rank; each epoch has a different order."""
         rows = self._encoded_rows("train")
         num_replicas, rank = self._ranks()
         sampler = LengthGroupedSampler(
@@ -156,7 +156,7 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
     def val_dataloader(self) -> Batches | list[Any] | dict[str, Batches]:
         """Return the validation batches of this rank, the longest rows first.
 
-        Without such rows it is an empty list, and with named sets a loader for each by its name.
+        The list is empty without validation rows. Named sets give a mapping from name to loader.
         """
         return self._evaluation_batches("val")
 
@@ -165,9 +165,9 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
         return self._evaluation_batches("test")
 
     def predict_dataloader(self) -> Batches | dict[str, Batches]:
-        """Return the batches to predict of this rank, in the order of their file; each is the one of a single process.
+        """Return the batches to predict of this rank, in file order; the batches are those of a single process.
 
-        With named sets it is a loader for each by its name.
+        Named sets give a mapping from name to loader.
         """
         splits = self._splits_of("predict") or ["predict"]
         loaders = {split.removeprefix("predict/"): self._loader_to_predict(split) for split in splits}
@@ -200,7 +200,7 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}: expected {' or '.join(values)}.")
 
     def _check_encoded(self, split: str) -> None:
-        """Refuse rows longer than the backbone takes, where its tokenizer did not tell, and fewer rows than ranks."""
+        """Refuse rows longer than the backbone's context and splits with fewer rows than ranks."""
         lengths = getattr(self._encoded[split], "lengths", [0])
         backbone = getattr(self._module(), "backbone", None)
         most = model_facts(backbone).context if isinstance(backbone, str) else None
@@ -266,7 +266,7 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
         return self._collate()
 
     def _ranks(self) -> tuple[int, int]:
-        """Return how many processes share the rows, and which of them this is."""
+        """Return the number of processes that share the rows, and the index of this process."""
         shared = self.trainer.distributed_sampler_kwargs if self.trainer else None
         return (shared["num_replicas"], shared["rank"]) if shared else (1, 0)
 

@@ -21,7 +21,7 @@ SIZE_VARIABLE = "LORA_LIGHTNING_CACHE_SIZE"
 _USUAL_SIZE = "20GB"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNFINISHED = ".unfinished-"
-# What was used so recently may still be opened by the workers of a run.
+# The workers of a run may still have entries open that were used this recently.
 _IN_USE_SECONDS = 3600
 
 
@@ -79,13 +79,13 @@ def parse_size(text: str, name: str) -> int:
 
 
 def key_of(*parts: Any) -> str:  # noqa: ANN401 - whatever JSON can hold
-    """Return 32 hexadecimal digits that tell apart everything a cached entry depends on."""
+    """Return 32 hexadecimal digits that identify everything a cached entry depends on."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def temporary_folder(owner: object) -> Path:
-    """Return a new folder outside the cache, which is removed together with an object."""
+    """Return a new folder outside the cache that is removed when an object is deleted."""
     folder = Path(tempfile.mkdtemp(prefix="lora-lightning-"))
     weakref.finalize(owner, shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -94,7 +94,7 @@ def temporary_folder(owner: object) -> Path:
 def cached(name: str, build: Callable[[Path], None]) -> Path:
     """Return the folder of an entry; build it if there is none, in one process of this machine.
 
-    The entry is built aside and renamed, so that no process ever sees half of one.
+    The entry is built in a temporary folder and renamed, so that no process sees an incomplete one.
 
     Args:
         name: Name of the entry, with its key.
@@ -133,11 +133,11 @@ def entries() -> list[Entry]:
 
 
 def clear(keep_bytes: int = 0, *, spare_seconds: float = 0) -> list[Entry]:
-    """Remove the least recently used entries until the others hold at most so many bytes.
+    """Remove the least recently used entries until the others hold at most `keep_bytes`.
 
     Args:
-        keep_bytes: How many bytes may stay.
-        spare_seconds: Entries used within so many seconds stay in any case.
+        keep_bytes: Number of bytes that may remain.
+        spare_seconds: Entries used within this many seconds are always kept.
 
     Returns:
         The entries that were removed.

@@ -1,4 +1,4 @@
-"""Data modules whose rows stand in named columns and become tokens of at most a given number."""
+"""Data modules that read named columns and tokenize them up to a maximum length."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COUNTED_AS = {"cut": "cut", "drop": "dropped", "split": "split"}
 class ColumnData(RecordData):
     """Reads rows from the columns that settings name; see `RecordData` for sources and splits.
 
-    A subclass declares what stands below, and defines `row_of` and `encode`.
+    A subclass declares the class attributes below and defines `row_of` and `encode`.
 
     Args:
         max_length: Tokens after which a row is too long.
@@ -40,7 +40,7 @@ class ColumnData(RecordData):
     inputs: ClassVar[tuple[str, ...]] = ()
     """The settings that name columns of every row."""
     targets: ClassVar[tuple[str, ...]] = ()
-    """The settings that name columns of what is learnt; rows to predict need not have them."""
+    """The settings that name columns of targets; rows to predict need not have them."""
     row_word: ClassVar[str] = "text"
     """What a row is called, for messages."""
     label_word: ClassVar[str] = ""
@@ -51,7 +51,7 @@ class ColumnData(RecordData):
     of_words: ClassVar[bool] = False
     """Whether the tokenizer is given lists of words."""
     joins_pieces: ClassVar[bool] = False
-    """Whether rows to predict may be split, because their predictions are put together again."""
+    """Whether rows to predict may be split because their predictions are joined again."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class ColumnData(RecordData):
         return cell_of(record, getattr(self, setting), setting)
 
     def _text_to_predict(self, record: Record, setting: str) -> str:
-        """Return a text, empty where there is none: each row to predict gets an answer."""
+        """Return a text, empty if it is missing: each row to predict gets an answer."""
         column = getattr(self, setting)
         cell = Cell(record.fields.get(column), column, record.place)
         return "" if cell.is_missing else text_of(cell)
@@ -140,11 +140,11 @@ class ColumnData(RecordData):
         return padding_tokenizer(name, self.max_length, of_words=self.of_words)
 
     def encoding_key(self) -> list[Any]:
-        """Return the length, and what becomes of longer rows; what is read is kept apart by all other settings."""
+        """Return the maximum length and the treatment of longer rows; other settings are part of the reading key."""
         return [self.max_length, self.too_long]
 
     def _shortened(self, pieces: Sequence[_Piece], split: str, counts: Counter[str]) -> Sequence[_Piece]:
-        """Return what stays of a row that is in several pieces if it is too long, and count what became of it.
+        """Return the pieces to keep of a row that was too long, and count the row as cut, dropped or split.
 
         Rows to predict are never dropped.
         """
@@ -168,7 +168,7 @@ class ColumnData(RecordData):
         tell_too_long(lost, len(self._rows(split)), whose, self.max_length)
 
     def describe_content(self, content: list[Any]) -> tuple[str, Any]:
-        """Return a row's text and its target, if these are its content."""
+        """Return the text and the target of a row whose content is these two."""
         text, target = content
         return text, tuple(target) if isinstance(target, list) else target
 
@@ -185,7 +185,7 @@ class ColumnData(RecordData):
 
 
 def joined(parts: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
-    """Return parts as one row: their tokens one behind another, their numbers of tokens as `sizes`.
+    """Return parts as one row: their tokens concatenated, and their numbers of tokens as `sizes`.
 
     Example:
         >>> joined([{"input_ids": [5, 6]}, {"input_ids": [7]}])
@@ -197,7 +197,7 @@ def joined(parts: Sequence[Mapping[str, list[int]]]) -> dict[str, Any]:
 
 
 def parts_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the parts of a row that `joined` made; a label of the whole row is in none of them."""
+    """Return the parts of a row that `joined` made, without a label of the whole row."""
     ends = np.cumsum(row["sizes"])[:-1]
     names = [name for name in row if name not in ("sizes", "labels")]
     columns = [np.split(np.asarray(row[name]), ends) for name in names]

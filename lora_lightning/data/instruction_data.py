@@ -43,46 +43,45 @@ _DID = {"cut": "cut", "split": "split", "drop": "dropped"}
 class InstructionData(QuestionRows):
     """Reads samples for `CausalLM`; see `RecordData` for sources and splits.
 
-    Each record tells by its fields what it is: `messages` (role and content), `conversations` (from and value),
-    `prompt` and `completion`, `instruction` with `input`, `output` and `history`, or `text`; `system` and `tools` may
-    stand beside them. A YAML file holds chatterbot's dialogues.
+    The fields of a record determine its format: `messages` (role and content), `conversations` (from and value),
+    `prompt` and `completion`, `instruction` with `input`, `output` and `history`, or `text`; each may have `system` and
+    `tools`. A YAML file holds chatterbot's dialogues.
 
-    Conversations are written out by the tokenizer's chat template, or by the one that `template` names. Prompts and
-    completions given as texts are too, where there is a template; without one they are plainly joined. Of all this the
-    assistant's words are learnt, with the token that ends its turn; plain texts are learnt whole. Each sample ends with
-    a token at which the model stops.
+    The tokenizer's chat template, or the one that `template` names, formats conversations. It also formats prompts and
+    completions given as texts; without a template they are concatenated. The model learns the assistant's words and the
+    token that ends its turn; of plain texts it learns every token. Each sample ends with a token at which the model
+    stops.
 
     Samples with the same first question stay in one split. Copies of a sample in `train` are dropped. A sample that is
-    too long is cut at its end; one that would have no word of an answer left is left out. Both are counted, and a
-    warning tells.
+    too long is cut at its end, or dropped if no token of an answer would remain. A warning reports how many.
 
-    Rows to predict need no answer (no `completion`, no `output`, no last turn of the assistant); one that is there is
-    left out. Their batches hold what stands before the answer, as `input_ids` and `attention_mask`.
+    Rows to predict need no answer (no `completion`, no `output`, no last turn of the assistant); an existing answer is
+    removed. Their batches hold the tokens before the answer as `input_ids` and `attention_mask`.
 
     Other batches hold `input_ids` and `labels` `[batch, length]`, labels -100 where nothing is learnt and not shifted,
     and `attention_mask`, or with packing `position_ids`; see `DocumentBatch`.
 
     Args:
         batch_size: Rows in a training batch, on each device.
-        max_length: Tokens after which a sample is too long, and with packing the length of a row; None means 2,048, or
-            what the model takes if that is less.
+        max_length: Maximum number of tokens of a sample, and with packing of a row; None means 2,048, or the model's
+            context if that is less.
         template: Name of a chat template (`alpaca`, `chatml`, `dialogue`, `gemma`, `llama3`, `mistral`, `phi3`,
-            `plain`, `zephyr`), or a `.jinja` file; None means the tokenizer's own. With `plain`, prompts and
-            completions are plainly joined.
+            `plain`, `zephyr`), or a `.jinja` file; None means the tokenizer's own. `plain` concatenates prompts and
+            completions.
         template_arguments: Further arguments of the chat template, such as `{enable_thinking: false}`.
         train_on: `assistant` learns the assistant's words only, `last` only those of its last turn, `all` every word.
-        packing: Put several samples into a row of `max_length` tokens, in which none sees another.
+        packing: Put several samples into a row of `max_length` tokens; they do not attend to each other.
         padding_side: `right` or `left`, where shorter rows are padded.
         streaming: Read, encode and shuffle `train` while training, for a file larger than memory. Give a file as `val`
-            (or `val_size` 0), and the trainer a number of steps. Several files are read in turn; those with weights
-            are mixed, one that ends starts again, and an epoch ends when each was read once. Broken rows are left
-            out and counted, unless `bad_rows` is `refuse`.
-        shuffle_buffer: Number of rows among which a streamed row is drawn.
+            (or `val_size` 0), and the trainer a number of steps. Several files are read in turn; files with weights
+            are mixed, a file that ends restarts, and an epoch ends when each was read once. Broken rows are skipped
+            and counted, unless `bad_rows` is `refuse`.
+        shuffle_buffer: Size of the buffer from which streamed rows are drawn.
         columns: For our names of fields, the names in the files, such as `{prompt: question, completion: answer}`.
         bad_rows: `refuse` ends with the first broken row, `skip` leaves broken rows out and counts them; None means
             `refuse`, and `skip` when streaming.
         test_size: Number or share of the rows to test on, where no source is given; 0 means none.
-        group_by_length: Put rows of like length into a batch, so that little is padded; not with packing.
+        group_by_length: Batch rows of similar length, which reduces padding; not with packing.
         **settings: Those of `RecordData`.
 
     Attributes:
@@ -168,11 +167,11 @@ class InstructionData(QuestionRows):
     # Rows.
 
     def columns_read(self, split: str) -> dict[str, str]:
-        """Return nothing: a record's fields tell what it is."""
+        """Return nothing: the fields of a record determine its format."""
         return {}
 
     def read_row(self, record: Record, split: str, ignored: Counter[str]) -> Row | None:
-        """Return a sample as a row, and count the fields that it ignores; of a row to predict, what is asked."""
+        """Return a sample as a row, of a row to predict the question, and count the fields that it ignores."""
         if kind_of(split) == "predict":
             return self._question_row(record)
         sample = sample_from(record, self.columns, ignored)
@@ -203,7 +202,7 @@ class InstructionData(QuestionRows):
         if counts["rows_incomplete"]:
             rank_zero_warn(
                 f"{counts['rows_incomplete']} of {counts['rows_read']} rows of {self.plan.source_name('train')} are "
-                "left out: they have a blank answer or text, or are no question with an answer."
+                "left out: they have a blank answer or text, or are not a question with an answer."
             )
 
     # The tokenizer and what it makes of the samples.
@@ -315,7 +314,7 @@ class InstructionData(QuestionRows):
     # Streaming.
 
     def train_dataloader(self) -> Batches:
-        """Return the training batches of this rank, in an order of their own for every epoch."""
+        """Return the training batches of this rank; each epoch has a different order."""
         if not self.streaming:
             return super().train_dataloader()
         num_replicas, rank = self._ranks()
@@ -329,7 +328,7 @@ class InstructionData(QuestionRows):
         return loader
 
     def _tell_stream(self, notes: Path, bad_rows: Path | None) -> None:
-        """Tell once what all worker processes left out."""
+        """Report once what all worker processes dropped."""
         self._is_stream_told = True
         lost: Counter[str] = Counter()
         bad: list[tuple[str, str]] = []
@@ -362,7 +361,7 @@ class InstructionData(QuestionRows):
         )
 
     def _try_stream(self) -> None:
-        """Encode the first samples, so that mistakes in them are told before training starts."""
+        """Encode the first samples, so that errors in them are reported before training starts."""
         first = list(itertools.islice(self._stream().documents(), LOOKED_AT_FIRST))
         rank_zero_info(
             f"Data: {self.plan.source_name('train')} is streamed; its first {len(first)} samples have "
@@ -382,7 +381,7 @@ class InstructionData(QuestionRows):
         )
 
     def _takes_positions(self) -> bool:
-        """Return whether the model takes `position_ids`; one that is not there yet is taken to.
+        """Return whether the model takes `position_ids`; assume so while there is no model.
 
         Raises:
             ConfigError: It does not, and packing needs them.

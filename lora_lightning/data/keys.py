@@ -1,4 +1,4 @@
-"""What the keys are made of under which rows are kept."""
+"""Cache keys of rows."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _FOREIGN = ("abc", "builtins", "lightning", "lightning_utilities", "typing")
 def code_digest(cls: type) -> str | None:
     """Return a digest of this package's code and of the files that define a class and its bases.
 
-    Without it, rows that another version of the code has encoded would be taken for this one's.
+    Without it, a run could use rows that another version of the code has encoded.
 
     Args:
         cls: A data module.
 
     Returns:
-        64 hexadecimal digits; None if a file cannot be read, as of a class that was defined at a prompt.
+        64 hexadecimal digits; None if a file cannot be read, such as for a class defined at a prompt.
     """
     digest = hashlib.sha256()
     for base in cls.__mro__:
@@ -45,7 +45,7 @@ def code_digest(cls: type) -> str | None:
 
 
 def rows_key(cls: type, plan: Plan, settings: list[Any]) -> str:
-    """Return what tells rows apart: the content of their sources, how they are read, and the code that reads them.
+    """Return the key of rows: the content of their sources, the reading settings, and the code that reads them.
 
     Args:
         cls: The data module.
@@ -63,7 +63,7 @@ def rows_key(cls: type, plan: Plan, settings: list[Any]) -> str:
 
 
 def ends_of(path: Path, size: int = 1 << 20) -> bytes:
-    """Return what tells a large file apart: its name, its size, its first and its last bytes."""
+    """Return what identifies a large file: its name, its size, its first and its last bytes."""
     total = path.stat().st_size
     with path.open("rb") as file:
         first = file.read(size)

@@ -27,7 +27,7 @@ __all__ = ["MultipleChoiceData"]
 
 _UNKNOWN = -1
 _ENOUGH_TO_TELL = 30
-"""Rows after which it is no chance that the first choice is never right."""
+"""Number of rows from which on it is unlikely by chance that the first choice is never right."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ChoiceBatch:
         for index, item in enumerate(items):
             choices = parts_of(item)
             mask[index, : len(choices)] = 1
-            # What fills up is a copy of a row's first choice, so that no model meets a text without tokens.
+            # Padding choices are copies of the first choice of the row, since models fail on a text without tokens.
             flat += choices + choices[:1] * (most - len(choices))
         batch = {name: tensor.view(len(items), most, -1) for name, tensor in self.pad(flat).items()}
         batch["choice_mask"] = mask

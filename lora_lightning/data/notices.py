@@ -1,4 +1,4 @@
-"""Warnings about rows: told again by each run that uses what an earlier run, or another process, made of them."""
+"""Warnings about rows, repeated by each run that uses rows cached by an earlier run or another process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def warn(message: str) -> None:
 
 @contextmanager
 def keeping() -> Iterator[list[str]]:
-    """Note warnings in the list that is returned, on every rank, instead of telling them."""
+    """Collect warnings in the returned list, on every rank, instead of emitting them."""
     noted: list[str] = []
     token = _noted.set(noted)
     try:
@@ -35,7 +35,7 @@ def keeping() -> Iterator[list[str]]:
 
 
 def noting(build: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Return what builds a folder and notes in it the warnings of doing so; it tells them if it fails."""
+    """Return a function that builds a folder and stores its warnings there; on failure it emits them."""
 
     def _build(folder: Path) -> None:
         with keeping() as noted:
@@ -51,11 +51,11 @@ def noting(build: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 def tell_noted(folder: Path, told: set[str]) -> None:
-    """Tell the warnings that were noted in a folder.
+    """Emit the warnings stored in a folder.
 
     Args:
         folder: What `noting` built.
-        told: The warnings that were told already; takes those that are told now.
+        told: The warnings already emitted; the ones emitted now are added.
     """
     for message in json.loads((folder / _FILE).read_text("utf-8")):
         if message not in told:

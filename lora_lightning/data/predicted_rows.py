@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from lightning.pytorch.trainer.states import TrainerFn
+
 from lora_lightning.checkpoint.folder import RunFacts
 from lora_lightning.checkpoint.saved_run import SavedRun
 from lora_lightning.data.base import TokenizedData
@@ -111,8 +113,8 @@ class PredictedRows(TokenizedData, abc.ABC):
         needs_training = self.needs_training_rows()
         if needs_training and self.plan.sources["train"] is None:
             raise DataError(
-                "The names of the labels are not known: take the model from its checkpoint (--ckpt_path), or set "
-                "label_names, or name the training rows as train."
+                "The names of the labels are not known. Take the model from its checkpoint (--ckpt_path) or its "
+                "adapter (--model.adapter), or set label_names, or name the training rows as train."
             )
         is_alone = stage == "predict" and has_own and not needs_training
         if self._reads_alone and not is_alone:
@@ -142,16 +144,28 @@ class PredictedRows(TokenizedData, abc.ABC):
         """Return the encoded rows of a split, one by one."""
         return self._encoded_rows(split)
 
+    def _facts_of_model(self) -> RunFacts | None:
+        """Return what is known of the run that trained the model, from its checkpoint or its adapter folder.
+
+        A fit that starts from an adapter learns what its own training rows say.
+        """
+        if self.facts is not None or self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            return self.facts
+        facts_of_adapter = getattr(self._module(), "facts_of_adapter", None)
+        return None if facts_of_adapter is None else facts_of_adapter()
+
     def _saved_template(self) -> str | None:
         """Return the chat template of the saved run, where one was named and has one."""
-        tokenizer = None if self.facts is None else self.facts.tokenizer
+        facts = self._facts_of_model()
+        tokenizer = None if facts is None else facts.tokenizer
         return None if tokenizer is None else tokenizer.chat_template
 
     def _known_labels(self) -> list[str]:
         """Return the names of the model's labels, where the model or its saved run has some."""
         names = getattr(self._module(), "label_names", None)
-        if names is None and self.facts is not None:
-            names = self.facts.label_names
+        facts = self._facts_of_model() if names is None else None
+        if facts is not None:
+            names = facts.label_names
         return list(names or [])
 
 

@@ -1,4 +1,4 @@
-"""Data modules that read records: one road from their sources to encoded rows."""
+"""Base of the data modules that read records: the path from sources to encoded rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from lora_lightning.data.sources import ReadSettings, Record, Source, describe, 
 from lora_lightning.data.tokenizers import tokenizer_key
 from lora_lightning.errors import DataError
 
-# A change of any other setting reads anew: that costs a little time, and rows read by other settings would be wrong.
+# A change of any other setting reads the sources again: that costs little, and cached rows could be wrong.
 _NOT_FOR_READING = (
     "batch_size",
     "cache",
@@ -43,22 +43,21 @@ _NOT_FOR_READING = (
 
 
 class RecordData(PredictedRows, abc.ABC):
-    """Reads records, checks and divides them, encodes each split once, and makes batches of rows of like length.
+    """Reads, checks and splits records, encodes each split once, and batches rows of similar length.
 
     A source is a `.csv`, `.tsv`, `.jsonl` (`.ndjson`, `.json`), `.parquet` or `.yml` file (also compressed: `.gz`,
     `.bz2`, `.xz`, `.zst`), a list of files, a glob, a folder of such files or of texts, a folder that `datasets` saved,
     any of them inside an installed package (`pkg://package/path`), or the name of a Hub data set; from Python also a
     `pandas.DataFrame`, a `datasets.Dataset` or a list of dicts.
 
-    What is read and encoded is kept in the cache folder (see `lora-lightning cache`) and read through a memory map by
-    all ranks and by later runs.
+    Rows and tokens are stored in the cache folder (see `lora-lightning cache`); all ranks and later runs read them
+    through a memory map.
 
     Args:
-        train: Source of the training rows, and of those to split off; None where a saved model is only used. Or
-            several with weights, such as
-            `[{source: a.csv, weight: 0.7}, {source: b.csv, weight: 0.3}]`. An epoch then has as many rows as all of
-            them together, each source's share by its weight: a source with more rows is seen in part, another part in
-            each epoch, and one with fewer is repeated.
+        train: Source of the training rows and of those to split off; None if a saved model is only used. Or several
+            with weights, such as `[{source: a.csv, weight: 0.7}, {source: b.csv, weight: 0.3}]`. An epoch then has as
+            many rows as all of them together, divided by weight: of a source with more rows, each epoch takes a
+            different part, and a source with fewer is repeated.
         val: Source of the validation rows; None splits them off `train`. A mapping of names to sources, such as
             `{reviews: a.csv, tweets: b.csv}`, is evaluated set by set: the split of each is `val/<name>`.
         test: Source of the test rows; None splits them off `train`.
@@ -72,24 +71,24 @@ class RecordData(PredictedRows, abc.ABC):
         where: Conditions that every row of `train`, `val` and `test` must meet, such as `confidence >= 0.6` or
             `lang == 'en'`.
         duplicates: `drop` leaves out further copies of a row in `train`, `keep` keeps them, all in one split.
-        bad_rows: `refuse` ends with the first broken row, `skip` leaves broken rows out, counts them, and writes them
-            to `bad_rows.jsonl` in the run's folder.
-        too_long: What becomes of a row longer than the maximum: `cut` at its end, `drop`, or `split` into several.
+        bad_rows: `refuse` stops at the first broken row; `skip` skips broken rows, counts them, and writes them to
+            `bad_rows.jsonl` in the run's folder.
+        too_long: Treatment of a row longer than the maximum: `cut` at its end, `drop`, or `split` into several.
         cache: Whether rows and tokens may be kept in the cache folder; False for private data.
         train_size: Number (int) or share (float) of the rows to train on; None means all that the others leave.
         val_size: Number or share of the rows to validate on, where no source is given; None means 0.1, and 0 none.
         test_size: Number or share of the rows to test on, where no source is given; None means 0.1, and 0 none.
-        group_by_length: Put rows of like length into a batch, so that little is padded.
+        group_by_length: Batch rows of similar length, which reduces padding.
         seed: Seed of the split and of the order of training, at least 0.
         num_workers: Processes that make batches; 0 makes them in the main one, which is fast enough for texts.
         tokenizer: Hub name, folder, or `pkg://package/folder` of the tokenizer; None means the backbone's own. After
             `setup`, the attribute of this name is the tokenizer itself.
 
     Attributes:
-        counts: What became of the rows: `rows_read`, `rows_filtered` (by `where`), `rows_incomplete` (nothing to learn
-            from), `rows_bad` (broken, skipped), `duplicates_dropped`, `contradictions_dropped` (texts with different
-            labels), `train`, `val`, `test`, `unused`, and `leaked` (rows of sources for `val` and `test` that are like
-            one trained on); of each named validation set also `val/<name>` and `val/<name>/leaked`.
+        counts: Number of rows by outcome: `rows_read`, `rows_filtered` (by `where`), `rows_incomplete` (nothing to
+            train on), `rows_bad` (broken, skipped), `duplicates_dropped`, `contradictions_dropped` (texts with
+            different labels), `train`, `val`, `test`, `unused`, and `leaked` (rows of sources for `val` and `test` that
+            are also in the training rows); of each named validation set also `val/<name>` and `val/<name>/leaked`.
         ignored_fields: How many records hold each field that nothing reads.
         fingerprint: SHA-256 of the rows and their splits.
 
@@ -102,7 +101,7 @@ class RecordData(PredictedRows, abc.ABC):
     needed: ClassVar[str] = "a text"
     """What a row must have, for messages."""
     lengths_allowed: ClassVar[tuple[str, ...]] = ("cut", "drop", "split")
-    """What may become of rows that are too long."""
+    """Values of `too_long` that are allowed."""
 
     def __init__(
         self,
@@ -172,7 +171,7 @@ class RecordData(PredictedRows, abc.ABC):
 
     @abc.abstractmethod
     def row_of(self, record: Record, split: str) -> Row | None:
-        """Check a record and return what is learnt from it; None if there is nothing.
+        """Check a record and return its row; None if there is nothing to train on.
 
         Raises:
             DataError: The record is malformed.
@@ -189,7 +188,7 @@ class RecordData(PredictedRows, abc.ABC):
         Args:
             rows: The rows.
             split: Their split; rows of `predict` have no target.
-            counts: Takes what is lost, by name.
+            counts: Counts what is dropped or cut, by name.
 
         Returns:
             For each encoded row its columns, lists and numbers; the column `row` is the index of its row in `rows`.
@@ -200,9 +199,9 @@ class RecordData(PredictedRows, abc.ABC):
         """Return the text of a row and what is to be learnt of it, for `examples`."""
 
     def reading_key(self) -> list[Any]:
-        """Return what decides how records are read, beside their content, in plain types.
+        """Return what determines how records are read besides their content, in plain types.
 
-        That is every setting but those of tokens and loaders; a subclass adds what it takes from the model.
+        That is every setting except those of tokens and loaders; a subclass adds what it takes from the model.
         """
         return sorted((name, repr(value)) for name, value in self.hparams.items() if name not in _NOT_FOR_READING)
 
@@ -211,7 +210,7 @@ class RecordData(PredictedRows, abc.ABC):
         return []
 
     def tell_lost(self, split: str, lost: Mapping[str, int]) -> None:
-        """Warn of what is lost of a split in encoding."""
+        """Warn of rows of a split that encoding dropped or cut."""
 
     def check_labels(self, labels: Mapping[str, tuple[int, str]], num_rows: int) -> None:
         """Refuse labels of the training source that cannot be learnt."""
@@ -318,7 +317,7 @@ class RecordData(PredictedRows, abc.ABC):
         rank_zero_info(message)
 
     def _prepare(self) -> None:
-        """Load the tokenizer and settle the names of labels; forget what was encoded by others."""
+        """Load the tokenizer and set the label names; discard rows that were encoded by others."""
         self._settle_labels()
         name = self._name_of_tokenizer()
         by = [name, self.label_names, self._backbone()]
@@ -329,14 +328,14 @@ class RecordData(PredictedRows, abc.ABC):
             self._encoded.clear()
 
     def _settle_labels(self) -> None:
-        """Settle the names of labels, where there are some."""
+        """Set the label names of a data module that has labels."""
 
     def _backbone(self) -> str | None:
         backbone = getattr(self._module(), "backbone", None)
         return backbone if isinstance(backbone, str) else None
 
     def _encode(self, split: str) -> EncodedRows:
-        """Encode a split, or find it in the cache; tell what is lost."""
+        """Encode a split, or find it in the cache; report what was dropped or cut."""
         rows = self._rows(split)
         key = key_of(self._data_key, split, self._tokenizer_key, self.label_names, self.encoding_key())
         folder = self._kept(f"tokens-{key}", lambda folder: self._write_encoded(rows, split, folder))
@@ -380,7 +379,7 @@ class RecordData(PredictedRows, abc.ABC):
     # The cache.
 
     def _kept(self, name: str, build: Callable[[Path], None]) -> Path:
-        """Return the folder of what is built once: in the cache, or in one that ends with this object."""
+        """Return the folder of a result that is built once: in the cache, or a temporary one of this object."""
         is_kept = self.cache and code_digest(type(self)) is not None
         folder = built(name if is_kept else None, noting(build), owner=self)
         tell_noted(folder, self._told)

@@ -29,9 +29,9 @@ class Seq2SeqData(ColumnData):
     Args:
         source_column: Column with the source texts.
         target_column: Column with the target texts.
-        prefix: Text put in front of every source, such as `"summarize: "`, as T5 was trained with.
-        max_length: Tokens after which a source is too long.
-        max_target_length: Tokens after which a target is too long.
+        prefix: Prefix of every source, such as `"summarize: "`, as in the training of T5.
+        max_length: Maximum number of tokens of a source.
+        max_target_length: Maximum number of tokens of a target.
         batch_size: Rows in a training batch, on each device.
         **settings: Those of `RecordData`; `too_long` is `cut` or `drop`.
 
@@ -88,7 +88,7 @@ class Seq2SeqData(ColumnData):
         return text_of(cell)
 
     def load_tokenizer(self, name: str) -> Any:  # noqa: ANN401 - tokenizers share no public base class
-        """Return a tokenizer that can pad, after a look at the lengths that the model takes."""
+        """Return a tokenizer that can pad, and check the maximum lengths against the model."""
         # Models with relative positions, such as T5, take longer texts than their tokenizers say.
         most = model_facts(self._backbone() or name).context
         for setting in ("max_length", "max_target_length"):
@@ -124,7 +124,7 @@ class Seq2SeqData(ColumnData):
         return list(zip(encoded["input_ids"], cut, strict=True))
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """Return target tokens with the end token behind them."""
+        """Return target tokens followed by the end token."""
         end = self.tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids[: self.max_target_length - 1], end]
 

@@ -23,12 +23,11 @@ __all__ = ["TextClassificationData"]
 class TextClassificationData(ColumnData):
     """Reads labelled texts for `SequenceClassification`; see `RecordData` for sources and splits.
 
-    Rows without a text or a label are left out and counted. Where each text has one label, further copies of a text in
-    `train` are dropped, and every copy of a text that stands there with different labels; each class has its share of
-    each split. Where texts have several labels or numbers, rows with the same text stay in one split. Sources given for
-    `val` and `test` keep their copies, so that figures stay comparable, and a warning tells how many of their texts
-    stand in the training rows as well. A folder with one sub-folder of `.txt` files for each class is a
-    source too; these may be compressed.
+    Rows without a text or a label are skipped and counted. If each text has one label, duplicates of a text in `train`
+    are dropped, and so are all copies of a text with contradictory labels; the splits are stratified by class. If texts
+    have several labels or numbers, rows with the same text stay in one split. Sources given for `val` and `test` keep
+    their duplicates, so that metrics stay comparable, and a warning reports how many of their texts are in the training
+    rows too. A folder with one sub-folder of `.txt` files for each class is also a source; the files may be compressed.
 
     Batches hold `input_ids` and `attention_mask` `[batch, length]` and `labels`: class indices `[batch]`, 0 and 1 for
     each class `[batch, classes]`, or numbers `[batch]` or `[batch, targets]`.
@@ -124,7 +123,7 @@ class TextClassificationData(ColumnData):
         return Row([text, target], text, () if self.problem == "regression" else tuple(classes))
 
     def check_labels(self, labels: Mapping[str, tuple[int, str]], num_rows: int) -> None:
-        """Refuse training rows of a single class, and labels that are no classes.
+        """Refuse training rows of a single class, and labels that are not classes.
 
         Raises:
             DataError: They are.

@@ -35,12 +35,12 @@ _NOT_A_START = -1
 _USUAL_COLUMNS = {"token_column": "tokens", "tag_column": "tags"}
 _LISTED_WORDS = re.compile(r"\[\s*['\"]")
 _INSIDE = ("I-", "E-", "L-")
-"""Prefixes of tags that go on with an entity."""
+"""Prefixes of tags that continue an entity."""
 
 
 @dataclass(frozen=True)
 class SentenceBatch:
-    """Makes a batch of sentences, each in one row, or to predict also in several.
+    """Makes a batch of sentences, each in one row; rows to predict may be split into several.
 
     Args:
         pad: Pads rows.
@@ -177,7 +177,7 @@ class TokenClassificationData(ColumnData):
             )
 
     def _settle_labels(self) -> None:
-        """Take names of tags as other data modules do; numbers in the training source are no names.
+        """Set the tag names like the label names of other data modules; numbers in the training source are not names.
 
         Raises:
             DataError: Nothing else gives names to numbers, or a tag is not among the names.
@@ -231,7 +231,7 @@ class TokenClassificationData(ColumnData):
         return [UNSUPERVISED if word == _NOT_A_START else self.label_names.index(tags[word]) for word in words]
 
     def _count_lost(self, row: StoredRow, kept: Sequence[Mapping[str, Sequence[int]]], counts: Counter[str]) -> None:
-        """Count the words that have no token, because they are cut or of none, such as control characters."""
+        """Count the words without a token: those that were cut, and those such as control characters."""
         num_words = sum(word != _NOT_A_START for one in kept for word in one["words"])
         if not num_words:
             raise DataError(
@@ -280,7 +280,7 @@ def runs_of_words(num_tokens: Sequence[int], is_inside: Sequence[bool], room: in
 
     Args:
         num_tokens: The number of tokens of each word.
-        is_inside: Whether each word goes on with an entity, before which no run begins if the entity fits into a row.
+        is_inside: Whether each word continues an entity; a run does not begin there if the entity fits into a row.
         room: The number of tokens that fit.
 
     Example:

@@ -1,4 +1,4 @@
-"""Tokenizers of encoders: loaded, checked against the length that is asked for, able to pad, and run in batches."""
+"""Tokenizers of encoders: loading, checks of the maximum length, padding, and tokenization in batches."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Tokens:
 
 
 def padding_tokenizer(name: str, max_length: int, *, of_words: bool = False) -> Any:  # noqa: ANN401 - tokenizers share no public base class
-    """Load a tokenizer and make sure that it can pad.
+    """Load a tokenizer and ensure that it can pad.
 
     Args:
         name: Hub name, folder or `pkg://` path of the tokenizer.
-        max_length: Tokens after which a text is going to be cut.
+        max_length: Maximum number of tokens of a text.
         of_words: Whether texts are given as lists of words.
 
     Raises:
@@ -65,10 +65,10 @@ def padding_tokenizer(name: str, max_length: int, *, of_words: bool = False) -> 
 
 
 def tokenizer_key(tokenizer: Any) -> str:  # noqa: ANN401 - as padding_tokenizer
-    """Return a digest of everything that decides what a tokenizer makes of a text."""
+    """Return a digest of everything that determines how a tokenizer encodes a text."""
     if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
-        # Each call sets these two anew, so that they tell nothing.
+        # Each call sets these two, so that they carry no information.
         backend.no_truncation()
         backend.no_padding()
         inner = backend.to_str()

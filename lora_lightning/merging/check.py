@@ -19,15 +19,14 @@ _SHOWN = 3
 
 @torch.no_grad()
 def check_written(folder: Path, model: nn.Module, batch: Mapping[str, Tensor] | None, weights_name: str) -> None:
-    """Refuse a folder that does not load as the model that was written there.
+    """Refuse a folder that does not load as the model that was written to it.
 
-    What ties weights, names them or converts them while saving and loading is a library's own business, and a mistake
-    there shows in nothing but what comes back.
+    Libraries tie, rename and convert weights during saving and loading. Errors there only show in the loaded model.
 
     Args:
         folder: The folder.
         model: The merged model, as it was written.
-        batch: What to call both with; None compares weights alone.
+        batch: Input for both models; None compares only the weights.
         weights_name: The file of a model that has no `save_pretrained`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Turn a quantized base under its adapters into a dense one, with the weights that the quantized ones stand for."""
+"""Dequantize the base under its adapters."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from lora_lightning.peft_format.copies import is_copy
 
 @torch.no_grad()
 def dequantize(model: nn.Module) -> int:
-    """Replace every quantized layer of an adapted model by a dense one; the adapters stay as they are.
+    """Replace every quantized layer of an adapted model with a dense one; the adapters are unchanged.
 
     Args:
         model: A model with adapters, changed in place.
 
     Returns:
-        How many layers were quantized.
+        Number of quantized layers.
     """
     state = {name: tensor.clone() for name, tensor in adapter_state_dict(model).items()}
     methods = attached_methods(model)
@@ -49,7 +49,7 @@ def dequantize(model: nn.Module) -> int:
 
 
 def _dense(layer: Any) -> nn.Module:  # noqa: ANN401 - a layer of bitsandbytes
-    """Build the layer that a quantized one stands for: a Linear, or a Conv1D where it was one."""
+    """Build the dense layer of a quantized one: a Linear, or a Conv1D if it was one."""
     weight = read_weight(layer)
     num_out, num_in = weight.shape
     source = getattr(layer, "source_cls", None)

@@ -52,16 +52,16 @@ def merge_checkpoint(
     sample: str | None = None,
     backbone: str | None = None,
 ) -> MergeReport:
-    """Merge a checkpoint into its base and write a model folder that needs nothing of this library.
+    """Merge a checkpoint into its base and write a model folder that does not need this library.
 
-    The arithmetic is done in float32 with one cast at the end. Wide and merged weights lie in temporary files beside
-    the output, mapped into memory: up to three times the bytes of a base in half precision on disk, little in memory. A
-    transformers model is written with `save_pretrained`, its tokenizer and its label names; any other model as the
-    safetensors of its state dict, with a manifest. What was written is loaded again and compared, and the folder
-    appears only when it is complete.
+    The merge is computed in float32 with one cast at the end. Float32 and merged weights are stored in temporary files
+    beside the output, mapped into memory: up to three times the bytes of a half-precision base on disk, little in
+    memory. A transformers model is written with `save_pretrained`, its tokenizer and its label names; any other model
+    as the safetensors of its state dict, with a manifest. The written model is loaded again and compared, and the
+    folder gets its name only when it is complete.
 
-    A run on a quantized base is merged into the dense base, loaded anew from the same files, or with `dequantize`
-    into what the quantized weights stand for, which is what the adapter was trained beside.
+    A run on a quantized base is merged into the dense base, loaded from the same files, or with `dequantize` into the
+    dequantized weights, on which the adapter was trained.
 
     Args:
         ckpt_path: The `.ckpt` file.
@@ -74,14 +74,14 @@ def merge_checkpoint(
         force: Write even where too much of the update is lost.
         threshold: Least share of the update, by its squared norm, that must be kept; see `MergeLoss.kept`.
         sample: A text on which the outputs are compared; None takes 64 random tokens.
-        backbone: Where the base lies now, if it has moved since the training; its weights are compared.
+        backbone: New location of the base, if it has moved since the training; its weights are compared.
 
     Returns:
-        What was written, and what was lost.
+        The written folder, and the loss of the merge.
 
     Raises:
-        CheckpointError: The folder is taken or cannot be written, `max_shard_size` is no size, or the
-            checkpoint cannot be used; or what was written does not load as the merged model.
+        CheckpointError: The folder is taken or cannot be written, `max_shard_size` is not a size, the checkpoint cannot
+            be used, or the written folder does not load as the merged model.
         NotMergeable: The adapter cannot be folded into weights.
         UpdateLost: Less than `threshold` of the update would be kept; nothing is written.
     """
@@ -138,7 +138,7 @@ def refuse_taken(output_dir: Path) -> None:
 def _load(
     run: SavedRun, task_class: type[L.LightningModule] | str | None, backbone: str | None, *, dequantize: bool
 ) -> tuple[L.LightningModule, nn.Module]:
-    """Build the task and its adapted model; a quantized run on the dense base, unless told to dequantize."""
+    """Build the task and its adapted model; a quantized run is built on the dense base, unless it is dequantized."""
     ckpt_path = run.path
     changes: dict[str, Any] = {} if backbone is None else {"backbone": backbone}
     if not dequantize and run.settings.get("quantization") is not None:
@@ -161,7 +161,7 @@ def _load(
 
 @torch.no_grad()
 def _merge(model: nn.Module, chosen: torch.dtype | None, batch: dict[str, Tensor] | None, spool: Spool) -> MergeLoss:
-    """Merge all adapters of a model in place, in float32 with one cast, and tell what was lost."""
+    """Merge all adapters of a model in place, in float32 with one cast, and return the loss."""
     dtypes = final_dtypes(model, chosen)
     widen(model, dtypes, spool)
     probe = None if batch is None else Probe(model, batch)
@@ -175,11 +175,11 @@ def _merge(model: nn.Module, chosen: torch.dtype | None, batch: dict[str, Tensor
 
 @torch.no_grad()
 def merge_and_measure(model: nn.Module, dtypes: dict[str, torch.dtype]) -> tuple[LayerMerge, ...]:
-    """Merge all adapters of a model in place, and tell what a cast to its final dtypes leaves of each update.
+    """Merge all adapters of a model in place, and return what a cast to its final dtypes keeps of each update.
 
     Args:
         model: An adapted model, widened to float32.
-        dtypes: What each tensor is going to be cast to.
+        dtypes: Final dtype of each tensor.
 
     Raises:
         NotMergeable: An adapter cannot be folded; the model is unchanged.
@@ -198,7 +198,7 @@ def merge_and_measure(model: nn.Module, dtypes: dict[str, torch.dtype]) -> tuple
 
 
 def _describe(run: SavedRun, task: L.LightningModule, model: nn.Module) -> Manifest:
-    """Build the manifest of the merged folder, before the adapters are gone."""
+    """Build the manifest of the merged folder, before the adapters are removed."""
     return Manifest(
         **asdict(run.facts_with(task)),
         adapter_format="merged",
@@ -209,7 +209,7 @@ def _describe(run: SavedRun, task: L.LightningModule, model: nn.Module) -> Manif
 
 
 def _tokenizer_of(run: SavedRun, backbone: str | None) -> Any:  # noqa: ANN401 - tokenizers share no public base class
-    """Load the tokenizer of the training; None, with a warning, where it is gone.
+    """Load the tokenizer of the training; None, with a warning, if it no longer exists.
 
     Raises:
         CheckpointError: Its vocabulary has changed since the training.

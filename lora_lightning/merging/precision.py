@@ -51,13 +51,13 @@ def final_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[str, torch
 def widen(model: nn.Module, dtypes: Mapping[str, torch.dtype], spool: Spool) -> None:
     """Turn all half-precision tensors of a model into float32, in place.
 
-    They go into files, and so does whatever else is going to change: writing to weights that are mapped from the files
-    of the base would take as much memory as they have bytes.
+    They are stored in files, and so are all other tensors that will change: writing to weights that are mapped from the
+    files of the base would copy them into memory.
 
     Args:
         model: A model with adapters.
         dtypes: What `final_dtypes` returned.
-        spool: Where the tensors lie from then on.
+        spool: Stores the tensors in files.
     """
     hosts = [path for path, _ in iter_hosts(model)]
     done: set[int] = set()
@@ -71,7 +71,7 @@ def widen(model: nn.Module, dtypes: Mapping[str, torch.dtype], spool: Spool) -> 
 
 @torch.no_grad()
 def round_to(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Round the parameters of a widened model to what their final dtypes can hold; they stay as wide as they are.
+    """Round the parameters of a float32 model to values of their final dtypes; their dtype does not change.
 
     Raises:
         CheckpointError: A value is too large for its dtype.
@@ -89,7 +89,7 @@ def round_to(model: nn.Module, dtypes: Mapping[str, torch.dtype]) -> None:
 
 @torch.no_grad()
 def narrow(model: nn.Module, dtypes: Mapping[str, torch.dtype], spool: Spool) -> None:
-    """Cast every tensor of a rounded model to its final dtype, in place; those that are cast lie in files."""
+    """Cast every tensor of a rounded model to its final dtype, in place; cast tensors are stored in files."""
     for name, tensor in [*_parameters(model), *_buffers(model)]:
         if tensor.dtype != dtypes[name]:
             tensor.data = spool.put(tensor.data, dtypes[name])

@@ -1,4 +1,4 @@
-"""Run a model on a small sample, to see how far its outputs move."""
+"""Run a model on a small sample, to measure how far its outputs change."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _NUM_SEQUENCES, _LENGTH = 4, 16
 
 
 class Probe:
-    """A sample of token ids, and what the adapted model and its base answer to it.
+    """A sample of token ids, and the outputs of the adapted model and its base.
 
     Args:
         model: The adapted model, in float32.
-        batch: What it is called with.
+        batch: Its input.
     """
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor]) -> None:
@@ -46,7 +46,7 @@ def sample_batch(
     text: str | None = None,
     tokenizer: Any = None,  # noqa: ANN401 - tokenizers share no public base class
 ) -> dict[str, Tensor] | None:
-    """Return what to call a transformers model with: a text's tokens, or a few random sequences.
+    """Return an input for a transformers model: the tokens of a text, or a few random sequences.
 
     Args:
         model: The model.
@@ -54,8 +54,8 @@ def sample_batch(
         tokenizer: The tokenizer, for a text.
 
     Returns:
-        Token ids `[4, 16]` or `[1, length]`, and the decoder's where there is one; with a dimension for the choices of
-        a question, one each, for a model that chooses; None for a model that takes no token ids.
+        Token ids `[4, 16]` or `[1, length]`, and those of the decoder if there is one; with a dimension of size 1 for
+        the choices in a multiple-choice model; None for a model that takes no token ids.
     """
     config: Any = getattr(model, "config", None)
     embedding: Any = input_embeddings(model)
@@ -80,7 +80,7 @@ def sample_batch(
 
 @torch.no_grad()
 def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Return a model's logits, or what else it puts out first, in evaluation mode."""
+    """Return a model's logits, or else its first output, in evaluation mode."""
     was_training = model.training
     model.eval()
     try:

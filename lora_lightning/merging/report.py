@@ -1,4 +1,4 @@
-"""What a merge costs: which part of the update survives the cast, and how far the outputs move."""
+"""The loss of a merge: the part of the update that survives the cast, and the change of the outputs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _TOGETHER = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class LayerMerge:
-    """What becomes of one layer's update Δ when the merged weight W + Δ is cast to the dtype that is written.
+    """Loss of one layer's update Δ when the merged weight W + Δ is cast to the written dtype.
 
-    What the cast leaves of it is Δ' = cast(W + Δ) - cast(W).
+    The cast keeps Δ' = cast(W + Δ) - cast(W).
 
     Args:
         path: The layer's path in the base model.
         num_changed: Elements of the weight that Δ changes in float32.
-        num_survived: Those of them that the cast leaves changed: where Δ' is not zero.
+        num_survived: Those of them that are still changed after the cast: where Δ' is not zero.
         update_squared: ‖Δ‖², the squared Frobenius norm.
         error_squared: ‖Δ' - Δ‖².
     """
@@ -53,8 +53,8 @@ class LogitMove:
     Args:
         largest: Largest absolute difference over all outputs of the sample.
         mean: Mean absolute difference.
-        adapter_largest: For comparison, how far the adapter itself moves the base's outputs at most.
-        adapter_mean: And on the mean.
+        adapter_largest: For comparison, the largest change of the base's outputs by the adapter.
+        adapter_mean: The mean change of the base's outputs by the adapter.
         num_tokens: Tokens in the sample.
     """
 
@@ -67,12 +67,12 @@ class LogitMove:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeLoss:
-    """What a merge loses, over all layers.
+    """Loss of a merge, over all layers.
 
     Args:
         layers: Every merged layer.
         dtype: The dtype that is written, such as `bfloat16`.
-        logits: How far the outputs move, or None where the model takes no token ids.
+        logits: Change of the outputs, or None if the model takes no token ids.
     """
 
     layers: tuple[LayerMerge, ...]
@@ -89,15 +89,15 @@ class MergeLoss:
     def kept(self) -> float:
         """Share of the update that is kept, by its squared norm: 1 - Σ‖Δ' - Δ‖² / Σ‖Δ‖², and at least 0.
 
-        This decides whether a merge is refused. Unlike a count of elements it does not mind that the smallest ones
-        are rounded away, which always happens; unlike the size of Δ' it notices that an element which survives jumps
-        by a whole step of its dtype: at 0, rounding has put as much noise into the weights as there was update.
+        It determines whether a merge is refused. Unlike a count of elements, it tolerates that the smallest ones are
+        rounded away, which always happens; unlike the size of Δ', it accounts for surviving elements that jump by a
+        whole step of their dtype. At 0, rounding has added as much noise to the weights as there was update.
         """
         total = sum(layer.update_squared for layer in self.layers)
         return _kept(total, sum(layer.error_squared for layer in self.layers))
 
     def lines(self) -> list[str]:
-        """Tell the loss in a few lines: in total, the layers that lost most, and the outputs."""
+        """Describe the loss in a few lines: the total, the layers that lost most, and the outputs."""
         lines = [
             f"Cast to {self.dtype}, {self.kept:.2%} of the update is kept by its squared norm; {self.survived:.2%} of "
             "the weights that it changes stay changed."
@@ -118,11 +118,11 @@ class MergeLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class MergeReport:
-    """What `merge_checkpoint` wrote.
+    """Result of `merge_checkpoint`.
 
     Args:
         output_dir: The folder.
-        loss: What the merge lost.
+        loss: The loss of the merge.
         num_bytes: Bytes of all files in the folder.
         has_tokenizer: Whether a tokenizer is among them.
     """
@@ -152,7 +152,7 @@ class UpdateLost(NotMergeable):
     """A merge would lose too much of the update.
 
     Attributes:
-        loss: What it would lose.
+        loss: The loss that it would have.
     """
 
     def __init__(self, loss: MergeLoss, threshold: float) -> None:
@@ -162,19 +162,19 @@ class UpdateLost(NotMergeable):
             f"Merging into {loss.dtype} would lose the update: {1 - loss.survived:.1%} of the weights that it changes "
             f"would not change at all, and {loss.kept:.1%} of it would be kept by its squared norm (worst: "
             f"{worst.path} {worst.kept:.1%}), less than {threshold:.0%}. Nothing was written. Write float32 (--dtype "
-            "float32), keep the adapter apart (lora-lightning export --to peft), or merge all the same with --force."
+            "float32), keep the adapter apart (lora-lightning export --to peft), or merge anyway with --force."
         )
 
 
 @torch.no_grad()
 def measure(path: str, weight: Tensor, merged: Tensor, dtype: torch.dtype) -> LayerMerge:
-    """Compare a weight's update in float32 with what a cast to `dtype` leaves of it; nothing is changed.
+    """Compare a weight's update in float32 with what a cast to `dtype` keeps of it; nothing is changed.
 
     Args:
         path: The layer's path.
         weight: Its weight, float32 or wider.
         merged: Its merged weight, likewise; see `Adapter.merged_weights`.
-        dtype: What the merged weight is going to be cast to.
+        dtype: Final dtype of the merged weight.
     """
     num_changed = num_survived = 0
     update_squared = error_squared = 0.0

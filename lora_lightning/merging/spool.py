@@ -12,10 +12,10 @@ from torch import Tensor
 
 
 class Spool:
-    """Keeps tensors in files: they take disk space, and of memory only what the system can give back at any time.
+    """Keeps tensors in memory-mapped files: they take disk space, and only memory that the system can reclaim.
 
     Args:
-        folder: Where the files lie; one is gone as soon as its tensor is.
+        folder: Folder of the files; a file is deleted together with its tensor.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Write a merged model as a folder that any tool of its kind loads, and that answers as in the training."""
+"""Write a merged model as a folder that other tools load, with the settings with which it answers as in training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_merged_folder(
     own_state: Mapping[str, Tensor],
     num_parameters: int,
 ) -> None:
-    """Fill an empty folder with a merged model; the manifest goes in last.
+    """Write a merged model into an empty folder; the manifest is written last.
 
     Args:
         folder: The folder.
@@ -41,11 +41,11 @@ def write_merged_folder(
             safetensors of its state dict.
         manifest: The manifest, without files.
         tokenizer: The tokenizer of the training, with its chat template, or None.
-        answers: Whether the training taught to answer messages.
+        answers: Whether the model was trained to answer messages.
         generation_settings: Generation settings of the task, such as `num_beams`.
         max_shard_size: Largest size of one weight file, such as `1GB` (transformers models).
-        own_state: What the task holds beside its model: a file of its own beside a transformers model, which other
-            tools load alone, and part of the weights of any other one.
+        own_state: State of the task outside its model: a separate file beside a transformers model, which other tools
+            ignore, and part of the weights of any other model.
         num_parameters: Number of trained parameters.
 
     Raises:

@@ -166,7 +166,7 @@ class AdaLoRA(TargetedMethod):
     about: ClassVar[About] = About(
         trains="`W + s·PΛQ`; the budget of ranks moves to the layers that need it",
         where="linear layers",
-        principle="ranks dealt out by importance",
+        principle="ranks distributed by importance",
         suits="uneven layers, a tight budget",
         difficulty="moderate: a schedule",
     )

@@ -97,7 +97,7 @@ class ScaledOutput(OutputAdapter):
         query_share: Share of its outputs, the first ones, that are queries and stay as they are.
 
     Attributes:
-        ia3_l: The scales, one for each output that is no query; ones at the start.
+        ia3_l: The scales, one for each output that is not a query; ones at the start.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {"ia3_l": Role.VECTOR}

@@ -158,7 +158,7 @@ def insert_defaults(given: dict[str, Any], num: int, mask: Tensor | None) -> Non
 
 
 def check_inputs(place: PromptPlace, given: Mapping[str, Any], num: int) -> bool:
-    """Return whether this call goes on from a cache, which then holds the virtual tokens already.
+    """Return whether this call continues from a cache, which then already holds the virtual tokens.
 
     Raises:
         ConfigError: The row is too long, mask or positions have another shape than the rows, rows are packed, or the
@@ -195,7 +195,7 @@ def _refuse_packed(positions: Tensor, mask: Tensor | None) -> None:
 
 
 def is_continued(given: Mapping[str, Any]) -> bool:
-    """Return whether a call goes on from a cache that is filled.
+    """Return whether a call continues from a filled cache.
 
     Raises:
         ConfigError: The cache is static.

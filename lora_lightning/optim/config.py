@@ -1,9 +1,8 @@
-"""How fast each group of adapter parameters learns."""
+"""Learning rates by role, optimizer and schedule."""
 
 from __future__ import annotations
 
 import difflib
-import importlib
 import importlib.util
 import inspect
 import math
@@ -13,8 +12,8 @@ from typing import Any, Literal
 import torch
 
 from lora_lightning.errors import ConfigError
+from lora_lightning.imports import import_class
 from lora_lightning.keywords import names_nearest
-from lora_lightning.trust import check_import
 
 __all__ = ["Optim"]
 
@@ -81,7 +80,7 @@ class Optim:
 
     @property
     def is_of_bitsandbytes(self) -> bool:
-        """Whether the optimizer is one of bitsandbytes'; it is imported only once it is built."""
+        """Whether the optimizer is from bitsandbytes, which is imported only when the optimizer is built."""
         spec = self.optimizer
         name = str(spec.get("class_path", "")) if isinstance(spec, dict) else spec
         return name in BITSANDBYTES_OPTIMIZERS or name.startswith("bitsandbytes.")
@@ -117,7 +116,7 @@ class Optim:
 
 
 def dense_alternative(name: str) -> str:
-    """Return the optimizer of torch that takes the steps of one of bitsandbytes', or `AdamW` where torch has none.
+    """Return the torch optimizer of the same algorithm as one from bitsandbytes, or `AdamW` if torch has none.
 
     Example:
         >>> dense_alternative("PagedAdam8bit"), dense_alternative("PagedLion")
@@ -128,22 +127,20 @@ def dense_alternative(name: str) -> str:
 
 
 def _import_optimizer(class_path: str) -> type[torch.optim.Optimizer]:
-    module_name, _, name = class_path.rpartition(".")
-    check_import(f"{module_name or 'torch.optim'}.{name}", "Optim: optimizer")
+    source = "Optim: optimizer"
+    if "." not in class_path and not hasattr(torch.optim, class_path):
+        known = [name for name, value in vars(torch.optim).items() if isinstance(value, type)]
+        near = difflib.get_close_matches(class_path, [*known, *BITSANDBYTES_OPTIMIZERS], n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "name a subclass of torch.optim.Optimizer."
+        raise ConfigError(f"{source}: there is no optimizer {class_path!r}; {hint}")
+    full = class_path if "." in class_path else f"torch.optim.{class_path}"
     try:
-        found = getattr(importlib.import_module(module_name or "torch.optim"), name, None)
-    except ImportError as error:
-        if class_path.startswith("bitsandbytes.") and importlib.util.find_spec("bitsandbytes") is None:
+        return import_class(full, torch.optim.Optimizer, source)
+    except ConfigError as error:
+        if full.startswith("bitsandbytes.") and importlib.util.find_spec("bitsandbytes") is None:
+            name = full.rpartition(".")[2]
             raise ConfigError(
                 f"Optim: {name} is an optimizer of bitsandbytes, which is not installed: "
                 f"pip install 'lora-lightning[quant]', or use optimizer={dense_alternative(name)}."
             ) from error
-        raise ConfigError(f"Optim: the optimizer {class_path!r} cannot be imported ({error}).") from error
-    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        known = [key for key, value in vars(torch.optim).items() if isinstance(value, type)]
-        known += BITSANDBYTES_OPTIMIZERS
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "name a subclass of torch.optim.Optimizer."
-        raise ConfigError(f"Optim: {class_path!r} is no optimizer class; {hint}")
-    check_import(f"{found.__module__}.{found.__qualname__}", "Optim: optimizer")  # a module may import another's class
-    return found
+        raise ConfigError(f"{source}: {error}") from error

@@ -86,12 +86,12 @@ def build_optimizer(model: nn.Module, optim: Optim, *, may_fuse: bool = True) ->
 
     Args:
         model: A model with adapters, or a module that holds one.
-        optim: What to build.
-        may_fuse: Whether to take torch's fused kernel where it has one for the optimizer and the device, and the
-            settings do not choose. It updates a MiniLM's adapters in a sixth of the time, on a CPU too.
+        optim: The settings.
+        may_fuse: Whether to use torch's fused kernel if it supports the optimizer and the device, and the settings do
+            not choose. It updates the adapters of a MiniLM in a sixth of the time, on a CPU too.
 
     Raises:
-        ConfigError: As `param_groups`; or the optimizer cannot run where the model is.
+        ConfigError: As `param_groups`; or the optimizer cannot run on the model's device.
     """
     cls, arguments = optim.optimizer_class()
     if optim.is_of_bitsandbytes:
@@ -103,16 +103,16 @@ def build_optimizer(model: nn.Module, optim: Optim, *, may_fuse: bool = True) ->
 
 
 def _can_fuse(cls: type[torch.optim.Optimizer], arguments: dict[str, Any], parameters: list[nn.Parameter]) -> bool:
-    """Tell whether torch has a fused kernel for an optimizer where its parameters are, and none is chosen."""
+    """Return whether torch has a fused kernel for an optimizer on its device, and the settings do not choose."""
     chosen = arguments.keys() & {"fused", "foreach", "capturable", "differentiable"}
     devices = {parameter.device.type for parameter in parameters}
     return cls in _WITH_FUSED_KERNEL and not chosen and devices in ({"cpu"}, {"cuda"})
 
 
 def _refuse_unable(name: str, parameters: list[nn.Parameter]) -> None:
-    """Raise ConfigError where an optimizer of bitsandbytes has nothing to page to, or no kernel for these parameters.
+    """Raise ConfigError if an optimizer of bitsandbytes cannot page, or has no kernel for these parameters.
 
-    On a CPU bitsandbytes itself would go on without paging, with a warning.
+    On a CPU, bitsandbytes would continue without paging, with a warning.
     """
     devices = {parameter.device.type for parameter in parameters}
     if name.startswith("Paged") and "cpu" in devices:

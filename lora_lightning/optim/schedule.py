@@ -39,10 +39,10 @@ def lr_factor(step: int, *, schedule: Schedule, num_warmup: int, num_steps: int)
 
 
 class RateSchedule(torch.optim.lr_scheduler.LambdaLR):
-    """A schedule that keeps its own rates and weight decay when it loads how far another one has come.
+    """A schedule that keeps its own rates and weight decay when it loads the step of another one.
 
-    torch's restores the rates of the run that was stopped, so that a changed setting would have no effect. If nothing
-    was changed, both restore the same values, bit for bit.
+    torch's schedule restores the rates of the stopped run, so that a changed setting would have no effect. Without
+    changes, both restore bit-identical values.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> None:
@@ -50,7 +50,7 @@ class RateSchedule(torch.optim.lr_scheduler.LambdaLR):
         super().__init__(optimizer, factor)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far the schedule has come, and its rates."""
+        """Return the step of the schedule, and its rates."""
         return {name: value for name, value in super().state_dict().items() if name != "_decays"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -72,10 +72,10 @@ def build_schedule(optimizer: torch.optim.Optimizer, optim: Optim, num_steps: fl
     Args:
         optimizer: The optimizer.
         optim: Schedule and warm-up.
-        num_steps: All optimizer steps of the run; infinite where the run has no end.
+        num_steps: Number of optimizer steps of the run; infinite if the run has no end.
 
     Raises:
-        ConfigError: The schedule, or a warm-up share, needs to know where the run ends, and it has no end.
+        ConfigError: The schedule, or a share as warm-up, needs the number of steps, and the run has no end.
     """
     share = 0 < optim.warmup < 1
     if not math.isfinite(num_steps):

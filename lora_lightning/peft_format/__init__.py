@@ -1,1 +1,1 @@
-"""PEFT's format for adapters: names, keys and settings both ways. It reads and writes no file."""
+"""Conversion between PEFT's format and ours: names, keys and settings. It does not read or write files."""

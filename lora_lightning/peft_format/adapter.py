@@ -1,4 +1,4 @@
-"""An adapter on either side of the border: as PEFT stores it, and as this library attaches it."""
+"""An adapter as PEFT stores it, and as this library attaches it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PeftAdapter:
     Args:
         config: Content of `adapter_config.json`.
         state: Tensors by PEFT's key names.
-        reads_back: Whether config and tensors alone give our own names back (`from_peft`), without the model.
+        reads_back: Whether our names can be restored from config and tensors (`from_peft`), without the model.
     """
 
     config: dict[str, Any]
@@ -27,10 +27,10 @@ class PeftAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class FittedAdapter:
-    """An adapter in PEFT's format, understood for one model.
+    """An adapter in PEFT's format, converted for one model.
 
     Args:
-        methods: What to attach; the first names copies to train in `modules_to_save`.
+        methods: The methods to attach; the first names copies to train in `modules_to_save`.
         state: The tensors by the names of `adapter_state_dict`.
     """
 

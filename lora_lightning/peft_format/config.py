@@ -1,4 +1,4 @@
-"""What an `adapter_config.json` of PEFT says, of whichever kind of adapter it is."""
+"""The `adapter_config.json` of PEFT, for every type of adapter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS: Mapping[str, Callable[[Mapping[str, Any], str], PeftConfig]] = {
     "PREFIX_TUNING": parse_prefix,
     "TRAINABLE_TOKENS": parse_tokens,
 }
-"""The kinds of PEFT that are read, by their `peft_type`."""
+"""The supported types of PEFT, by their `peft_type`."""
 
 
 def parse_peft_config(data: Mapping[str, Any], source: str = CONFIG_NAME) -> PeftConfig:
@@ -38,7 +38,7 @@ def parse_peft_config(data: Mapping[str, Any], source: str = CONFIG_NAME) -> Pef
         source: Where it came from, for messages.
 
     Raises:
-        CheckpointError: It is of a kind that is not read here, or uses an option that this library does not compute.
+        CheckpointError: Its type is not supported, or it uses an option that this library does not compute.
     """
     kind = data.get("peft_type")
     parse = KINDS.get(kind) if isinstance(kind, str) else None

@@ -1,4 +1,4 @@
-"""Modules that are trained as full copies: which they are, and which ones PEFT copies beyond them."""
+"""Modules that are trained as full copies, and modules that PEFT would copy in addition."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _ADDED_BY_TASK_TYPE: Mapping[str | None, tuple[str, ...]] = {
 
 
 def is_copy(adapter: Adapter) -> bool:
-    """Tell whether an adapter is a module trained as a full copy, such as a head."""
+    """Return whether an adapter is a module trained as a full copy, such as a head."""
     return {role for _, _, role in adapter.named_roles()} == {Role.HEAD}
 
 
@@ -41,10 +41,10 @@ def copies_of(model: nn.Module) -> list[str]:
 def extra_copies(
     paths: Sequence[str], heads: Sequence[str], hosts: Collection[str], task_type: str | None
 ) -> list[str] | None:
-    """Return the modules that PEFT would copy beyond our heads, or None where its matching breaks our adapters.
+    """Return the modules that PEFT would copy in addition to our heads, or None if its matching breaks our adapters.
 
-    PEFT copies every module whose path ends with one of the names, without a dot between, so that `classifier` takes
-    `pre_classifier` too; and it leaves out targets that have one of the names in their path.
+    PEFT copies every module whose path ends with one of the names, even without a dot before it, so that `classifier`
+    matches `pre_classifier` too; and it skips targets that have one of the names in their path.
 
     Args:
         paths: Paths of all modules.
@@ -66,9 +66,9 @@ def extra_copies(
 
 
 def task_type_of(model: nn.Module) -> str | None:
-    """Return the `task_type` by which PEFT picks its wrapper for a transformers model; None for its general one.
+    """Return the `task_type` by which PEFT selects its wrapper for a transformers model; None for the general one.
 
-    A model takes a wrapper that hands on what its forward knows: one that reads sounds or images alone takes none.
+    A wrapper must pass only arguments that the model's forward accepts; a model of only audio or images gets none.
     """
     if not hasattr(model, "config"):
         return None

@@ -1,4 +1,4 @@
-"""What PEFT computes in another way than this library, so that neither reads the other's adapters there."""
+"""Cases in which PEFT computes something else than this library, so that adapters are not exchanged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lora_lightning.adapters.weights import RESERVED
 
 
 def why_another_convolution(host: Any) -> str | None:  # noqa: ANN401 - any module
-    """Return why PEFT's update of a convolution is not that of its weight, as the end of a sentence, or None."""
+    """Return why PEFT's update of a convolution is not one of its weight, as the end of a sentence, or None."""
     if getattr(host, "groups", 1) != 1:
         return "PEFT adapts a convolution with groups in another way"
     if getattr(host, "padding_mode", "zeros") != "zeros":
@@ -24,7 +24,7 @@ def why_another_convolution(host: Any) -> str | None:  # noqa: ANN401 - any modu
 
 
 def why_out_of_reach(model: nn.Module) -> dict[str, str]:
-    """Return the paths at which an adapter of PEFT doesn't act as one of this library, with the reason.
+    """Return the paths at which an adapter of PEFT acts differently from one of this library, with the reason.
 
     The reasons are ends of sentences.
     """
@@ -32,7 +32,7 @@ def why_out_of_reach(model: nn.Module) -> dict[str, str]:
 
 
 def _inside_fast_layers(model: nn.Module) -> set[str]:
-    """Return the paths of what torch's own encoder layers hold, of which they read the weights in evaluation mode."""
+    """Return the paths inside torch's encoder layers, which read their weights directly in evaluation mode."""
     return {
         f"{path}.{inner}"
         for path, module in model.named_modules()
@@ -43,9 +43,9 @@ def _inside_fast_layers(model: nn.Module) -> set[str]:
 
 
 def _shared_modules(model: nn.Module) -> set[str]:
-    """Return all paths of the modules that stand in several places of a model.
+    """Return all paths of the modules that a model contains at several paths.
 
-    PEFT puts its own module into the first of these places alone; an adapter of this library acts in all of them.
+    PEFT wraps the module only at the first path; an adapter of this library acts at all of them.
     """
     named = [(path, module) for path, module in model.named_modules(remove_duplicate=False)]
     holders: Counter[int] = Counter()

@@ -1,7 +1,7 @@
-"""Spell an adapter the way PEFT does: its `adapter_config.json` and the keys of its tensors.
+"""Convert an adapter to PEFT's format: its `adapter_config.json` and the keys of its tensors.
 
-Written against PEFT 0.21. Scalings are kept by choosing `lora_alpha` so that PEFT computes the same factor, which also
-covers the plain `alpha` scaling that PEFT has no word for. What PEFT cannot express is answered with None.
+Written against PEFT 0.21. `lora_alpha` is chosen so that PEFT computes the same scaling factor, which also covers the
+plain `alpha` scaling, for which PEFT has no option. The result is None for adapters that PEFT cannot express.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ def to_peft(
 
     Args:
         model: A model with adapters.
-        state: What `folded_state_dict` gives, where the caller has gathered it already.
-        as_lora: Write every relative of LoRA as the LoRA that computes the same (at another rank, if need be), from
-            which its own method could not train on; and take what PEFT keeps of the base beside a LoRA: shifted
-            biases (BitFit), trained rows of embeddings and single parameters.
+        state: Result of `folded_state_dict`, if the caller has gathered it.
+        as_lora: Write every relative of LoRA as the equivalent LoRA (possibly of another rank), which its own method
+            cannot continue to train; and include what PEFT stores of the base with a LoRA: shifted biases (BitFit),
+            trained rows of embeddings and single parameters.
 
     Returns:
-        Config and tensors; None where PEFT has no way to say it (`why_not_peft` tells why): other methods than LoRA and
-        DoRA, both at once, a DoRA magnitude per input, a convolution with groups, or names that PEFT would match to
-        more modules.
+        Config and tensors; None if PEFT cannot express them (`why_not_peft` returns the reason): other methods than
+        LoRA and DoRA, both at once, a DoRA magnitude per input, a convolution with groups, or names that PEFT would
+        match to more modules.
     """
     state = folded_state_dict(model) if state is None else state
     parts = _sort_adapters(model, state, as_lora=as_lora)
@@ -101,7 +101,7 @@ def to_peft(
 
 
 def why_not_peft(model: nn.Module) -> str:
-    """Return the reason for which `to_peft(model, as_lora=True)` has no answer, as the end of a sentence."""
+    """Return the reason why `to_peft(model, as_lora=True)` returns None, as the end of a sentence."""
     names = [type(method).__name__ for method in attached_methods(model)]
     found = [(path, host, one) for path, host, one in iter_adapters(model) if not (is_copy(one) and path)]
     out_of_reach = why_out_of_reach(model)
@@ -133,7 +133,7 @@ def _is_update(adapter: Adapter) -> bool:
 
 
 def _sort_adapters(model: nn.Module, state: Mapping[str, Tensor], *, as_lora: bool) -> _Parts | None:
-    """Sort adapters by what PEFT makes of them; None where it does not know one of them."""
+    """Sort adapters by their type in PEFT; None if one of them has none."""
     parts, out_of_reach = _Parts(), why_out_of_reach(model)
     for path, host, adapter in iter_adapters(model):
         if not path or path in out_of_reach:
@@ -158,7 +158,7 @@ def _sort_adapters(model: nn.Module, state: Mapping[str, Tensor], *, as_lora: bo
 def _updates(
     path: str, host: nn.Module, adapter: Adapter, state: Mapping[str, Tensor], *, as_lora: bool
 ) -> dict[str, Update]:
-    """Return the updates of one adapter by their paths; none where PEFT has none, or could not continue to train."""
+    """Return the updates of one adapter by their paths; empty if PEFT cannot express them or continue to train them."""
     if isinstance(adapter, ParameterLoRAAdapter):
         return parameter_updates(path, host, adapter) if as_lora else {}
     if isinstance(adapter, ExpertLoRAAdapter):  # PEFT has no dropout there
@@ -168,15 +168,15 @@ def _updates(
 
 
 def _bare_parameters(model: nn.Module, parts: _Parts) -> bool:
-    """Tell whether a parameter is adapted that its tensors alone do not give back: any but those of experts."""
+    """Return whether an adapted parameter cannot be restored from its tensors: any except those of experts."""
     holders = {path.rpartition(".")[0] for path in parts.parameters}
     return any(not expert_weights(model.get_submodule(path)) for path in holders)
 
 
 def _names_parameters_alone(model: nn.Module, parts: _Parts) -> bool:
-    """Tell whether PEFT, which matches ends of paths, takes for `target_parameters` what we mean and nothing else.
+    """Return whether PEFT, which matches suffixes of paths, selects exactly our parameters with `target_parameters`.
 
-    Beside them the targets must be a list, since our own list holds both.
+    The targets must then also be a list, since our own list holds both.
     """
     if not parts.parameters:
         return True
@@ -187,7 +187,7 @@ def _names_parameters_alone(model: nn.Module, parts: _Parts) -> bool:
 
 
 def _rename(parts: _Parts, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give tensors PEFT's names and shapes."""
+    """Convert tensors to PEFT's names and shapes."""
     renamed: dict[str, Tensor] = {}
     wrappers = wrapper_paths(parts.parameters)
     for path, update in parts.low_rank.items():
@@ -256,7 +256,7 @@ def _build_config(model: nn.Module, parts: _Parts, paths: Sequence[str], task_ty
 
 
 def _alpha(update: Update, *, use_rslora: bool) -> int | float:
-    """Return the `lora_alpha` from which PEFT computes this update's scaling."""
+    """Return the `lora_alpha` with which PEFT computes this update's scaling."""
     divisor = math.sqrt(update.rank) if use_rslora else update.rank
     alpha = update.scaling * divisor
     rounded = round(alpha, 9)  # undoes the rounding of alpha / r * r

@@ -1,4 +1,4 @@
-"""Layers whose names PEFT takes for those of experts, and how to name them so that it adapts the layers themselves.
+"""Layers that PEFT mistakes for experts by their names, and names with which it adapts the layers themselves.
 
 PEFT 0.21 rewrites `target_modules` of mixtures: `up_proj` of a dense or shared network, even by its whole path, becomes
 the experts' fused parameter. `target_parameters` stay as they are, so that `<path>.weight` means the layer.
@@ -25,7 +25,7 @@ _LEAVES: Mapping[str, frozenset[str]] = {
 
 
 def is_named_as_experts(model: nn.Module, path: str) -> bool:
-    """Return whether PEFT takes a path in `target_modules` for that of experts."""
+    """Return whether PEFT mistakes a path in `target_modules` for that of experts."""
     return path.rpartition(".")[2] in _LEAVES.get(_family(model) or "", frozenset())
 
 

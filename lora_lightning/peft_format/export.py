@@ -1,4 +1,4 @@
-"""Choose how PEFT is to read a model's adapters."""
+"""Choose the PEFT type for a model's adapters."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def for_peft(model: nn.Module, state: Mapping[str, Tensor], *, own_kind: bool = 
 
     Args:
         model: A model with adapters.
-        state: What `folded_state_dict` gives.
-        own_kind: Describe AdaLoRA and VeRA as kinds of their own, and not as the LoRA that computes the same.
+        state: Result of `folded_state_dict`.
+        own_kind: Describe AdaLoRA and VeRA as PEFT's types of these names, and not as the equivalent LoRA.
 
     Returns:
-        Config and tensors; None where PEFT has no way to say it (`why_not_for_peft` tells why).
+        Config and tensors; None if PEFT cannot express them (`why_not_for_peft` returns the reason).
     """
     if own_kind:
         return encode_kind(model, state, relatives=True) or for_peft(model, state)
@@ -31,7 +31,7 @@ def for_peft(model: nn.Module, state: Mapping[str, Tensor], *, own_kind: bool = 
 
 
 def why_not_for_peft(model: nn.Module) -> str:
-    """Return the reason for which `for_peft` has no answer, and what to do, as the end of a sentence."""
+    """Return the reason why `for_peft` returns None, and what to do, as the end of a sentence."""
     methods = attached_methods(model)
     if len(methods) == 1 and type(methods[0]) in KIND_METHODS:
         reason = why_no_kind(model)

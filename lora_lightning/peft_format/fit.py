@@ -1,4 +1,4 @@
-"""Fit an adapter that PEFT wrote to a model: what to attach, and its tensors by this library's names."""
+"""Match an adapter in PEFT's format with a model: the methods to attach, and the tensors by our names."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _FITS: Mapping[type[PeftConfig], Any] = {
 
 
 def fit_to_model(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], source: str) -> FittedAdapter:
-    """Understand an adapter in PEFT's format for one model, without changing the model.
+    """Convert an adapter in PEFT's format for one model, without changing the model.
 
     Args:
         model: The bare model.
-        config: What the adapter's `adapter_config.json` says.
+        config: The adapter's `adapter_config.json`.
         tensors: The adapter's tensors by PEFT's key names.
         source: Where the adapter came from, for messages.
 
@@ -56,7 +56,7 @@ def fit_to_model(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Ten
 
 
 def _warn_of_other_base(model: nn.Module, config: PeftConfig, source: str) -> None:
-    """Say that the adapter names another base; only its last part counts, since folders move."""
+    """Warn if the adapter names another base; only the last part of the path counts, since folders move."""
     here = getattr(getattr(model, "config", None), "_name_or_path", None)
     names = [PurePosixPath(str(name).replace("\\", "/")).name.lower() for name in (here, config.base) if name]
     if len(names) == 2 and names[0] != names[1]:

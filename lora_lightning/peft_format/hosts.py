@@ -1,4 +1,4 @@
-"""Which modules of one model the config of an adapter means, by PEFT's rules."""
+"""The modules of a model that the config of an adapter selects, by PEFT's rules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_lightning.peft_format.schema.targets import PeftConfig, TargetConfig
 
 _ALL_LINEAR = "all-linear"
 CLASSIFIER_NAMES = ("score", "classifier")
-"""What PEFT leaves out of `all-linear` on a classifier, and trains as copies."""
+"""Modules that PEFT excludes from `all-linear` on a classifier, and trains as copies."""
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -40,7 +40,7 @@ def copied_paths(modules: Mapping[str, nn.Module], config: PeftConfig, keys: Col
 
 
 def tied_to(modules: Mapping[str, nn.Module], paths: Collection[str]) -> list[str]:
-    """Return the other modules whose weight is the very one of a module of `paths`."""
+    """Return the other modules that share the weight of a module of `paths`."""
     shared = {id(modules[path]._parameters.get("weight")) for path in paths if path in modules}
     shared.discard(id(None))
     return [
@@ -55,7 +55,7 @@ def tied_to(modules: Mapping[str, nn.Module], paths: Collection[str]) -> list[st
 def expected_hosts(
     modules: Mapping[str, nn.Module], config: TargetConfig, found: Collection[str], view: ModelView
 ) -> list[str]:
-    """Return the hosts by the config; by the tensors where the config does not say.
+    """Return the hosts by the config, or by the tensors if the config does not name them.
 
     Args:
         modules: Those of the model by path.
@@ -110,7 +110,7 @@ def _module_at(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _all_linear(modules: Mapping[str, nn.Module], config: TargetConfig, view: ModelView) -> list[str]:
-    """Return what PEFT means by `all-linear`: every linear layer but the output one."""
+    """Return the modules of PEFT's `all-linear`: every linear layer except the output layer."""
     output = output_embeddings(view.model)
     left_out = [path for path, module in modules.items() if output is not None and module is output]
     if output is None and config.task_type == "SEQ_CLS":

@@ -1,4 +1,4 @@
-"""Which tensor of a PEFT file belongs where: the spellings that PEFT and its users have written over the years."""
+"""Mapping from the tensors of a PEFT file to ours, with the key formats of all versions of PEFT."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NAME = r"(?:\.[^.]+)?"  # the adapter's name (`default`), which a state dict ta
 
 @dataclass(frozen=True)
 class Spelling:
-    """How one tensor of an adapter is spelled.
+    """The key format of one tensor of an adapter.
 
     Args:
         pattern: Regular expression for the whole key, without PEFT's prefix; its first group is the host's path.
@@ -66,8 +66,8 @@ class SortedTensors:
     Args:
         own: The adapter's, by the names and in the shapes of `adapter_state_dict`.
         copies: Parameters of modules trained as copies, by their names in the base model.
-        base: Parameters of the base model that PEFT put into the file beside the adapter (embeddings, biases).
-        tokens: Rows of embeddings that were trained alone, by the paths of the embeddings.
+        base: Parameters of the base model that PEFT stored with the adapter (embeddings, biases).
+        tokens: Rows of embeddings that were trained individually, by the paths of the embeddings.
     """
 
     own: dict[str, Tensor] = field(default_factory=dict)
@@ -88,11 +88,11 @@ def sort_tensors(
     base_names: Collection[str],
     source: str,
 ) -> SortedTensors:
-    """Sort the tensors of a PEFT file by what they belong to.
+    """Sort the tensors of a PEFT file by their owner.
 
     Args:
         tensors: By the file's own keys.
-        spellings: How the kind of adapter spells its own.
+        spellings: Key formats of the type of adapter.
         saved: Paths of the modules that are trained as copies.
         base_names: Names of the base model's parameters and buffers.
         source: The file, for messages.
@@ -137,7 +137,7 @@ def _place(
     base_names: Collection[str],
     result: SortedTensors,
 ) -> tuple[dict[str, Tensor] | None, str, Tensor]:
-    """Return where a tensor goes, its name there, and the tensor in our shape; no place where it has none."""
+    """Return the group of a tensor, its name there, and the tensor in our shape; no group if it is unknown."""
     if match := re.fullmatch(TOKENS.pattern, path):
         return result.tokens, match[1], tensor
     for spelling in spellings:

@@ -1,4 +1,4 @@
-"""How PEFT finds modules by names, and how to name modules so that it finds these alone."""
+"""PEFT's matching of modules by names, and names that match only given modules."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def base_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def saved_paths(paths: Sequence[str], names: Collection[str]) -> list[str]:
-    """Return the modules that PEFT copies for `modules_to_save`: those whose path ends with a name, dot or no dot.
+    """Return the modules that PEFT copies for `modules_to_save`: those whose path ends with a name, even without a dot.
 
     Example:
         >>> saved_paths(["bert", "pre_classifier", "classifier", "classifier.dense"], ["classifier"])
@@ -41,11 +41,11 @@ def exactly(path: str) -> str:
 
 
 def target_modules(paths: Sequence[str], hosts: list[str]) -> list[str] | str:
-    """Return the hosts as a list where PEFT's suffix matching takes these alone, else as a regular expression."""
+    """Return the hosts as a list if PEFT's suffix matching selects only these, else as a regular expression."""
     taken = [path for path in paths if any(path == host or path.endswith(f".{host}") for host in hosts)]
     return hosts if set(taken) == set(hosts) else any_of(hosts)
 
 
 def any_of(paths: Sequence[str]) -> str:
-    """Return a regular expression for whole paths that takes these alone."""
+    """Return a regular expression for whole paths that matches only these."""
     return f"({'|'.join(re.escape(path) for path in paths)})"

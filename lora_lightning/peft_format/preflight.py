@@ -1,7 +1,7 @@
-"""What vLLM and llama.cpp do not take of an adapter, before anybody waits for them to say so.
+"""Checks whether vLLM and llama.cpp support an adapter.
 
-Checked against vLLM's `vllm/lora/peft_helper.py` and llama.cpp's `convert_lora_to_gguf.py`. Both ignore what they do
-not know in `adapter_config.json`, so some of what is listed would load and compute something else.
+Checked against vLLM's `vllm/lora/peft_helper.py` and llama.cpp's `convert_lora_to_gguf.py`. Both ignore unknown entries
+of `adapter_config.json`, so with some of the problems an adapter would load but compute something else.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _LABELS = {"vllm": "vLLM", "llama.cpp": "llama.cpp"}
 
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
-    """What one tool makes of an adapter.
+    """Support of an adapter by one tool.
 
     Args:
         tool: The tool.
-        problems: What it refuses, or would compute wrongly; empty where it takes the adapter.
-        hints: What to tell it so that it takes the adapter.
-        can_merge: Whether merging the adapter is a way around the problems.
+        problems: What it refuses, or would compute wrongly; empty if it supports the adapter.
+        hints: Options of the tool that the adapter needs.
+        can_merge: Whether merging the adapter avoids the problems.
     """
 
     tool: Tool
@@ -43,7 +43,7 @@ class Preflight:
     can_merge: bool = True
 
     def lines(self) -> list[str]:
-        """Tell the result, and offer the merge where there are problems."""
+        """Print the result, and suggest a merge if there are problems."""
         label = _LABELS[self.tool]
         if not self.problems:
             return [f"{label} takes this adapter{''.join(f'; {hint}' for hint in self.hints)}."]

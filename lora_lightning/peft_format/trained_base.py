@@ -1,4 +1,4 @@
-"""What PEFT trained, or kept, of the base model itself beside an adapter: biases, and rows of the embeddings."""
+"""Parts of the base model that PEFT trained or stored with an adapter: biases, and rows of the embeddings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BASE_TOLERANCE = 1e-2  # a base saved in bfloat16 and loaded in float32 is the 
 
 @dataclass
 class Beside:
-    """Methods to attach beside the adapter, with their tensors.
+    """Methods to attach in addition to the adapter, with their tensors.
 
     Args:
         methods: The methods.
@@ -51,7 +51,7 @@ class Beside:
             path: The embedding's path.
             ids: The tokens.
             rows: Their rows, `[tokens, width]`.
-            saved: Modules to train as copies beside.
+            saved: Modules that are also trained as copies.
         """
         order = sorted(range(len(ids)), key=lambda index: ids[index])
         named = [ids[index] for index in order]
@@ -71,13 +71,13 @@ def first_holder(model: nn.Module, path: str) -> str:
 def read_biases(
     model: nn.Module, biases: Mapping[str, Tensor], added: Mapping[str, Tensor], copied: Collection[str], source: str
 ) -> Beside:
-    """Turn trained biases into shifts of the base's.
+    """Convert trained biases into shifts of the base's biases.
 
     Args:
         model: The bare model.
         biases: The base's biases as trained, by their names.
-        added: What was trained beside a layer's own bias, by the layer's path.
-        copied: Paths of modules that are trained as copies, whose biases travel with these.
+        added: Biases trained in addition to a layer's own, by the layer's path.
+        copied: Paths of modules that are trained as copies, which include their biases.
         source: Where the adapter came from, for messages.
 
     Raises:
@@ -110,7 +110,7 @@ def read_biases(
 
 
 def _refuse_ambiguous(modules: Mapping[str, nn.Module], paths: Collection[str], source: str) -> None:
-    """Refuse biases of modules whose paths end other modules' paths, for which BitFit has no names."""
+    """Refuse biases of modules whose paths are suffixes of other modules' paths, which BitFit cannot name."""
     for path in paths:
         others = [other for other in modules if has_suffix(other, path) and other not in paths]
         if any(takes_shift(modules, other) for other in others):
@@ -121,10 +121,10 @@ def _refuse_ambiguous(modules: Mapping[str, nn.Module], paths: Collection[str], 
 
 
 def read_base(model: nn.Module, base: Mapping[str, Tensor], hosts: Collection[str], source: str) -> Beside:
-    """Compare the base's own parameters that PEFT put beside the adapter with those of the model.
+    """Compare the base's parameters that PEFT stored with the adapter with those of the model.
 
-    PEFT does so for embeddings that are targets or were resized. In the first case they are the base's, unchanged; in
-    the second those rows that were drawn at random then are taken over.
+    PEFT stores embeddings that are targets or were resized. In the first case they are the base's, unchanged; in the
+    second, the rows that were drawn at random are loaded.
 
     Args:
         model: The bare model.
@@ -154,7 +154,7 @@ def read_base(model: nn.Module, base: Mapping[str, Tensor], hosts: Collection[st
 
 
 def _changed_rows(tensor: Tensor, mine: Tensor) -> list[int] | None:
-    """Return the rows in which two embeddings differ; None where these are most, or the shapes differ."""
+    """Return the rows in which two embeddings differ; None if most differ, or the shapes differ."""
     if tensor.shape != mine.shape or tensor.dim() != 2:
         return None
     differs = (tensor.to(mine.device, mine.dtype) != mine).any(1)

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint exactly where it was written: random numbers, data position, unfinished steps."""
+"""Exact resume from a checkpoint: random state, data position, unfinished steps."""
 
 from lora_lightning.resume.exact_resume import ExactResume
 from lora_lightning.resume.position import Layout, Passed, Position, SeekableLoader

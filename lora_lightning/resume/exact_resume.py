@@ -1,4 +1,4 @@
-"""A callback that makes a resumed run go on exactly as the uninterrupted one would have."""
+"""A callback that makes a resumed run continue exactly like the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -37,17 +37,16 @@ class ExactResume(L.Callback):
     """Save what a run needs to resume from any batch: random numbers of every rank, data position, unfinished steps.
 
     Every `AdapterTask` brings one along; give it to the Trainer beside `AdapterFinetuning`. Manual optimization and
-    several optimizers are resumed as well. Losses and weights of the continued run are bit for bit those of the
-    uninterrupted one, on the same machine, with the same settings and versions. What the checkpoint gets are plain
-    numbers and tensors, under `exact_resume`.
+    several optimizers are resumed as well. Losses and weights of the resumed run are bit-identical to those of the
+    uninterrupted one, on the same machine, with the same settings and versions. The checkpoint stores plain numbers and
+    tensors, under `exact_resume`.
 
     Data modules of this library go straight to their place in the epoch. A loader of your own is brought there by
     loading once more what has passed, from the random state with which its epoch began; this finds the same order for
     every sampler that draws from the global generators or from its own `generator`.
 
-    On another number of ranks, or with another batch size, the rows that are left of the epoch are dealt to the ranks
-    that there are, each once, in the order that they had; a message says so. A loader of your own cannot do that, and a
-    warning tells.
+    With another number of ranks or another batch size, the remaining rows of the epoch are divided among the present
+    ranks, each once, in their order; a message says so. Your own data loader cannot do that, and a warning says so.
 
     Validation leaves the random numbers of training alone: how often a run is validated does not change it.
 
@@ -107,7 +106,7 @@ class ExactResume(L.Callback):
             return unfinished_state(pl_module, names)
         rank_zero_warn(
             "The checkpoint is written amid a batch, whose gradients are partly added to those of the batches before "
-            "it. It holds none of them, so a run that is resumed from it does not go on exactly."
+            "it. It holds none of them, so a run cannot resume exactly from it."
         )
         return None
 
@@ -125,7 +124,7 @@ class ExactResume(L.Callback):
         self._loaded = checkpoint.get(KEY)
         if self._loaded is None:
             rank_zero_warn(
-                "The checkpoint holds no data position and no random numbers, so training goes on from its weights, "
+                "The checkpoint holds no data position and no random numbers, so training continues from its weights, "
                 "but not exactly: an epoch that was not over may repeat rows and leave out others."
             )
             return
@@ -176,9 +175,9 @@ class ExactResume(L.Callback):
         data.before_next_batch(partial(self._after_batch.restore, device))
 
     def _tell(self, trainer: L.Trainer, data: FitData, loaded: dict[str, Any]) -> None:
-        """Say where training goes on, and whatever is not as it was."""
+        """Log where training continues, and what has changed."""
         passed = self._begun.passed
-        rank_zero_info(f"Going on in epoch {self._begun.epoch} after {self._begun.num_batches} batches.")
+        rank_zero_info(f"Resuming in epoch {self._begun.epoch} after {self._begun.num_batches} batches.")
         # Lightning says that loaders without a state_dict cannot resume.
         warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
         num_ranks = len(loaded["ranks"])
@@ -192,14 +191,12 @@ class ExactResume(L.Callback):
             was = f"{before.num_replicas} ranks with batches of {before.batch_size}"
             now = f"{here.num_replicas} with batches of {here.batch_size}"
             if data.is_seekable:
-                rank_zero_info(
-                    f"The epoch was begun by {was}; the rows that are left of it are dealt to {now}, each once."
-                )
+                rank_zero_info(f"The epoch was begun by {was}; its remaining rows are divided among {now}, each once.")
             else:
                 rank_zero_warn(
-                    f"The epoch was begun by {was}, and goes on with {now}. This data loader cannot deal anew what is "
-                    "left of the epoch, so rows are repeated or left out until it ends. The data modules of this "
-                    "library can."
+                    f"The epoch was begun by {was}, and continues with {now}. This data loader cannot divide the "
+                    "remaining rows again, so rows are repeated or left out until the epoch ends. The data modules of "
+                    "this library can."
                 )
         elif passed and data.num_batches() != loaded["num_batches"]:
             rank_zero_warn(
@@ -210,7 +207,7 @@ class ExactResume(L.Callback):
         if loaded["data_fingerprint"] and fingerprint and fingerprint != loaded["data_fingerprint"]:
             rank_zero_warn(
                 "The data are not those that the checkpoint was trained on (their fingerprints differ), so training "
-                "does not go on exactly."
+                "does not resume exactly."
             )
 
     # While training.

@@ -50,7 +50,7 @@ class FitData:
         return Layout(self._trainer.world_size, getattr(first, "batch_size", None) or 1, max(workers, 1))
 
     def num_batches(self, usual: Lengths | None = None) -> int:
-        """Return the batches of an epoch, by `usual` lengths or by those of the current one; -1 where nobody knows."""
+        """Return the batches of an epoch, by `usual` lengths or by those of the current one; -1 if unknown."""
         length = self._loop.max_batches if usual is None else usual[0]
         return int(length) if length != float("inf") else -1
 
@@ -141,7 +141,7 @@ class FitData:
         if len(generators) != len(start["generators"]):
             rank_zero_warn(
                 f"The data loader had {len(start['generators'])} generators of its own and has {len(generators)} now, "
-                "so its order cannot be brought back; training does not go on exactly."
+                "so its order cannot be brought back; training does not resume exactly."
             )
         for generator, state in zip(generators, start["generators"], strict=False):
             generator.set_state(state.cpu())
@@ -152,7 +152,7 @@ class FitData:
         if num_batches and self.base_seeds() != start.get("base_seeds", self.base_seeds()):
             rank_zero_warn(
                 "The data loader's order cannot be brought back: something drew random numbers while its epoch began. "
-                "Training does not go on exactly. Give the loader a `generator` of its own."
+                "Training does not resume exactly. Give the loader a `generator` of its own."
             )
         for number in range(num_batches):
             if next(self._fetcher, None) is None:
@@ -181,13 +181,13 @@ def epoch_of_samplers(trainer: L.Trainer) -> int:
 
 
 def is_amid_batch(trainer: L.Trainer) -> bool:
-    """Tell whether a batch was begun and its step is not over."""
+    """Return whether a batch was begun and its step is not over."""
     current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return bool(current.ready != current.processed)
 
 
 def is_amid_step(trainer: L.Trainer) -> bool:
-    """Tell whether gradients of the batches that are over await those of more."""
+    """Return whether gradients of the batches that are over await those of more."""
     current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return bool(current.processed % trainer.accumulate_grad_batches != 0)
 
@@ -212,7 +212,7 @@ def correct_progress(fit_loop: dict[str, Any], position: Position) -> None:
     """Set the epochs in a saved fit loop to what they are at a position.
 
     Lightning writes them differently at the end of a batch, of a validation, of an epoch and of a run; from some of
-    these it goes on in a wrong epoch, or takes one that `max_steps` cut short for finished.
+    these it resumes in a wrong epoch, or takes one that `max_steps` cut short for finished.
     """
     epoch, is_amid = position.epoch, bool(position.passed)
     begun = epoch + 1 if is_amid else epoch
@@ -225,7 +225,7 @@ def correct_progress(fit_loop: dict[str, Any], position: Position) -> None:
 
 
 def at_epoch_start(trainer: L.Trainer) -> None:
-    """Keep Lightning from going on in an epoch that is over, which it does where `max_steps` is set."""
+    """Prevent Lightning from continuing in a finished epoch, which it does if `max_steps` is set."""
     trainer.fit_loop.epoch_loop.restarting = False
 
 

@@ -78,7 +78,7 @@ class SeekableLoader(Protocol):
         ...
 
     def seekable(self) -> bool:
-        """Tell whether `seek` works; not where something else took the place of its sampler."""
+        """Return whether `seek` works; not where something else took the place of its sampler."""
         ...
 
     def seek(self, position: Position) -> None:

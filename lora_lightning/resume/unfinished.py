@@ -72,7 +72,7 @@ def unfinished_state(module: L.LightningModule, names: set[str] | None = None) -
     if any(map(is_shard, gradients.values())):
         rank_zero_warn(
             "The checkpoint is written between the batches of one optimizer step, and the model is sharded: the "
-            "gradients of these batches are not in it. Save at the end of a step to go on exactly."
+            "gradients of these batches are not in it. Save at the end of a step to resume exactly."
         )
         gradients = {}
     count: Any = getattr(module, "unfinished_step", None)

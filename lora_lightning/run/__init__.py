@@ -1,1 +1,1 @@
-"""What surrounds a run of the command line: its trainer, what it prints, and what its libraries may print."""
+"""Setup of a run on the command line: its trainer, its messages, and the filters on messages of libraries."""

@@ -26,7 +26,7 @@ from lora_lightning.run.trainer import LogInterval
 def default_callbacks(
     configured: list[L.Callback], trainer: dict[str, Any], guards: Guards | None = None
 ) -> list[L.Callback]:
-    """Return the callbacks that every run gets, less those that the user configured himself or switched off.
+    """Return the callbacks that every run gets, without those that the user configured or switched off.
 
     Args:
         configured: The callbacks that the user named.

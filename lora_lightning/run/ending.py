@@ -1,4 +1,4 @@
-"""What `fit` says at its end: where everything lies, and what to do with it."""
+"""The last messages of `fit`: paths of its results, and next commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which messages of other libraries a run does not print, each with its reason."""
+"""Messages of other libraries that a run does not print, each with its reason."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _BAR_SWITCHES = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_B
 
 
 def hide_bars() -> None:
-    """Have Hugging Face's libraries draw no bars into a file or pipe; call it before they are imported.
+    """Disable the progress bars of Hugging Face's libraries in a file or pipe; call it before they are imported.
 
-    A bar redraws its line, which leaves hundreds of copies of it in a log. Variables that the user set stay.
+    A bar redraws its line, which leaves hundreds of copies in a log. Variables that the user set are kept.
     """
     if not sys.stderr.isatty():
         for name in _BAR_SWITCHES:
@@ -43,9 +43,9 @@ def hide_bars() -> None:
 
 @contextmanager
 def tidy_output(*, is_fit: bool) -> Iterator[None]:
-    """Inside the block, send Lightning's messages to stdout and hide those that tell nothing.
+    """Inside the block, send Lightning's messages to stdout and hide uninformative ones.
 
-    Stderr then holds warnings and errors alone.
+    Stderr then holds only warnings and errors.
 
     Args:
         is_fit: Whether the block trains.

@@ -1,4 +1,4 @@
-"""How the parameters of a task lie on several processes."""
+"""Distribution of a task's parameters over several processes."""
 
 from lora_lightning.strategies.facts import StrategyFacts, facts_of
 from lora_lightning.strategies.fsdp2 import FSDP2Strategy

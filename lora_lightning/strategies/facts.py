@@ -1,4 +1,4 @@
-"""What a Trainer's strategy does with the parameters of a module."""
+"""How a Trainer's strategy distributes the parameters of a module."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyFacts:
-    """What a strategy does with the parameters of a module.
+    """How a strategy distributes the parameters of a module.
 
     Args:
         name: Its class, for messages.
-        shards: Each weight is spread over the processes and gathered for its layer (FSDP2, `ModelParallelStrategy`).
+        shards: Each weight is sharded over the processes and gathered for its layer (FSDP2, `ModelParallelStrategy`).
         partitions: Weights, gradients or optimizer state are divided among the processes by DeepSpeed.
         flattens: Weights are joined into flat parameters of the strategy's own (FSDP1).
         is_known: It is one of those above, DDP, or one device.
@@ -34,7 +34,7 @@ class StrategyFacts:
 
 
 def facts_of(trainer: L.Trainer) -> StrategyFacts:
-    """Return what a Trainer's strategy does.
+    """Return how a Trainer's strategy distributes parameters.
 
     Example:
         >>> import lightning as L
@@ -61,7 +61,7 @@ def facts_of(trainer: L.Trainer) -> StrategyFacts:
 
 
 def shards_by_name(strategy: object) -> bool:
-    """Return whether a strategy, as settings name it, spreads the base over processes.
+    """Return whether a strategy, as settings name it, shards the base over processes.
 
     Args:
         strategy: A name such as `fsdp2`, or the settings of a class.

@@ -1,4 +1,4 @@
-"""FSDP2 for adapters: Lightning's ModelParallelStrategy, with the base sharded and checkpoints of adapters alone."""
+"""FSDP2 for adapters: Lightning's ModelParallelStrategy with a sharded base and adapter-only checkpoints."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ __all__ = ["FSDP2Strategy"]
 
 
 class FSDP2Strategy(ModelParallelStrategy, NamesNearest):
-    """Train a task whose frozen base is spread over all processes (FSDP2), as `trainer.strategy: fsdp2`.
+    """Train a task whose frozen base is sharded over all processes (FSDP2), as `trainer.strategy: fsdp2`.
 
-    The adapters and their optimizer state are whole on every process; their gradients are averaged once per optimizer
-    step. So a checkpoint is the same single file as under DDP or in one process, and each resumes from the others'.
-    Where a Trainer has Lightning's own `ModelParallelStrategy`, a task turns it into this one.
+    Every process holds the adapters and their whole optimizer state; their gradients are averaged once per optimizer
+    step. A checkpoint is therefore the same single file as with DDP or one process, and each of them can resume from
+    it. A task replaces Lightning's `ModelParallelStrategy` of a Trainer with this one.
 
     Args:
-        process_group_backend: `nccl` or `gloo`; None means the device's usual one.
-        timeout: How long a collective waits; longer than whatever rank 0 does alone, such as merging. A rank that died
-            is noticed sooner (see `RankWatch`).
+        process_group_backend: `nccl` or `gloo`; None means the device's default.
+        timeout: Timeout of a collective; longer than any work of rank 0 alone, such as merging. A rank that died is
+            detected sooner (see `RankWatch`).
     """
 
     _is_blocked = False
@@ -47,7 +47,7 @@ class FSDP2Strategy(ModelParallelStrategy, NamesNearest):
         )
 
     def setup_environment(self) -> None:
-        """Spread over all processes, where Lightning would spread over nodes."""
+        """Shard over all processes, where Lightning would shard over nodes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -83,7 +83,7 @@ class FSDP2Strategy(ModelParallelStrategy, NamesNearest):
             assert self.lightning_module is not None
             average_gradients(self.lightning_module, self.device_mesh["data_parallel"].get_group())
 
-    # Checkpoints: adapters are whole, so what any strategy does with whole models is right.
+    # Checkpoints: adapters are not sharded, so the methods for unsharded models apply.
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -91,7 +91,7 @@ class FSDP2Strategy(ModelParallelStrategy, NamesNearest):
         return True
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the adapters alone: to gather the base would take its size in memory."""
+        """Return only the adapters: gathering the base would take its size in memory."""
         module: Any = self.lightning_module
         return dict(module.adapter_state())
 
@@ -120,12 +120,12 @@ StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Frozen base shard
 
 
 def shard_for_trainer(model: nn.Module, fingerprint: str | None, trainer: L.Trainer | None) -> None:
-    """Shard the base of an adapted model where the Trainer has a strategy for that; do nothing the second time.
+    """Shard the base of an adapted model if the Trainer's strategy does so; do nothing the second time.
 
     Args:
         model: The model, with its adapters; changed in place.
-        fingerprint: That of its base, which all ranks must share.
-        trainer: The Trainer, where there is one.
+        fingerprint: Fingerprint of its base, which must be the same on all ranks.
+        trainer: The Trainer, or None.
 
     Raises:
         ConfigError: The strategy wants tensor parallelism as well, or the ranks hold different bases.
@@ -148,7 +148,7 @@ def shard_for_trainer(model: nn.Module, fingerprint: str | None, trainer: L.Trai
 
 
 def _check_same_base(fingerprint: str | None) -> None:
-    """Refuse ranks with different bases, whose shards would make up a base that nobody has."""
+    """Refuse ranks with different bases, whose shards would not form one base."""
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, fingerprint)
     other = next((rank for rank, one in enumerate(found) if one != found[0]), None)

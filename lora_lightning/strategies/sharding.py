@@ -1,4 +1,4 @@
-"""Spread a frozen base over processes (FSDP2) and keep its adapters whole, alike on every one of them."""
+"""Shard a frozen base over processes (FSDP2) and keep its adapters replicated."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _BUCKET = 16 * 2**20
-"""Elements that are averaged in one message."""
+"""Number of elements that are averaged in one collective."""
 
 
 def shard_base(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Spread the frozen weights of an adapted model over the processes of a mesh; the adapters stay whole.
+    """Shard the frozen weights of an adapted model over the processes of a mesh; the adapters stay replicated.
 
-    Each block (an item of an outermost `nn.ModuleList`) is gathered just before it runs and let go after, forward and
-    backward; what lies outside of blocks is gathered with the model's own forward. Adapters are small, and their
-    methods read and change them outside of any forward, so every process keeps all of them, in their own precision;
-    `average_gradients` keeps them alike. Weights that several blocks share stay whole, too.
+    Each block (an item of an outermost `nn.ModuleList`) is gathered just before it runs and freed afterwards, in
+    forward and backward; weights outside of blocks are gathered with the model's own forward. Adapters are small, and
+    their methods read and change them outside of any forward, so every process keeps all of them in their own
+    precision; `average_gradients` keeps them equal. Weights that several blocks share are replicated, too.
 
     Args:
         model: A model with adapters, with the same weights on every process; changed in place.
@@ -48,7 +48,7 @@ def shard_base(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def broadcast_adapters(model: nn.Module) -> None:
-    """Give the adapters of every process the values of rank 0, whatever seeds they were drawn from."""
+    """Broadcast the adapters of rank 0 to every process, which may have used other seeds."""
     for tensor in _adapter_tensors(model):
         if not is_shard(tensor):
             dist.broadcast(tensor.detach(), 0)
@@ -69,7 +69,7 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup | None = None)
 
 
 def _average(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup | None) -> None:
-    """Average the gradients of parameters of one dtype and device, and who has one, in one message."""
+    """Average the gradients of parameters of one dtype and device, and the flags of who has one, in one collective."""
     here = [parameter.grad is not None for parameter in parameters]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     presence = torch.tensor(here, dtype=parameters[0].dtype, device=parameters[0].device)

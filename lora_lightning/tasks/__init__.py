@@ -1,4 +1,4 @@
-"""Tasks: what is learnt, with which head, loss and metrics."""
+"""Tasks: each defines head, loss, metrics and predictions."""
 
 from typing import TYPE_CHECKING
 

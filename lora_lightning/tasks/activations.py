@@ -1,4 +1,4 @@
-"""What grows with the batch: the tensors that a forward pass keeps for backward, and the loss."""
+"""Memory that grows with the batch: tensors that a forward pass keeps for backward, and the loss."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lora_lightning.tasks.memory_parts import WIDE, MemoryPart, base_modules, ow
 from lora_lightning.tasks.offload import MIN_BYTES, NUM_IN_FLIGHT
 
 _BUFFERS_IN_FLIGHT = 2
-"""Tensors as large as the largest kept one that a backward pass holds beside those kept: a gradient in and one out."""
+"""Tensors as large as the largest saved one that backward also holds: an input and an output gradient."""
 
 
 def activations(
     model: nn.Module, task: AdapterTask, batch_size: int, length: int, precision: str, device: str
 ) -> list[MemoryPart]:
-    """Return what a forward pass keeps for backward, on the device and off it, what backward needs beside, the loss."""
+    """Return the memory of a step: saved tensors on and off the device, extra memory of backward, and the loss."""
     config: Any = getattr(model, "config", None)
     if config is None:
         how = f"not counted: {type(model).__name__} is not a transformers model"
@@ -50,15 +50,15 @@ def activations(
 def _placed(
     task: AdapterTask, sizes: list[int], recomputed: int, largest: int, how: str, device: str
 ) -> list[MemoryPart]:
-    """Return where tensors of these sizes are kept: on the device, or in host memory where they are offloaded.
+    """Return the memory of saved tensors: on the device, or in host memory if they are offloaded.
 
     Args:
-        task: Says whether they are offloaded.
+        task: Its settings decide whether they are offloaded.
         sizes: Bytes of each tensor that forward keeps.
         recomputed: Bytes that backward computes again at one time, on the device.
         largest: Bytes of the largest tensor.
-        how: What was counted.
-        device: Type of the device; what is on the CPU is not offloaded.
+        how: Description of the tensors.
+        device: Type of the device; tensors on the CPU are not offloaded.
     """
     moved: list[int] = []
     in_flight, how_in_flight = _BUFFERS_IN_FLIGHT * largest, "two tensors like the largest kept, in backward"
@@ -115,9 +115,9 @@ def _count_saved(model: nn.Module, batch_size: int, length: int, precision: str)
 
 @contextmanager
 def _on_fake_cpu(model: nn.Module) -> Iterator[None]:
-    """Give a model, for the block, tensors that claim to be on the CPU, so that it takes the attention that runs there.
+    """Within the block, report the CPU as the device of meta tensors, so that models use the CPU's attention kernel.
 
-    On the meta device itself, attention falls back to the form that keeps all its probabilities, which no device uses.
+    On the meta device, attention falls back to an implementation that keeps all probabilities, which no device uses.
     """
     fakes: dict[int, Tensor] = {}
 
@@ -150,7 +150,7 @@ def _autocast(precision: str) -> Iterator[None]:
 
 
 def _loss(task: AdapterTask, config: Any, tokens: int, itemsize: int) -> list[MemoryPart]:  # noqa: ANN401 - transformers' configs differ by model
-    """Return what the logits of a language model take: all of them, or a chunk where the task computes them so."""
+    """Return the memory of a language model's logits: all of them, or one chunk if the task computes them in chunks."""
     vocabulary = _number(config, "vocab_size")
     if not vocabulary or "LM" not in task.auto_class:
         return []
@@ -178,7 +178,7 @@ def _num_layers(config: Any) -> int:  # noqa: ANN401 - transformers' config
 
 
 def _inner_width(config: Any) -> int:  # noqa: ANN401 - transformers' config
-    """Return the width inside of the feed-forward network; of a mixture, of all experts that a token goes through."""
+    """Return the inner width of the feed-forward network; in a mixture, the sum over the experts of a token."""
     inner = _number(config, "intermediate_size", "hidden_dim", "n_inner", "d_ff") or 4 * _width(config)
     chosen = _number(config, "num_experts_per_tok")
     return chosen * (_number(config, "moe_intermediate_size") or inner) if chosen else inner

@@ -1,7 +1,7 @@
-"""Averages of weights over training (`WeightAveraging`, `EMAWeightAveraging`, SWA): saved as adapters, like all else.
+"""Averages of weights over training (`WeightAveraging`, `EMAWeightAveraging`, SWA), saved as adapters.
 
-Lightning's callbacks average a copy of the task, and put that copy's whole state into checkpoints, the frozen base
-with it. A task replaces these states by adapter states before a checkpoint is written, and completes them again before
+Lightning's callbacks average a copy of the task and write its whole state into checkpoints, including the frozen base.
+A task replaces these states with adapter states before a checkpoint is written, and restores the whole states before
 the callbacks load them.
 """
 
@@ -24,7 +24,7 @@ _SWA_STATE = "average_model_state"
 
 
 def averaged_task(trainer: L.Trainer | None) -> CheckpointState | None:
-    """Return the copy of the task that holds the averaged weights, which are what validation measures.
+    """Return the copy of the task that holds the averaged weights, which validation uses.
 
     Args:
         trainer: The trainer, or None.
@@ -40,7 +40,7 @@ def averaged_task(trainer: L.Trainer | None) -> CheckpointState | None:
 
 
 def copy_for_averages(task: CheckpointState) -> None:
-    """Give SWA, which copied the task before its model was built, the built one to average.
+    """Give SWA the built model to average, since it copied the task before the model was built.
 
     Args:
         task: The task, with its model.
@@ -52,7 +52,7 @@ def copy_for_averages(task: CheckpointState) -> None:
 
 
 def shrink_averages(task: CheckpointState, checkpoint: dict[str, Any]) -> None:
-    """Put adapter states where the callbacks have put whole states into a checkpoint that is about to be written."""
+    """Replace the whole states that the callbacks put into a checkpoint with adapter states, before it is written."""
     checkpoint["state_dict"] = gathered(task.adapter_state())
     averaged = averaged_task(task._trainer)
     if averaged is not None and _CURRENT in checkpoint:
@@ -64,7 +64,7 @@ def shrink_averages(task: CheckpointState, checkpoint: dict[str, Any]) -> None:
 
 
 def complete_averages(task: CheckpointState, checkpoint: dict[str, Any]) -> None:
-    """Complete the averages of a checkpoint that was read, since `WeightAveraging` loads whole states alone."""
+    """Restore whole states in a loaded checkpoint, since `WeightAveraging` loads only whole states."""
     averaged = averaged_task(task._trainer)
     if averaged is not None and _CURRENT in checkpoint:
         averaged.load_state_dict(checkpoint["state_dict"])

@@ -1,4 +1,4 @@
-"""What backward needs of a forward pass: kept on the device, kept in host memory, or computed again."""
+"""Tensors that backward needs from a forward pass: kept on the device, offloaded to host memory, or recomputed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def recompute(model: nn.Module, what: Recomputing) -> None:
-    """Make backward compute again what it is told to.
+    """Make backward recompute layers or activations.
 
     Args:
         model: The adapted model; changed in place.
@@ -40,7 +40,7 @@ def recompute(model: nn.Module, what: Recomputing) -> None:
 
 
 def check_offloading(task: AdapterTask) -> None:
-    """Refuse a Trainer under which weights look like activations, and say so where there is nothing to offload.
+    """Refuse a Trainer under which weights look like activations, and warn if there is nothing to offload.
 
     Raises:
         ConfigError: The Trainer shards the model.
@@ -63,7 +63,7 @@ def check_offloading(task: AdapterTask) -> None:
 
 
 def offloaded(task: AdapterTask, compute: Callable[[Any], T]) -> Callable[[Any], T]:
-    """Return a function that computes the same; what backward needs of it goes to host memory where the task says so.
+    """Return a function with the same result whose saved tensors go to host memory if the task offloads them.
 
     Args:
         task: The task, with its model built.
@@ -80,7 +80,7 @@ def offloaded(task: AdapterTask, compute: Callable[[Any], T]) -> Callable[[Any],
 
 
 def describe_backward(task: Any) -> str:  # noqa: ANN401 - any LightningModule
-    """Say what a task does with the tensors that backward needs; empty where it simply keeps them.
+    """Describe how a task treats the tensors that backward needs; empty if it keeps them.
 
     Example:
         >>> from types import SimpleNamespace

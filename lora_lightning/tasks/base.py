@@ -57,38 +57,37 @@ T = TypeVar("T")
 class AdapterTask(EvaluatedTask):
     """Fine-tunes adapters on a frozen backbone; subclass it for a task.
 
-    A subclass defines `compute_loss`, and where it wants them `configure_metrics` and `predict`. To train on a model of
-    your own instead of a transformers backbone, override `configure_backbone` and return any module.
+    A subclass defines `compute_loss`, and optionally `configure_metrics` and `predict`. To train another model than a
+    transformers backbone, override `configure_backbone` and return any module.
 
-    Loss and metrics of validation are logged as `val/<metric>`. With several sets (loaders in a mapping), those of each
-    set are logged as `val/<set>/<metric>` besides, and `val/<metric>` is over the rows of all sets together. The same
-    holds for `test`.
+    Loss and metrics of validation are logged as `val/<metric>`. With several sets (loaders in a mapping), each set is
+    also logged as `val/<set>/<metric>`, and `val/<metric>` covers the rows of all sets. The same holds for `test`.
 
     Args:
-        backbone: Hub name, folder, or `pkg://package/folder`; None where `configure_backbone` is overridden.
+        backbone: Hub name, folder, or `pkg://package/folder`; None if `configure_backbone` is overridden.
         method: The method, or a list of methods; None means `LoRA()`.
         optim: Learning rates, optimizer and schedule; None means `Optim()`.
         dtype: Precision of the frozen weights: `auto` (as stored), `float32`, `bfloat16`, `float16`.
-        gradient_checkpointing: What backward computes again instead of keeping it: True takes every layer (transformers
-            models; about a third more time), `activations` only the nonlinearities in front of adapted linear layers
-            (a few percent more time; see `recompute_activations`).
-        offload_activations: Keep what backward needs in host memory, from 1 MiB on, and bring it back in time (one CUDA
+        gradient_checkpointing: What backward recomputes: True recomputes every layer (transformers models; about a
+            third more time), `activations` only the nonlinearities before adapted linear layers (a few percent more
+            time; see `recompute_activations`).
+        offload_activations: Keep saved tensors of at least 1 MiB in host memory until backward needs them (one CUDA
             device or DDP; see `lora_lightning.tasks.offload`). With `gradient_checkpointing: true`, the layers' inputs.
         quantization: Store the backbone's linear layers in 4 or 8 bits (QLoRA); None stores them dense.
-        adapter: Folder of an adapter, of this library or of PEFT, to start from instead of a fresh one. It says which
-            method is attached; a method given beside it must be the same.
-        train_norm_statistics: Let batch norms and their like compute with, and learn, the statistics of the training
-            batches: they become part of the adapter. Otherwise the base's stay in use.
+        adapter: Folder of an adapter, of this library or of PEFT, to start from instead of a new one. It determines the
+            method; a method that is also given must be the same.
+        train_norm_statistics: Let batch norms and similar modules use and update the statistics of the training
+            batches, which become part of the adapter. Otherwise the base's statistics stay in use.
 
     Attributes:
         model: The adapted model; None before `configure_model`.
         label_names: Names of the classes by index, or None for tasks without classes.
-        evaluation_table: Table of the last evaluation, of all its sets together; None where the task has none.
+        evaluation_table: Table of the last evaluation, over all its sets; None if the task has none.
     """
 
     auto_class: ClassVar[str] = "AutoModel"
     predictions_format: ClassVar[str] = ".jsonl"
-    """Ending of a file of predictions for which no name is given."""
+    """Suffix of a file of predictions for which no name is given."""
 
     def __init__(
         self,
@@ -112,7 +111,7 @@ class AdapterTask(EvaluatedTask):
         self.quantization = Quantization(**quantization) if isinstance(quantization, Mapping) else quantization
         self.adapter, self.train_norm_statistics = adapter, train_norm_statistics
         self._takes_method_of_adapter = adapter is not None and method is None
-        # Settings from a checkpoint are plain: then its weights follow, and the folder may be gone or changed.
+        # Settings from a checkpoint are plain. Its weights are loaded later, and the folder may be gone or changed.
         self._takes_state_of_checkpoint = adapter is not None and is_plain(method)
         self._starting_run: SavedRun | None = None
         self.model: nn.Module | None = None
@@ -172,7 +171,7 @@ class AdapterTask(EvaluatedTask):
         return {}
 
     def trained_modules(self, model: nn.Module) -> list[str]:
-        """Return the modules to train as full copies: the head, and whatever the files held no weights for."""
+        """Return the modules to train as full copies: the head, and modules without weights in the backbone's files."""
         return list(dict.fromkeys([*view_of(model).head_paths(), *self._new_modules]))
 
     def compute_loss(self, batch: Any) -> StepOutput:  # noqa: ANN401 - the data module's own type
@@ -197,7 +196,7 @@ class AdapterTask(EvaluatedTask):
         return self(batch)
 
     def prediction_columns(self, prediction: Any) -> Mapping[str, Any]:  # noqa: ANN401 - the task's own type
-        """Return the columns that a file of predictions has for what `predict` says of one row.
+        """Return the columns of a file of predictions for the prediction of one row.
 
         Args:
             prediction: What `predict` returned for the row, in plain types.
@@ -211,7 +210,7 @@ class AdapterTask(EvaluatedTask):
     # What Lightning calls.
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Return the callbacks that every run gets, from Python too, less those that the trainer has already."""
+        """Return the callbacks that every run gets, from Python too, without those that the trainer already has."""
         given: list[L.Callback] = getattr(self.trainer, "callbacks", [])
         return [kind() for kind in (RunCheck, ExactResume) if not any(isinstance(one, kind) for one in given)]
 
@@ -228,7 +227,7 @@ class AdapterTask(EvaluatedTask):
 
     @property
     def report(self) -> AttachReport | None:
-        """What trains, and where, as it is now; None before `configure_model`."""
+        """The current report of what trains, and where; None before `configure_model`."""
         return None if self.model is None else report_of(self.model)
 
     def configure_model(self) -> None:
@@ -263,10 +262,10 @@ class AdapterTask(EvaluatedTask):
         shard_for_trainer(self.model, self.base_fingerprint, self._trainer)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - torch's own signature
-        """Move the module; in a fit, methods may look at data once it is on its device.
+        """Move the module; in a fit, then let methods calibrate on data.
 
-        Lightning moves it after loading a checkpoint and before optimizer and DDP see the parameters, and has no hook
-        there: methods that change their parameters by the data need just that moment.
+        Lightning moves the module after loading a checkpoint and before optimizer and DDP see the parameters. Methods
+        that change their parameters by the data need this moment, for which Lightning has no hook.
         """
         super().to(*args, **kwargs)
         calibrate_once(self)
@@ -279,7 +278,7 @@ class AdapterTask(EvaluatedTask):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401 - the data module's own type
-        """Return the loss of a batch, with the methods' penalties, and log it where that is due."""
+        """Return the loss of a batch, with the methods' penalties, and log it at logging steps."""
         del batch_idx
         values = {"loss": self._checked("train", self.compute_loss, batch).loss}
         for method, label in zip(self.methods, labels(self.methods), strict=True):
@@ -308,13 +307,13 @@ class AdapterTask(EvaluatedTask):
             method.after_step(self.adapted, step, self._total_steps())
 
     def fold(self) -> None:
-        """Drop what only training needs (the encoders of prompt methods); the model answers as before."""
+        """Remove what only training needs (the encoders of prompt methods); the outputs stay the same."""
         fold(self.adapted)
 
     # Helpers.
 
     def _starting_adapter(self, model: nn.Module) -> StartingAdapter | None:
-        """Read the adapter to start from, where there is one and no checkpoint is going to be loaded anyway."""
+        """Read the adapter to start from, if there is one and no checkpoint is going to be loaded."""
         if self.adapter is None:
             return None
         if self._takes_state_of_checkpoint and not self._takes_method_of_adapter:
@@ -328,7 +327,7 @@ class AdapterTask(EvaluatedTask):
         return start
 
     def _checked(self, stage: str, compute: Callable[[Any], T], batch: Any) -> T:  # noqa: ANN401 - the data module's own type
-        """Call `compute` on a batch; on a stage's first one, make sure that every adapter is called."""
+        """Call `compute` on a batch; on the first batch of a stage, check that every adapter is called."""
         if self._takes_state_of_checkpoint:
             refuse_unread_adapter(self.adapter)
         compute = offloaded(self, compute) if stage == "train" else compute

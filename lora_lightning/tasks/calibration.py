@@ -1,4 +1,4 @@
-"""Lets methods look at the training data, once, before the first step."""
+"""Calibration of methods on the training data, once, before the first step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def calibrate_once(task: AdapterTask) -> None:
-    """Let a task's methods look at data, where a fit is about to begin and they have not yet."""
+    """Calibrate a task's methods if a fit is about to begin and they are not calibrated yet."""
     if task._is_calibrated or task.model is None or task._trainer is None or task.trainer.state.fn != "fit":
         return
     task._is_calibrated = True
@@ -27,12 +27,12 @@ def calibrate_once(task: AdapterTask) -> None:
 def calibrate(
     module: L.LightningModule, model: nn.Module, methods: Sequence[Method], loss: Callable[[Any], Tensor]
 ) -> None:
-    """Give each method the training batches, and leave no gradients behind.
+    """Calibrate each method on the training batches; no gradients remain.
 
     Args:
         module: The module that its Trainer trains.
         model: The adapted model.
-        methods: Those that calibrate; nothing is done without any.
+        methods: The methods that calibrate; may be empty.
         loss: Takes a batch on the module's device.
     """
     if not methods:

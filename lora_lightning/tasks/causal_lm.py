@@ -1,4 +1,4 @@
-"""Language models that learn to go on with a text, or to answer."""
+"""Causal language models: trained to continue texts or to answer."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ __all__ = ["CausalLM"]
 class CausalLM(PerTokenTask):
     """Fine-tunes a causal language model on the tokens that its data supervise.
 
-    Batches hold `input_ids` and `labels` `[batch, length]`: the labels stand at their own tokens (the task shifts them)
-    and are -100 where nothing is to be learnt. Whatever else they hold goes to the model: `attention_mask` for padding,
-    on either side; `position_ids` that start again at 0 with each packed document.
+    Batches hold `input_ids` and `labels` `[batch, length]`: labels are not shifted (the task shifts them) and are -100
+    at tokens that are not trained on. Other entries are passed to the model: `attention_mask` for padding on either
+    side; `position_ids` that restart at 0 in each packed document.
 
-    The logits are never held all at once: the loss goes through the supervised positions in chunks, and works with any
-    output head, trained or frozen. Logged: see `PerTokenTask`.
+    The logits are never all in memory: the loss is computed in chunks of supervised positions, with any output head,
+    trained or frozen. Logged: see `PerTokenTask`.
 
     Args:
-        loss_chunk_size: Tokens whose logits are held at one time; more take more memory and, on a GPU, less time.
-        max_new_tokens: How many tokens `predict` adds to a prompt at most.
+        loss_chunk_size: Tokens whose logits are in memory at one time; a larger value takes more memory and, on a GPU,
+            less time.
+        max_new_tokens: Maximum number of tokens that `predict` generates.
     """
 
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
@@ -54,7 +55,7 @@ class CausalLM(PerTokenTask):
         self.keep_settings(loss_chunk_size=loss_chunk_size, max_new_tokens=max_new_tokens)
 
     def trained_modules(self, model: nn.Module) -> list[str]:
-        """Return the modules that the files held no weights for; a pretrained head stays frozen."""
+        """Return the modules without weights in the backbone's files; a pretrained head stays frozen."""
         del model
         return list(self._new_modules)
 
@@ -77,11 +78,11 @@ class CausalLM(PerTokenTask):
         return chunked_token_loss(hidden, targets, parts.head, parts.logit_map, chunk_size=self.loss_chunk_size)
 
     def predict(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return what the model says after each row's prompt, the tokens before the first supervised one.
+        """Generate from the prompt of each row: the tokens before the first supervised one.
 
         Returns:
-            For each row `prompt_ids` and `generated_ids`, and as texts `prompt` and `generated` where the data module
-            has a tokenizer.
+            For each row `prompt_ids` and `generated_ids`, and as texts `prompt` and `generated` if the data module has
+            a tokenizer.
 
         Raises:
             DataError: The batch does not fit the model.
@@ -107,7 +108,7 @@ class CausalLM(PerTokenTask):
         ]
 
     def prediction_columns(self, prediction: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the text as `generated`, and what the model was asked as `prompt_text`."""
+        """Return the text as `generated` and the prompt as `prompt_text`."""
         return text_columns(prediction)
 
     def _checked(self, stage: str, *args: Any) -> Any:  # noqa: ANN401 - as the base has it
@@ -115,7 +116,7 @@ class CausalLM(PerTokenTask):
         return super()._checked(stage, *args)
 
     def _output_head(self) -> OutputHead | None:
-        """Return the model's parts around the logits; found out once, and again where the head was replaced."""
+        """Return the model's modules around the logits; cached until the head is replaced."""
         model: Any = unwrap(self.adapted)
         head = output_embeddings(model)
         if self._parts is None or self._parts[0] is not head:
@@ -124,11 +125,11 @@ class CausalLM(PerTokenTask):
 
 
 def check_batch(batch: Mapping[str, Any], model: nn.Module) -> None:
-    """Raise DataError where a batch does not fit a causal language model.
+    """Raise DataError if a batch does not fit a causal language model.
 
     Args:
-        batch: What the data loader gave.
-        model: The model that is to take it.
+        batch: The batch.
+        model: The model.
 
     Raises:
         DataError: Token ids or labels are missing, lie beyond the vocabulary, or a row is longer than the model takes.

@@ -1,4 +1,4 @@
-"""What a task's checkpoint keeps: adapters, trained copies, and what methods carry along; never the frozen base."""
+"""State of a task in checkpoints: adapters, trained copies and state of methods, without the frozen base."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.backbones.tokenizer_identity import check_tokenizer, tokenizer_of
 from lora_lightning.checkpoint.base_sample import BaseSample
 from lora_lightning.checkpoint.fingerprint import check_base, check_fingerprint, fingerprint
-from lora_lightning.checkpoint.folder import check_finite
+from lora_lightning.checkpoint.folder import RunFacts, check_finite, is_adapter_folder
+from lora_lightning.checkpoint.manifest import read_manifest
 from lora_lightning.checkpoint.own_state import MODEL, own_entries
-from lora_lightning.checkpoint.saved_run import SavedRun
+from lora_lightning.checkpoint.saved_run import SavedRun, facts_of_manifest
 from lora_lightning.errors import ConfigError
 from lora_lightning.optim import Optim
+from lora_lightning.paths import resolve
 from lora_lightning.resume.precision import double_before_loading
 from lora_lightning.tasks.averaging import complete_averages, shrink_averages
 from lora_lightning.tasks.loading import (
@@ -48,17 +50,17 @@ class CheckpointState(CheckedLoading):
         raise NotImplementedError  # a subclass defines it
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps: adapters, trained copies, and state of this module outside the model."""
+        """Return the state in checkpoints: adapters, trained copies, and state of this module outside the model."""
         adapters = {MODEL + name: tensor for name, tensor in adapter_state_dict(self.adapted).items()}
         return {**adapters, **own_entries(self.state_dict())}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Replace the full state dict by the adapter state, and add what the methods carry along."""
+        """Replace the full state dict with the adapter state, and add the state of the methods."""
         shrink_averages(self, checkpoint)
         checkpoint["lora_lightning"] = entry_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Compare the base, and give the methods back what they carried along.
+        """Compare the base, and restore the state of the methods.
 
         Raises:
             CheckpointError: The checkpoint is not one of this library, was trained on another base, or holds too little
@@ -77,7 +79,7 @@ class CheckpointState(CheckedLoading):
         complete_averages(self, checkpoint)
 
     def _check_base(self, own: Mapping[str, Any]) -> None:
-        """Refuse another base than that of a checkpoint; one without values of its base needs the very same weights."""
+        """Refuse another base than the checkpoint's; without a sample of its base, the weights must be identical."""
         source, expected = "The checkpoint", own["base_fingerprint"]
         found = self.base_fingerprint or fingerprint(self.adapted)
         theirs = BaseSample.from_plain(own.get("base_sample"), source)
@@ -106,15 +108,28 @@ class CheckpointState(CheckedLoading):
         return _IncompatibleKeys(missing_keys=[], unexpected_keys=[])
 
     def start_from(self, run: SavedRun) -> None:
-        """Take the adapter to start from out of a folder that was read already, instead of reading `adapter` again."""
+        """Start from an adapter folder that was already read, instead of reading `adapter` again."""
         self._starting_run = run
+
+    def facts_of_adapter(self) -> RunFacts | None:
+        """Return what the manifest of the adapter to start from says of its training; None for one of PEFT.
+
+        Raises:
+            CheckpointError: The manifest is damaged.
+        """
+        if self._starting_run is not None:
+            return self._starting_run.facts
+        folder = None if self.adapter is None else resolve(self.adapter)
+        if folder is None or not is_adapter_folder(folder):
+            return None
+        return facts_of_manifest(read_manifest(folder), str(folder))
 
     def refuse_untrained(self) -> None:
         """Let `configure_model` refuse modules whose weights are drawn at random, unless an adapter brings them."""
         self._refuses_untrained = self.adapter is None
 
     def check_trained(self, new_modules: Collection[str]) -> None:
-        """Refuse new modules where that was asked for; a finished classifier, or a language model, has none.
+        """Refuse new modules after `refuse_untrained`; a trained classifier or a language model has none.
 
         Args:
             new_modules: The modules for which the backbone's files hold no weights.
@@ -130,5 +145,5 @@ class CheckpointState(CheckedLoading):
             )
 
     def expect_checkpoint(self) -> None:
-        """Leave `adapter` unread, since a checkpoint's weights follow: the folder may be gone or changed by then."""
+        """Do not read `adapter`: a checkpoint's weights will be loaded, and the folder may be gone or changed."""
         self._takes_state_of_checkpoint = self.adapter is not None

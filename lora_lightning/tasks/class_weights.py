@@ -1,4 +1,4 @@
-"""Weights of classes in the loss: by name, or balanced by how often each class occurs."""
+"""Weights of classes in the loss: by name, or inversely proportional to class frequency."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _WORDS = {True: ("true", "yes", "on"), False: ("false", "no", "off")}
 
 
 def weights_by_name(weights: Mapping[str | int, float], names: Sequence[str]) -> dict[str, float]:
-    """Return the weights by the name of the class, with numbers and truth values as keys turned into names.
+    """Return the weights by class name; numbers and booleans as keys become names.
 
     Args:
         weights: The weights as the user gives them; classes left out weigh 1.
         names: The names of the classes.
 
     Raises:
-        ConfigError: A key is no class, a weight is negative or not finite, or all weights are 0.
+        ConfigError: A key is not a class, a weight is negative or not finite, or all weights are 0.
 
     Example:
         >>> weights_by_name({1: 5.0}, ["0", "1"])
@@ -45,7 +45,7 @@ def weights_by_name(weights: Mapping[str | int, float], names: Sequence[str]) ->
 
 
 def balanced_weights(counts: Mapping[str, int] | None, names: Sequence[str]) -> dict[str, float]:
-    """Return weights by which every class counts alike: n / (number of classes x rows of the class).
+    """Return weights that balance the classes: n / (number of classes x rows of the class).
 
     Args:
         counts: How many training rows each label has; None if the data module does not count them.

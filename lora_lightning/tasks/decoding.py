@@ -1,4 +1,4 @@
-"""How each next token is chosen, row by row: what a row gets does not depend on the other rows of its batch."""
+"""Choice of the next token of each row, independent of the other rows of the batch."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 class RepetitionPenalty:
-    """Makes tokens that a row holds already less likely, as transformers' processor does, but for padding.
+    """Penalizes tokens that a row already holds, like the processor of transformers, but ignores padding.
 
-    transformers penalizes the padding of a row too. It is often the end token, so a padded row would end later.
+    transformers also penalizes padding. That is often the end token, so that a padded row would end later.
 
     Args:
         penalty: Positive scores are divided by it, negative ones multiplied; above 1 penalizes.
@@ -71,11 +71,11 @@ class Draws:
 
 
 class StopAt:
-    """Ends the rows whose new tokens a function finds complete.
+    """Ends the rows whose new tokens are complete according to a function.
 
     Args:
         start: Tokens that each row starts with and that are not part of its answer.
-        is_complete: Tells whether an answer, given as tokens, needs no more.
+        is_complete: Returns whether an answer, given as tokens, is complete.
     """
 
     def __init__(self, start: int, is_complete: Callable[[Sequence[int]], bool]) -> None:

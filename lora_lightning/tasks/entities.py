@@ -1,4 +1,4 @@
-"""Entities in sequences of tags, and how many of them a tagger finds exactly."""
+"""Entities in sequences of tags, and metrics of exactly matching entities."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Entity(NamedTuple):
 
     Args:
         type: What the tags say after their prefix.
-        start: Place of its first token.
-        end: Place after its last token.
+        start: Index of its first token.
+        end: Index after its last token.
     """
 
     type: str
@@ -32,7 +32,7 @@ class Entity(NamedTuple):
 
 
 def has_prefixes(names: Sequence[str]) -> bool:
-    """Tell whether tags other than `O` say by a prefix where an entity begins; if only some do, none counts.
+    """Return whether all tags other than `O` have a prefix that marks the begin of entities.
 
     Example:
         >>> has_prefixes(["O", "B-PER", "I-PER"]), has_prefixes(["NOUN", "VERB"])
@@ -52,9 +52,9 @@ def has_prefixes(names: Sequence[str]) -> bool:
 def entities(tags: Sequence[str], *, prefixed: bool = True) -> list[Entity]:
     """Return the entities of one sequence of tags, in order.
 
-    With prefixes, `B-x` begins an entity, and `I-x` goes on with one of the same type; where none is open, or one of
-    another type, it begins one, as CoNLL's own scorer has it. `S-x` and `U-x` stand alone, `E-x` and `L-x` end one.
-    Without prefixes each token whose tag is not `O` is an entity.
+    With prefixes, `B-x` begins an entity, and `I-x` continues one of the same type; without an open entity of this type
+    it begins one, as in CoNLL's scorer. `S-x` and `U-x` are single tokens, `E-x` and `L-x` end an entity. Without
+    prefixes, each token whose tag is not `O` is an entity.
 
     Args:
         tags: The tags.
@@ -99,7 +99,7 @@ class EntityF1(Metric):
     """F1 of entities found exactly, over all entities of all types: 2 tp / (2 tp + fp + fn), 0 where there are none.
 
     `update` takes predicted tags `[batch, length]` and expected tags `[batch, length]` as indices; tokens whose
-    expected tag is -100 are left out, and the others of a row form one sequence. States are counts, summed over ranks.
+    expected tag is -100 are skipped, and the others of a row form one sequence. States are counts, summed over ranks.
 
     Args:
         label_names: Name of each tag by its index.

@@ -1,4 +1,4 @@
-"""Validation and test of a task: which metrics it has, and what Lightning calls to measure them."""
+"""Validation and test of a task: its metrics, and the hooks of Lightning that update and log them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class EvaluatedTask(CheckpointState, abc.ABC):
     """The part of `AdapterTask` that measures loss, metrics and tables of validation and test.
 
     Attributes:
-        evaluation_table: Table of the last evaluation, of all its sets together; None where the task has none.
+        evaluation_table: Table of the last evaluation, over all its sets; None if the task has none.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class EvaluatedTask(CheckpointState, abc.ABC):
 
     @abc.abstractmethod
     def _checked(self, stage: str, compute: Callable[[Any], T], batch: Any) -> T:  # noqa: ANN401 - the data module's own type
-        """Call `compute` on a batch; on a stage's first one, make sure that every adapter is called."""
+        """Call `compute` on a batch; on the first batch of a stage, check that every adapter is called."""
 
     def configure_metrics(self) -> MetricCollection | None:
         """Return the metrics of validation and test, or None."""
@@ -68,11 +68,11 @@ class EvaluatedTask(CheckpointState, abc.ABC):
         self._start_evaluation(sets_of(self._trainer, "test"))
 
     def on_validation_epoch_end(self) -> None:
-        """Log what is known only after the last batch of validation."""
+        """Log the metrics of validation."""
         self._end_evaluation(sets_of(self._trainer, "val"))
 
     def on_test_epoch_end(self) -> None:
-        """Log what is known only after the last batch of the test."""
+        """Log the metrics of the test."""
         self._end_evaluation(sets_of(self._trainer, "test"))
 
     # Helpers.
@@ -81,7 +81,7 @@ class EvaluatedTask(CheckpointState, abc.ABC):
         """Prepare for the first batch of an evaluation."""
 
     def _evaluate(self, batch: Any, sets: EvaluationSets, index: int) -> None:  # noqa: ANN401 - the data module's own type
-        """Count a batch for its set, by the index of its loader, and for all sets together."""
+        """Update the metrics of a batch's set, by the index of its loader, and those of all sets together."""
         output = self._checked(sets.stage, self.compute_loss, batch)
         for prefix in sets.prefixes_of(index):
             self._measures(prefix).update(output, batch_size_of(batch))
@@ -89,7 +89,7 @@ class EvaluatedTask(CheckpointState, abc.ABC):
             self._log_measures(sets)  # while batches pass, so that every hook at the end of the epoch finds it
 
     def _end_evaluation(self, sets: EvaluationSets) -> None:
-        """Log after the last batch; figures of all sets together cannot be logged in the step of one loader."""
+        """Log after the last batch; metrics of all sets together cannot be logged in the step of one loader."""
         if sets.names:
             self._log_measures(sets)
         self.evaluation_table = self._measures(sets.stage).take_table()
@@ -100,11 +100,11 @@ class EvaluatedTask(CheckpointState, abc.ABC):
                 self.log(f"{prefix}/{name}", metric, prog_bar=sets.is_all(prefix), metric_attribute=prefix)
 
     def _measured(self) -> dict[str, Direction | None]:
-        """Return what is measured of each set, by name."""
+        """Return the metrics of each set, by name."""
         return measured(self.configure_metrics())
 
     def _measures(self, prefix: str) -> Measures:
-        """Return what is measured under a prefix; the names of sets are known only once there are loaders."""
+        """Return the metrics under a prefix; the names of sets are known only when there are loaders."""
         if prefix not in self._measures_of:
             self._add_measures(prefix, f"set_metrics_{len(self._measures_of)}")
         return self._measures_of[prefix]

@@ -1,4 +1,4 @@
-"""The sets of rows that a validation or a test goes through, and what is measured of each."""
+"""The sets of rows of a validation or test, and the metrics of each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Stage = Literal["val", "test"]
 
 @dataclass(frozen=True)
 class EvaluationSets:
-    """The sets of a stage. Each has figures of its own, logged under a prefix, and so have all of them together.
+    """The sets of a stage. Each has separate metrics, logged under a prefix, and so have all of them together.
 
     Args:
         stage: The stage, which is also the prefix of all sets together.
@@ -43,11 +43,11 @@ class EvaluationSets:
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """The prefixes of all figures; that of all sets together is the last."""
+        """The prefixes of all metrics; that of all sets together is the last."""
         return (*(f"{self.stage}/{name}" for name in self.names), self.stage)
 
     def prefixes_of(self, index: int) -> tuple[str, ...]:
-        """Return the prefixes of the figures that the batches of a loader count for."""
+        """Return the prefixes of the metrics that the batches of a loader update."""
         if not self.names:
             return (self.stage,)
         return self.prefixes[index], self.stage
@@ -78,7 +78,7 @@ def names_of_sets(loaders: Any) -> tuple[str, ...]:  # noqa: ANN401 - Lightning'
 
 
 def measured(metrics: MetricCollection | None) -> dict[str, Direction | None]:
-    """Return the names that a set's figures have, each with the direction that is better.
+    """Return the names of a set's metrics, each with its better direction.
 
     Example:
         >>> from torchmetrics import MeanSquaredError, MetricCollection, SumMetric
@@ -108,7 +108,7 @@ class MeanLoss(Metric):
         self.add_state("num_rows", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, num_rows: int) -> None:
-        """Count a batch.
+        """Add a batch.
 
         Args:
             loss: Mean loss of the batch, scalar.
@@ -124,7 +124,7 @@ class MeanLoss(Metric):
 
 
 class Measures(nn.Module):
-    """What is measured of a set: its mean loss, the task's metrics and its table.
+    """Measures of a set: its mean loss, the task's metrics and its table.
 
     Args:
         metrics: The metrics, or None.

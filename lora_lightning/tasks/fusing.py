@@ -9,10 +9,10 @@ from lora_lightning.strategies.facts import facts_of
 
 
 def may_fuse(trainer: L.Trainer) -> bool:
-    """Tell whether a fused optimizer is safe with a Trainer's precision and strategy.
+    """Return whether a fused optimizer is safe with a Trainer's precision and strategy.
 
     Lightning's mixed precision refuses to clip the gradients of a fused optimizer, and unscales those of float16 only
-    inside its step, behind the back of guards; DeepSpeed and FSDP1 hand it flat parameters of their own.
+    inside its step, after the guards have looked at them. DeepSpeed and FSDP1 pass it their own flat parameters.
     """
     facts = facts_of(trainer)
     is_mixed = isinstance(trainer.precision_plugin, MixedPrecision)

@@ -1,4 +1,4 @@
-"""Let a language model go on from prompts of different lengths, or answer texts that it has read."""
+"""Generation with language models: continue prompts of different lengths, or answer the input of an encoder."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lora_lightning.tasks.token_loss import IGNORED
 from lora_lightning.texts.generation_config import own_ends
 
 Batching = Literal["any", "same length", "alone"]
-"""Which prompts a model may be given in one batch."""
+"""Which prompts a model can process in one batch."""
 _NUM_PADDED = 4
 _NUM_TRIED = 2
 """Tokens of padding, and new tokens, with which a model is tried."""
 
 
 class Example(NamedTuple):
-    """What stands before the first supervised tokens of a row, and these tokens themselves, as ids."""
+    """The token ids before the first supervised tokens of a row, and the supervised ones."""
 
     prompt: list[int]
     answer: list[int]
@@ -34,12 +34,12 @@ class Example(NamedTuple):
 def examples_of(batch: Mapping[str, Any]) -> list[Example]:
     """Return the first prompt and answer of each row of a batch.
 
-    Padding is left out, and of packed rows all but the first document. Where everything is supervised, the first half
-    of a row counts as the prompt; without labels, all of it.
+    Padding is removed, and of packed rows all documents but the first. If every token is supervised, the first half of
+    a row counts as the prompt; without labels, all of it.
 
     Args:
-        batch: `input_ids` `[batch, length]`, and where there are any, `labels`, `attention_mask` and `position_ids` of
-            the same shape.
+        batch: `input_ids` `[batch, length]`, and optionally `labels`, `attention_mask` and `position_ids` of the same
+            shape.
 
     Example:
         >>> examples_of({"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[-100, -100, 3]])})
@@ -86,27 +86,27 @@ def generate(
     seed: int = 0,
     streamer: Any = None,  # noqa: ANN401 - transformers' streamers have no public base class with types
 ) -> list[list[int]]:
-    """Go on from prompts, all in one batch, padded on the left; a model with an encoder answers them.
+    """Generate from prompts in one batch, padded on the left; a model with an encoder reads them as its input.
 
-    Each prompt gets what it gets alone, but for the rounding of a batch. The model is in evaluation mode meanwhile, and
-    neither its modes nor the global random state change.
+    Each prompt gets the same answer as alone, except for rounding in a batch. The model is in evaluation mode during
+    the call; its modes and the global random state stay unchanged.
 
     Args:
         model: A model of transformers that generates, with or without adapters.
         prompts: Token ids, at least one each.
-        max_new_tokens: How many tokens to add at most; fewer where the model's positions end.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn.
-        top_p: Draw from the likeliest tokens that make up this share of the probability.
-        top_k: Draw from this many of the likeliest tokens; 0 means all.
-        repetition_penalty: Above 1 makes tokens less likely that prompt or answer hold already.
-        stop: Tokens that end an answer, beside the model's own end tokens.
-        is_complete: Is asked after each token whether the answer so far needs no more.
-        seed: Seed of the draws; each prompt starts from it.
-        streamer: Is given each token as soon as it is there, as transformers' `TextStreamer` is; for one prompt only,
-            and not for a model whose settings search with beams.
+        max_new_tokens: Maximum number of tokens to generate; fewer if the model's positions end.
+        temperature: 0 decodes greedily; a larger value samples.
+        top_p: Sample from the most probable tokens whose probabilities sum to this.
+        top_k: Sample from this many of the most probable tokens; 0 means all.
+        repetition_penalty: A value above 1 makes tokens less likely that prompt or answer already hold.
+        stop: Tokens that end an answer, besides the model's own end tokens.
+        is_complete: Returns whether the answer so far is complete; called after each token.
+        seed: Seed of the sampling; each prompt starts from it.
+        streamer: Receives each token when it is generated, like transformers' `TextStreamer`; only for one prompt, and
+            not for a model whose settings use beam search.
 
     Returns:
-        The new tokens of each prompt, without the one that ended it.
+        The new tokens of each prompt, without the end token.
 
     Raises:
         ConfigError: A prompt is empty, or leaves no room for a new token.
@@ -157,7 +157,7 @@ def generate(
 
 @torch.no_grad()
 def batching_of(model: nn.Module, prompt: Sequence[int]) -> Batching:
-    """Try which prompts a model may be given in one batch so that each gets what it gets alone.
+    """Test which prompts a model can process in one batch with the same result for each as alone.
 
     Some models ignore the mask or count positions without it, and some mix the rows of a batch.
 
@@ -199,16 +199,16 @@ def _first_logits(model: nn.Module, prompts: Sequence[Sequence[int]]) -> Tensor:
 def answer(
     model: nn.Module, inputs: Mapping[str, Tensor], *, max_new_tokens: int = 64, num_beams: int = 1
 ) -> list[list[int]]:
-    """Let a model with an encoder and a decoder answer a batch of texts, without drawing.
+    """Generate answers of an encoder-decoder model for a batch of texts, without sampling.
 
-    The model is in evaluation mode meanwhile. What else its own generation config says (start token, forced tokens)
-    stays.
+    The model is in evaluation mode during the call. Other entries of its generation config (start token, forced tokens)
+    apply.
 
     Args:
         model: A model of transformers that generates, with or without adapters.
-        inputs: What the encoder takes: `input_ids` and `attention_mask` `[batch, length]`.
-        max_new_tokens: Length of an answer, at most.
-        num_beams: Answers that are followed at a time; 1 takes the likeliest token each time.
+        inputs: Input of the encoder: `input_ids` and `attention_mask` `[batch, length]`.
+        max_new_tokens: Maximum length of an answer.
+        num_beams: Number of beams; 1 decodes greedily.
 
     Returns:
         The tokens of each answer, without start and end.
@@ -227,7 +227,7 @@ def answer(
 
 
 def max_positions(model: Any) -> float:  # noqa: ANN401 - a transformers model
-    """Return how many tokens a model takes beside its virtual ones, infinity where its config sets no limit."""
+    """Return the number of tokens that a model takes besides its virtual ones; infinity if its config sets none."""
     config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     virtual = (adapter.num_virtual_tokens for _, _, adapter in iter_acting(model))
@@ -264,7 +264,7 @@ def _padded(
 
 
 def _without_sampling(config: Any) -> Any:  # noqa: ANN401 - transformers' GenerationConfig
-    """Return a copy of generation settings without those of drawing and length, which transformers warns of."""
+    """Return a copy of generation settings without those of sampling and length, about which transformers warns."""
     config = copy.deepcopy(config)
     for name in ("temperature", "top_p", "top_k", "max_length"):
         setattr(config, name, None)
@@ -277,7 +277,7 @@ def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and each of its modules back into its own afterwards."""
+    """Put a model into evaluation mode, and restore the mode of each module afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

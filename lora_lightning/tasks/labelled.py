@@ -1,4 +1,4 @@
-"""Tasks with named classes: the names come from the data or the settings, and may weigh differently in the loss."""
+"""Tasks with named classes: the names come from the data or the settings, and classes may have weights in the loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class LabelledTask(AdapterTask, abc.ABC):
     """A task whose head has an output for each of some named classes; subclass it and define `compute_loss`.
 
     Args:
-        label_names: Names of the classes by index; None takes those that the data module finds.
+        label_names: Names of the classes by index; None takes those that the data module finds, else those
+            of `adapter`.
         class_weights: Weight of each class in the loss by its name; classes left out weigh 1. `balanced` weighs each
             class by n / (number of classes x its rows), from the data module's `label_counts` of the training rows.
 
@@ -29,7 +30,7 @@ class LabelledTask(AdapterTask, abc.ABC):
 
     loss_weights: Tensor | None
     placeholder_names: ClassVar[tuple[str, ...]] = ("one", "other")
-    """Names for a model that is only counted: how many there are, only the data know, and a head is small."""
+    """Names for memory planning, where the number of classes is unknown; the head is small."""
 
     def __init__(
         self,
@@ -58,9 +59,13 @@ class LabelledTask(AdapterTask, abc.ABC):
             raise ConfigError(f"label_names must be at least two different names, got {names!r}.")
 
     def find_label_names(self) -> list[str]:
-        """Return the names that the data module has found; an empty list if there are none."""
+        """Return the names that the data module has found, else those of the adapter to start from."""
         data = getattr(self._trainer, "datamodule", None)
-        return list(getattr(data, "label_names", None) or [])
+        names = getattr(data, "label_names", None)
+        if not names:
+            facts = self.facts_of_adapter()
+            names = None if facts is None else facts.label_names
+        return list(names or [])
 
     def configure_model(self) -> None:
         """Take the label names from the data where none were given, then build the model."""

@@ -1,4 +1,4 @@
-"""Load a task from a `.ckpt` file that agrees with its manifest, without running code that the file might carry."""
+"""Load a task from a `.ckpt` file that matches its manifest, without running code in the file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class CheckedLoading(ForwardsSettings, L.LightningModule):
     _arguments: list[str]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - those of __init__
-        """Note which arguments the constructor is called with: a subclass may take them through `**kwargs`."""
+        """Record the arguments of the constructor, since a subclass may take them through `**kwargs`."""
         task = super().__new__(cls, *args, **kwargs)
         object.__setattr__(task, "_arguments", argument_names(cls, args, kwargs))
         return task
@@ -59,7 +59,7 @@ class CheckedLoading(ForwardsSettings, L.LightningModule):
             return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, safely, **kwargs)
         content = read_file(path, map_location, weights_only=safely).content
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            raise CheckpointError(f"{path} holds no state_dict, so it is no checkpoint of a task; name a .ckpt file.")
+            raise CheckpointError(f"{path} holds no state_dict, so it is not a task's checkpoint; name a .ckpt file.")
         content.setdefault("hyper_parameters", {})
         task = build_task(cls, content, path, kwargs, strict=strict)
         assert isinstance(task, cls)
@@ -69,16 +69,16 @@ class CheckedLoading(ForwardsSettings, L.LightningModule):
 
 
 def class_path_for_cli() -> dict[str, str]:
-    """Return what a `LightningCLI(..., subclass_mode_model=True)` looks for in the settings of a checkpoint.
+    """Return the entry that a `LightningCLI(..., subclass_mode_model=True)` looks for in the settings of a checkpoint.
 
-    Such a CLI builds the task inside this context; nothing else has a use for the entry.
+    Such a CLI builds the task inside this context; nothing else uses the entry.
     """
     given = _given_hyperparameters.get() or {}
     return {_CLASS_PATH: str(given[_CLASS_PATH])} if _CLASS_PATH in given else {}
 
 
 def entry_of(task: Any) -> dict[str, Any]:  # noqa: ANN401 - an AdapterTask, which imports this
-    """Return what a task with its model puts into a checkpoint beside Lightning's own and its adapters' weights."""
+    """Return a task's entry in a checkpoint, besides Lightning's entries and the adapters' weights."""
     data = getattr(task._trainer, "datamodule", None)
     tokenizer = SavedTokenizer.of_data(data, task.backbone)
     sampled = base_sample_of(task.adapted)
@@ -96,7 +96,7 @@ def entry_of(task: Any) -> dict[str, Any]:  # noqa: ANN401 - an AdapterTask, whi
 
 
 def own_entry(checkpoint: Mapping[str, Any], num_methods: int) -> dict[str, Any]:
-    """Return what a task has put into a checkpoint beside Lightning's own, and its adapters' weights.
+    """Return the entry of a task in a checkpoint, besides Lightning's entries and the adapters' weights.
 
     Args:
         checkpoint: The content of a `.ckpt` file.
@@ -120,10 +120,10 @@ def own_entry(checkpoint: Mapping[str, Any], num_methods: int) -> dict[str, Any]
 
 
 def own_entries_for(task: L.LightningModule, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a state holds for a task beside its model.
+    """Return the tensors of a state that belong to a task outside its model.
 
     Raises:
-        CheckpointError: It is not what the task holds.
+        CheckpointError: They differ from those of the task.
     """
     own, expected = own_entries(state), own_entries(task.state_dict()).keys()
     if own.keys() != expected:
@@ -135,7 +135,7 @@ def own_entries_for(task: L.LightningModule, state: Mapping[str, Any]) -> dict[s
 
 
 def refuse_unread_adapter(adapter: str | None) -> NoReturn:
-    """Refuse to use a task whose adapter was left unread, because a checkpoint was to follow.
+    """Refuse to use a task whose adapter was not read because a checkpoint should have been loaded.
 
     Raises:
         CheckpointError: Always.
@@ -149,7 +149,7 @@ def refuse_unread_adapter(adapter: str | None) -> NoReturn:
 def check_optimization(
     checkpoint: Mapping[str, Any], optim: Optim, trainer: L.Trainer | None, model: nn.Module
 ) -> None:
-    """Warn where a run resumes with other rates or another schedule; refuse another optimizer.
+    """Warn if a run resumes with other learning rates or another schedule; refuse another optimizer.
 
     Args:
         checkpoint: The content of a `.ckpt` file.
@@ -191,7 +191,7 @@ def _num_groups(checkpoint: Mapping[str, Any]) -> int:
 
 
 def require_training_state(checkpoint: Mapping[str, Any], trainer: L.Trainer | None) -> None:
-    """Refuse to go on training from a checkpoint of weights alone.
+    """Refuse to resume training from a checkpoint that holds only weights.
 
     Args:
         checkpoint: The content of a `.ckpt` file.
@@ -205,5 +205,5 @@ def require_training_state(checkpoint: Mapping[str, Any], trainer: L.Trainer | N
     if not checkpoint.get("optimizer_states") or "fit_loop" not in checkpoint.get("loops", {}):
         raise CheckpointError(
             "The checkpoint holds no state of optimizer and loops (save_weights_only leaves them out), so training "
-            "cannot go on from it; start a new run from the adapter folder beside it, with model.init_args.adapter."
+            "cannot resume from it; start a new run from the adapter folder beside it, with model.init_args.adapter."
         )

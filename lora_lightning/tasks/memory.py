@@ -1,7 +1,7 @@
-"""How much memory a run needs, part by part, counted before anything is loaded.
+"""Memory of a run, part by part, computed before anything is loaded.
 
-The model is built on the meta device, from its config alone. Parameters, gradients and optimizer state follow from its
-shapes exactly; activations are counted on a forward pass of tensors that have shapes and no data.
+The model is built on the meta device from its config. Parameters, gradients and optimizer state follow exactly from its
+shapes; activations are counted in a forward pass of tensors without data.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ def plan_memory(
     """Count what a task's training needs on each device.
 
     Args:
-        task: The task, not yet built; it stays so.
+        task: The task, not yet built; it is not changed.
         batch_size: Rows in a batch, on each device.
         length: Tokens in each row.
         precision: The trainer's `precision`.
         num_replicas: Processes that each hold the whole model (DDP).
         num_shards: Processes that share parameters, gradients and optimizer state (FSDP2).
-        device: Type of the device that it is to run on; decides in what a 4-bit base computes, and whether anything is
+        device: Type of the device of the run; determines the compute type of a 4-bit base, and whether tensors are
             offloaded.
 
     Returns:
@@ -160,11 +160,11 @@ def _cast_base(model: nn.Module, dtype: torch.dtype) -> None:
                 parameter.data = parameter.data.to(dtype)
 
 
-# What stays the same from step to step.
+# Memory that does not change from step to step.
 
 
 def _base(model: nn.Module, task: AdapterTask) -> tuple[int, str]:
-    """Return the bytes of the frozen model as it is stored, and a line that says how."""
+    """Return the bytes of the frozen model as it is stored, and a description of the storage."""
     tensors = {id(t): t for module in base_modules(model) for t in own_tensors(module)}
     packed = _packed(model, task) if task.quantization is not None else {}
     num_bytes = sum(num_bytes_of(tensor) for key, tensor in tensors.items() if key not in packed) + sum(packed.values())
@@ -196,7 +196,7 @@ def _packed(model: nn.Module, task: AdapterTask) -> dict[int, int]:
 
 
 def quantized_bytes(num_out: int, num_in: int, quantization: Quantization) -> int:
-    """Return what the weight of one linear layer takes, packed data and constants, without the code tables.
+    """Return the bytes of a linear layer's quantized weight: packed data and constants, without code tables.
 
     Args:
         num_out: Rows.
@@ -259,7 +259,7 @@ def _sharded(part: MemoryPart, num_shards: int) -> MemoryPart:
 
 
 def _count(number: int) -> str:
-    """Write a large number shortly.
+    """Format a large number in short form.
 
     Example:
         >>> _count(74_112), _count(1_234_567_890)

@@ -1,4 +1,4 @@
-"""What the lines of a memory plan are made of."""
+"""Lines of a memory plan."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class MemoryPart:
     """One line of a plan.
 
     Args:
-        name: What the memory is for.
-        num_bytes: How much, on each device, or in host memory for each device.
-        how: What was counted, or what was assumed.
+        name: Purpose of the memory.
+        num_bytes: Bytes on each device, or in host memory for each device.
+        how: What was counted or assumed.
         per_sample: Whether it grows with the batch.
         on_host: Whether it is in host memory.
     """
@@ -44,5 +44,5 @@ def own_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def num_bytes(tensor: Tensor) -> int:
-    """Return what a tensor's values take."""
+    """Return the bytes of a tensor's values."""
     return tensor.numel() * tensor.element_size()

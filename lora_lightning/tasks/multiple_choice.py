@@ -1,4 +1,4 @@
-"""One right answer among several for each question."""
+"""Multiple choice: one correct answer for each question."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MultipleChoice(AdapterTask):
 
     Batches hold `input_ids` and `attention_mask` `[batch, choices, length]` (each choice with its question),
     `choice_mask` `[batch, choices]`, 0 where a question has fewer choices than another, and `labels` `[batch]`, the
-    place of the right one. Logged: `train/loss`, and `val/…` and `test/…` of `loss` and `accuracy`.
+    index of the correct choice. Logged: `train/loss`, and `val/…` and `test/…` of `loss` and `accuracy`.
     """
 
     auto_class: ClassVar[str] = "AutoModelForMultipleChoice"
@@ -54,7 +54,7 @@ class MultipleChoice(AdapterTask):
         return MetricCollection({"accuracy": ChoiceAccuracy()})
 
     def predict(self, batch: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """Return `choice` (its place) and `probabilities` of the choices for each question."""
+        """Return `choice` (its index) and `probabilities` of the choices for each question."""
         masks = batch.get("choice_mask")
         rows = self._scores(batch).softmax(-1)
         num = [rows.shape[1]] * len(rows) if masks is None else masks.sum(-1).tolist()

@@ -1,4 +1,4 @@
-"""What backward needs waits in host memory, and comes back to the device when backward asks for it."""
+"""Offload saved tensors to host memory, and copy them back when backward needs them."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 MIN_BYTES = 1 << 20
-"""Smaller tensors stay: their copies would cost more time than they free memory."""
+"""Smaller tensors stay on the device: the copies would take too much time for the memory that they free."""
 
 NUM_IN_FLIGHT = 4
-"""Tensors that may wait on the device for the end of their copies, and that forward can still read there."""
+"""Tensors that may stay on the device until their copies are complete, and that forward can still read there."""
 
 
 class HostCopy(Protocol):
-    """A copy of a tensor in host memory, perhaps still being made."""
+    """A copy of a tensor in host memory that may not be complete yet."""
 
     def wait(self) -> None:
-        """Let the device's next operations wait until the copy is complete."""
+        """Make the device's next operations wait for the copy."""
 
     def restore(self) -> Tensor:
         """Return the tensor on its device, as a new one."""
 
 
 class PinnedMemory:
-    """Copies tensors of a CUDA device into pinned host memory, on a stream of its own beside the computation."""
+    """Copies tensors of a CUDA device into pinned host memory, on a separate stream."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def __call__(self, data: Tensor) -> HostCopy:
-        """Start to copy a tensor; whoever calls keeps it alive and unchanged until it has waited.
+        """Start to copy a tensor; the caller must keep it alive and unchanged until `wait` has returned.
 
         Args:
             data: Any shape and dtype, on a CUDA device.
@@ -70,26 +70,26 @@ _PINNED_MEMORY = PinnedMemory()  # one for all steps, so that their copies queue
 
 
 def is_on_cuda(tensor: Tensor) -> bool:
-    """Tell whether a tensor is on a device whose memory is not the host's."""
+    """Return whether a tensor is on a device whose memory is not the host's."""
     return tensor.device.type == "cuda"
 
 
 class OffloadActivations(saved_tensors_hooks):
     """Keep in host memory what a forward pass run inside saves for backward.
 
-    What stays where it is: parameters and buffers of the model and views of them, what is smaller than `min_bytes`, and
-    what is on no CUDA device. A storage that several operations save goes and comes back once, and all of it, whatever
-    part of it each one saved. Inside a checkpointed region only its inputs are saved. On leaving the block every copy
-    is on its way, and the device's memory is free for others.
+    Parameters and buffers of the model and views of them, tensors smaller than `min_bytes` and tensors outside CUDA
+    devices stay in place. A storage that several operations save is copied once, as a whole, in each direction. Inside
+    a checkpointed region only its inputs are saved. When the block ends, every copy has been started, and the device's
+    memory can be reused.
 
-    As without these hooks, backward refuses a saved tensor that was overwritten in the meantime; one whose copy was
-    complete by then has its old values.
+    As without these hooks, backward refuses a saved tensor that was overwritten in the meantime; a tensor whose copy
+    was complete by then has its old values.
 
     Args:
-        model: Whose parameters and buffers stay. Sharded models (FSDP) are not for this: their gathered weights look
+        model: Its parameters and buffers stay. Do not use it with sharded models (FSDP): their gathered weights look
             like activations.
         store: Takes a tensor of bytes, `[num_bytes]`, and returns its copy in host memory.
-        is_movable: Tells by its device whether a tensor is to be moved.
+        is_movable: Returns by its device whether a tensor is moved.
         min_bytes: Size of the smallest storage that is moved.
 
     Attributes:
@@ -124,13 +124,13 @@ class OffloadActivations(saved_tensors_hooks):
         self._in_flight: deque[_Moved] = deque()
 
     def __enter__(self) -> None:
-        """Look up where the model's own tensors are; they may have moved since the last step."""
+        """Update the addresses of the model's own tensors, which may have moved since the last step."""
         tensors = [*self._model.parameters(), *self._model.buffers()]
         self._own = {tensor.untyped_storage()._cdata for tensor in tensors if type(tensor.data) is Tensor}
         super().__enter__()
 
     def __exit__(self, *error: object) -> None:
-        """Let go of the tensors on the device."""
+        """Release the tensors on the device."""
         super().__exit__(*error)
         while self._in_flight:
             self._in_flight.popleft().settle()
@@ -199,8 +199,8 @@ class _Kept(NamedTuple):
 class _Moved:
     """A storage in host memory.
 
-    While its copy is being made, the tensor is held; once backward has asked for it, the new one, until all operations
-    that saved it are done: they ask one after the other, and what one of them does to it in place the others see.
+    It holds the tensor until the copy is complete. When backward asks for it, it holds the new tensor until all
+    operations that saved it are done: they ask in turn, and see each other's in-place changes.
     """
 
     def __init__(self, copy: HostCopy, source: Tensor, version: int) -> None:
@@ -210,7 +210,7 @@ class _Moved:
         self.back: Tensor | None = None
 
     def settle(self) -> None:
-        """Let go of the tensor on the device."""
+        """Release the tensor on the device."""
         assert self.source is not None
         self.copy.wait()
         self.is_unchanged = self.source._version == self.version
@@ -218,7 +218,7 @@ class _Moved:
 
 
 class _Part(NamedTuple):
-    """What one operation saved: a view of a storage in host memory."""
+    """A saved tensor: a view of a storage in host memory."""
 
     moved: _Moved
     dtype: torch.dtype

@@ -26,7 +26,7 @@ _UNIT = 1024.0
 
 @dataclass
 class _Totals:
-    """Token sums over many batches, on the device, so that adding does not make the host wait for it."""
+    """Token sums over many batches, on the device, so that adding does not synchronize with the host."""
 
     loss: Tensor = field(default_factory=lambda: torch.zeros(()))
     num_right: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
@@ -46,10 +46,10 @@ class _Totals:
 class PerTokenTask(AdapterTask, abc.ABC):
     """A task whose loss is the mean over supervised tokens; subclass it and define `token_sums`.
 
-    Batches hold different numbers of supervised tokens, so a mean over micro-batches, or over ranks, of their own means
-    is not the mean over the tokens of an optimizer step. Here backward runs on sums, and the gradients are divided by
-    the number of tokens of the whole step on all ranks, just before clipping and the optimizer. Penalties of methods
-    join at that moment, once and whole. A step without any supervised token changes nothing.
+    Batches hold different numbers of supervised tokens, so the mean of the means of micro-batches or ranks is not the
+    mean over the tokens of an optimizer step. Here backward runs on sums, and the gradients are divided by the number
+    of tokens of the whole step on all ranks, just before clipping and the optimizer step. The gradients of the methods'
+    penalties are added then, once. A step without supervised tokens changes nothing.
 
     Logged: `train/loss` of each optimizer step; `val/…` and `test/…` of `loss`, `perplexity` (its exponential) and
     `accuracy` (share of supervised tokens with the largest logit), over all tokens of the set.
@@ -73,17 +73,17 @@ class PerTokenTask(AdapterTask, abc.ABC):
         return StepOutput(sums.loss / max(sums.num_tokens, 1))
 
     def unfinished_step(self) -> dict[str, Any]:
-        """Return what has been counted of an optimizer step that awaits more batches."""
+        """Return the counts of an optimizer step that awaits more batches."""
         return self._totals["train"].plain()
 
     def load_unfinished_step(self, state: dict[str, Any]) -> None:
-        """Take back what `unfinished_step` returned."""
+        """Restore the result of `unfinished_step`."""
         self._totals["train"] = _Totals(state["loss"], state["num_right"], int(state["num_tokens"]))
 
     # What Lightning calls.
 
     def on_train_start(self) -> None:
-        """Start counting, and let methods look at data."""
+        """Start counting, and calibrate the methods."""
         self._totals.pop("train", None)
         super().on_train_start()
 
@@ -130,7 +130,7 @@ class PerTokenTask(AdapterTask, abc.ABC):
             self.log_dict({f"{prefix}/{name}": value for name, value in values.items()}, prog_bar=sets.is_all(prefix))
 
     def _values_of(self, prefix: str) -> dict[str, Any]:
-        """Return the figures of a set, over all ranks."""
+        """Return the metrics of a set, over all ranks."""
         totals = self._totals.pop(prefix, _Totals())
         num_tokens = int(self._over_ranks(torch.tensor(totals.num_tokens, device=self.device)))
         if num_tokens == 0:
@@ -146,7 +146,7 @@ class PerTokenTask(AdapterTask, abc.ABC):
         return reduced
 
     def _skip(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the gradients away, so that the optimizer leaves parameters and its own state alone."""
+        """Remove the gradients, so that the optimizer changes neither parameters nor its state."""
         if not self._has_warned:
             self._has_warned = True
             rank_zero_warn(
@@ -157,7 +157,7 @@ class PerTokenTask(AdapterTask, abc.ABC):
             parameter.grad = None
 
     def _add_penalties(self, optimizer: torch.optim.Optimizer) -> None:
-        """Add the gradients of the methods' penalties, which know no tokens and are alike on all ranks."""
+        """Add the gradients of the methods' penalties, which do not depend on tokens and are equal on all ranks."""
         parameters = [parameter for parameter in _parameters(optimizer) if parameter.requires_grad]
         for method, label in zip(self.methods, labels(self.methods), strict=True):
             with torch.enable_grad():

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def columns_of(prediction: Any) -> dict[str, Any]:  # noqa: ANN401 - the task's own type
-    """Return what a task says of one row as columns.
+    """Return a task's prediction for one row as columns.
 
     Args:
         prediction: A mapping gives a column `predicted_<name>` for each of its entries; anything else is one column,
@@ -38,7 +38,7 @@ def class_columns(prediction: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_columns(prediction: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a generated text as the column `generated`, with the prompt where there is one; ids without texts stay.
+    """Return a generated text as the column `generated`, with the prompt if there is one; ids without texts stay.
 
     Example:
         >>> text_columns({"prompt": "1 + 1 =", "generated": " 2", "prompt_ids": [1], "generated_ids": [2]})

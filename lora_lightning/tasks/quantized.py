@@ -1,4 +1,4 @@
-"""What a Trainer must not do to a quantized base."""
+"""Trainer settings that a quantized base does not allow."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _refuse_strategy(trainer: L.Trainer) -> None:
 
 
 def check_quantization(model: nn.Module, quantization: Quantization | None, trainer: L.Trainer | None) -> None:
-    """Refuse a Trainer that a quantized model does not survive, and a setting that had no effect.
+    """Refuse a Trainer that a quantized model does not support, and a setting that had no effect.
 
     Raises:
         ConfigError: It is one of them.

@@ -104,7 +104,7 @@ def ranks(x: Tensor) -> Tensor:
 class StoredRows(Metric):
     """A metric that needs all rows at once: it keeps predictions and targets `[rows, columns]`.
 
-    In one collection such metrics share what they keep. States of several ranks are joined.
+    In one collection such metrics share their state. States of several ranks are concatenated.
     """
 
     is_differentiable = False
@@ -125,7 +125,7 @@ class StoredRows(Metric):
         self.targets.append(targets.detach().reshape(len(targets), -1))
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Return all predictions and targets `[rows, columns]` on the CPU, where float64 is to be had."""
+        """Return all predictions and targets `[rows, columns]` on the CPU, which supports float64."""
         return dim_zero_cat(self.predictions).cpu(), dim_zero_cat(self.targets).cpu()
 
     def compute(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Models with an encoder and a decoder that learn to turn one text into another."""
+"""Encoder-decoder models that learn to write a target text for a source text."""
 
 from __future__ import annotations
 
@@ -33,20 +33,21 @@ class Seq2SeqLM(PerTokenTask):
     """Fine-tunes a model such as T5 or BART to write a target text for a source text.
 
     Batches hold `input_ids` and `attention_mask` `[batch, source length]`, and `labels` `[batch, target length]`: the
-    target's tokens with its end token, -100 where padded, padding on the right. The decoder's input is made of the
-    labels as the architecture does it, unless the batch holds `decoder_input_ids`.
+    target's tokens with its end token, -100 where padded, padding on the right. The architecture derives the decoder's
+    input from the labels, unless the batch holds `decoder_input_ids`.
 
-    The loss is the mean over target tokens, exact over accumulated batches and ranks, and never holds all logits where
-    the output head can be called alone. Logged: see `PerTokenTask`, and of the answers to the first rows of each
-    evaluation `val/…` and `test/…` of `exact_match`, `rouge1`, `rouge2` and `rougeL`, means over these rows; see
-    `lora_lightning.tasks.text_overlap`. Without a tokenizer (no data module has one), token ids count as words.
+    The loss is the mean over target tokens, exact over accumulated batches and ranks. If the output head can be called
+    alone, the logits are computed in chunks. Logged: see `PerTokenTask`; for the first rows of each evaluation also
+    `val/…` and `test/…` of `exact_match`, `rouge1`, `rouge2` and `rougeL` of the generated answers, means over these
+    rows; see `lora_lightning.tasks.text_overlap`. Without a tokenizer in the data module, token ids count as words.
 
     Args:
-        loss_chunk_size: Tokens whose logits are held at one time; more take more memory and, on a GPU, less time.
-        max_new_tokens: Tokens of an answer, at most.
-        num_beams: Answers that are followed at a time while generating; 1 takes the likeliest token each time.
-        num_generated: Rows of the test, and of each validation set, that are answered, over all ranks; 0 generates
-            nothing.
+        loss_chunk_size: Tokens whose logits are in memory at one time; a larger value takes more memory and, on a GPU,
+            less time.
+        max_new_tokens: Maximum number of tokens of an answer.
+        num_beams: Number of beams; 1 decodes greedily.
+        num_generated: Number of rows of the test, and of each validation set, for which answers are generated, over all
+            ranks; 0 generates none.
     """
 
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
@@ -79,7 +80,7 @@ class Seq2SeqLM(PerTokenTask):
         self._has_told_sharded = False
 
     def trained_modules(self, model: nn.Module) -> list[str]:
-        """Return the modules that the files held no weights for; a pretrained head stays frozen."""
+        """Return the modules without weights in the backbone's files; a pretrained head stays frozen."""
         del model
         return list(self._new_modules)
 
@@ -102,15 +103,15 @@ class Seq2SeqLM(PerTokenTask):
         return chunked_token_loss(rows, targets, head or nn.Identity(), chunk_size=self.loss_chunk_size)
 
     def generation_settings(self) -> dict[str, Any]:
-        """Return how the answers of evaluations are generated, which goes into what is exported."""
+        """Return the generation settings of evaluations, which are exported with the model."""
         return {"max_new_tokens": self.max_new_tokens, "max_length": None, "num_beams": self.num_beams}
 
     def predict(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the answer to each source text.
 
         Returns:
-            For each row `source_ids` and `generated_ids`, and as texts `source` and `generated` where the data module
-            has a tokenizer.
+            For each row `source_ids` and `generated_ids`, and as texts `source` and `generated` if the data module has
+            a tokenizer.
         """
         answers, mask = self._answers(batch), batch.get("attention_mask")
         sources = [
@@ -136,7 +137,7 @@ class Seq2SeqLM(PerTokenTask):
         return super()._checked(stage, *args)
 
     def _output_head(self) -> nn.Module | None:
-        """Return the model's output head; found out once, and again where it was replaced."""
+        """Return the model's output head; cached until the head is replaced."""
         model: Any = unwrap(self.adapted)
         head = output_embeddings(model)
         if self._found is None or self._found[0] is not head:
@@ -201,7 +202,7 @@ class Seq2SeqLM(PerTokenTask):
         return values
 
     def _is_sharded(self) -> bool:
-        """Tell whether parameters are sharded; then ranks that generate differently long would wait for each other."""
+        """Return whether parameters are sharded, so that ranks with answers of different lengths would block."""
         sharded = facts_of(self.trainer).shards
         if sharded and not self._has_told_sharded:
             self._has_told_sharded = True

@@ -102,10 +102,10 @@ class SequenceClassification(LabelledTask):
         return {**super().backbone_config(), "problem_type": self._problem.problem_type}
 
     def configure_backbone(self) -> nn.Module:
-        """Load the backbone with its classification head, and tell it which token pads.
+        """Load the backbone with its classification head, and set its padding token.
 
-        The heads of decoders look for the last token that does not pad: the tokenizer's padding token, where a data
-        module has one, else the config's, else the end token.
+        The heads of decoders use the last token that is not padding. The padding token is that of the data module's
+        tokenizer, else the config's, else the end token.
         """
         model = super().configure_backbone()
         config: Any = model.config
@@ -143,7 +143,7 @@ class SequenceClassification(LabelledTask):
         return ConfusionTable(names)
 
     def logged_metrics(self) -> dict[str, Direction | None]:
-        """Return what is logged; with several labels the threshold too."""
+        """Return the logged names; with several labels also the threshold."""
         threshold: dict[str, Direction | None] = {"val/threshold": None} if self.problem == "multi_label" else {}
         return super().logged_metrics() | threshold
 
@@ -165,7 +165,7 @@ class SequenceClassification(LabelledTask):
             self._set_threshold_of(prefix, chooses=chooses and sets.is_all(prefix))
 
     def _end_evaluation(self, sets: EvaluationSets) -> None:
-        """Take the threshold that the metrics have chosen, for the figures of each set too."""
+        """Take the threshold that the metrics have chosen, also for the metrics of each set."""
         for metric in self._threshold_metrics(sets.stage)[:1]:
             if sets.stage == "val":
                 metric.compute()  # the value is kept for the log

@@ -1,4 +1,4 @@
-"""Methods and other settings as plain types: the form in which a checkpoint keeps them."""
+"""Methods and other settings as plain types, as checkpoints store them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_lightning.trust import check_import
 MethodSpec = Method | Mapping[str, Any]
 
 Recomputing: TypeAlias = bool | Literal["activations"]
-"""What backward computes again instead of keeping it: every layer, nothing, or the activations before adapters."""
+"""What backward recomputes: every layer, nothing, or the activations before adapters."""
 
 
 def methods_from(spec: MethodSpec | Sequence[MethodSpec]) -> tuple[Method, ...]:
@@ -23,7 +23,7 @@ def methods_from(spec: MethodSpec | Sequence[MethodSpec]) -> tuple[Method, ...]:
     Only classes that are imported already are found: reading a checkpoint never imports what it names.
 
     Raises:
-        ConfigError: A class is unknown or no method.
+        ConfigError: A class is unknown or not a method.
     """
     if isinstance(spec, Method):
         return (spec,)
@@ -35,7 +35,7 @@ def methods_from(spec: MethodSpec | Sequence[MethodSpec]) -> tuple[Method, ...]:
 
 
 def labels(methods: Sequence[Method]) -> list[str]:
-    """Return the methods' names, numbered where one occurs more than once: what is logged goes by them.
+    """Return the methods' names for logging, numbered if one occurs more than once.
 
     Example:
         >>> from lora_lightning.methods import BitFit, LoRA
@@ -50,7 +50,7 @@ def labels(methods: Sequence[Method]) -> list[str]:
 
 
 def refuse_packing(methods: Sequence[Method], data: object) -> None:
-    """Refuse methods that stand before a row, on data that put several documents into one.
+    """Refuse methods that put tokens before a row on data that pack several documents into a row.
 
     Args:
         methods: The methods.
@@ -68,7 +68,7 @@ def refuse_packing(methods: Sequence[Method], data: object) -> None:
 
 
 def is_plain(method: Any) -> bool:  # noqa: ANN401 - objects, plain forms or lists of them
-    """Tell whether a method is given as a checkpoint keeps it."""
+    """Return whether a method is given as a checkpoint keeps it."""
     return any(isinstance(one, Mapping) for one in (method if isinstance(method, list | tuple) else [method]))
 
 

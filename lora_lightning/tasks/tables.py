@@ -1,4 +1,4 @@
-"""Tables of an evaluation: how classes are mistaken for each other, and how entities of each type are found."""
+"""Tables of an evaluation: confusion matrix, and counts of entities by type."""
 
 from __future__ import annotations
 

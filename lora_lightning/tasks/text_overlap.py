@@ -1,4 +1,4 @@
-"""How much of a reference text stands in a generated one: ROUGE, and whether they are the same."""
+"""Overlap of generated and reference texts: ROUGE and exact match."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 class Overlap(NamedTuple):
-    """How alike two texts are, each a number from 0 to 1.
+    """Similarity of two texts, each a number from 0 to 1.
 
     Args:
         exact_match: 1 where they are the same but for white space around them.
@@ -46,7 +46,7 @@ def overlap(generated: str, reference: str) -> Overlap:
 
 
 def _common_runs(ours: Sequence[str], theirs: Sequence[str], length: int) -> float:
-    """Return the F1 of runs of neighbouring words, each counted as often as it stands in both."""
+    """Return the F1 of n-grams of words, each counted as often as it occurs in both."""
     counts = [Counter(zip(*(words[start:] for start in range(length)), strict=False)) for words in (ours, theirs)]
     return _f1((counts[0] & counts[1]).total(), counts[0].total(), counts[1].total())
 

@@ -91,9 +91,9 @@ class TokenClassification(LabelledTask):
         """Return the words of each text with their tags, and the entities.
 
         Returns:
-            For each text `tags`, `entities` (each with `type`, `start` and `end`, the places of its first word and of
-            the one after its last), where the batch holds `words`, these indices of the tagged words, and where the
-            data module has a tokenizer, `tokens` (the words as it spells them) and the `text` of each entity.
+            For each text `tags` and `entities` (each with `type`, `start` and `end`, the index of its first word and of
+            the word after its last); if the batch holds `words`, the indices of the tagged words; if the data module
+            has a tokenizer, `tokens` (the words as it spells them) and the `text` of each entity.
         """
         names = self.label_names or []
         tokenizer: Any = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
@@ -134,7 +134,7 @@ class TokenClassification(LabelledTask):
 
 
 def _words_of(batch: Mapping[str, Tensor]) -> tuple[list[list[int]], list[int]]:
-    """Return the places of the tokens that stand for words, and the place after the last token, of each row."""
+    """Return the indices of the tokens that represent words, and the index after the last token, of each row."""
     mask = batch.get("attention_mask")
     mask = torch.ones_like(batch["input_ids"]) if mask is None else mask
     labelled = batch["labels"] != IGNORED if "labels" in batch else mask > 0

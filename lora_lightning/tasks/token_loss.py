@@ -23,7 +23,7 @@ IGNORED = -100
 """The label of a token that is not supervised."""
 
 CHUNK = 128
-"""Tokens whose logits are held at one time."""
+"""Tokens whose logits are in memory at one time."""
 
 
 class TokenSums(NamedTuple):
@@ -41,10 +41,10 @@ class TokenSums(NamedTuple):
 
 
 def supervised(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Find what is to be predicted from where.
+    """Find the supervised positions and their targets.
 
-    The token at position t is predicted from position t - 1. Not supervised, whatever its label, is a token that has
-    none before it: the first of a row, of a packed document (its position id is 0), and after padding.
+    The token at position t is predicted from position t - 1. A token without a predecessor is not supervised, whatever
+    its label: the first of a row, of a packed document (its position id is 0), and after padding.
 
     Args:
         batch: `labels` `[B, L]`, -100 where not supervised; where there are any, `position_ids` `[B, L]` and
@@ -77,16 +77,16 @@ def chunked_token_loss(
     *,
     chunk_size: int = CHUNK,
 ) -> TokenSums:
-    """Sum the cross-entropies of tokens without ever holding all their logits.
+    """Sum the cross-entropies of tokens, with the logits of one chunk in memory at a time.
 
-    The gradient of the hidden states, and of whatever trains in the head, is computed at once with each chunk's
-    logits; for backward, these gradients are all that is kept.
+    The gradients of the hidden states and of trained parameters of the head are computed together with each chunk's
+    logits; only these gradients are kept for backward.
 
     Args:
-        hidden: What the head is given at the supervised positions, `[N, H]`.
+        hidden: Input of the head at the supervised positions, `[N, H]`.
         targets: Token ids, `[N]`.
         head: Takes `[C, H]` to `[C, V]`: a module of any kind, its adapters included.
-        logit_map: What comes after the head; None for nothing.
+        logit_map: Function applied to the output of the head; None for none.
         chunk_size: Tokens in a chunk.
 
     Returns:
@@ -196,7 +196,7 @@ def _chunks(hidden_nh: Tensor, targets_n: Tensor, chunk_size: int) -> Iterator[t
 def _cross_entropy_(
     logits_cv: Tensor, targets_c: Tensor, *, with_gradient: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses `[C]`, whether right `[C]`, and the gradient of the losses' sum `[C, V]` in the logits' place."""
+    """Return losses `[C]`, correctness `[C]`, and the gradient of the losses' sum `[C, V]`, written over the logits."""
     targets_c1 = targets_c.unsqueeze(1)
     top_c1, best_c1 = logits_cv.max(1, keepdim=True)
     target_c1 = logits_cv.gather(1, targets_c1)
@@ -214,7 +214,7 @@ def _zero_sums(hidden: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _own_wide(scores: Tensor, kept: set[int]) -> Tensor:
-    """Return scores in float32 or wider, as a tensor that may be overwritten: itself, unless others need it."""
+    """Return scores in float32 or wider, as a tensor that may be overwritten: a copy only if others need it."""
     scores = scores.detach()
     return scores.to(torch.promote_types(scores.dtype, torch.float32), copy=_storage(scores) in kept)
 
@@ -225,7 +225,7 @@ def _storage(tensor: Tensor) -> int:
 
 @contextmanager
 def _saved_storages() -> Iterator[set[int]]:
-    """Collect the storages that the graph built inside keeps for backward, as DoRA keeps its own output."""
+    """Collect the storages that the graph built inside saves for backward; DoRA, for example, saves its output."""
     storages: set[int] = set()
 
     def note(tensor: Tensor) -> Tensor:

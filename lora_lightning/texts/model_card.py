@@ -107,7 +107,7 @@ def model_card(facts: CardFacts) -> bytes:
 
 
 def is_untouched(path: Path) -> bool:
-    """Tell whether a file is a card that this library wrote, and nobody has edited since."""
+    """Return whether a file is a card that this library wrote and that was not edited."""
     try:
         text = path.read_bytes().decode()
     except (OSError, UnicodeDecodeError):

@@ -159,15 +159,15 @@ def why_not_plain(data: object) -> str | None:
         return f"holds the unknown {', '.join(map(repr, unknown))}"
     for key in ("name", "fingerprint", "chat_template", "template_name"):
         if not isinstance(data.get(key), str | None):
-            return f"holds a {key} that is no text"
+            return f"holds a {key} that is not a text"
     if not isinstance(data.get("answers"), bool | None):
         return "holds answers that is neither true, false nor null"
     special = data.get("special_tokens", {})
     if not isinstance(special, Mapping) or not all(k in _SPECIAL and isinstance(v, str) for k, v in special.items()):
-        return "holds special_tokens that are no texts by transformers' names"
+        return "holds special_tokens that are not texts by transformers' names"
     added = data.get("added_tokens", [])
     if not isinstance(added, list) or not all(_is_token(one) for one in added):
-        return "holds added_tokens that are no tokens"
+        return "holds added_tokens that are not tokens"
     return None
 
 
@@ -179,7 +179,7 @@ def tokenizer_files(tokenizer: Any, template: str | None) -> dict[str, bytes]:  
         template: The chat template to write; None writes the tokenizer's own.
 
     Returns:
-        Name -> content; nothing for what is no tokenizer of transformers.
+        Name -> content; empty for a tokenizer that is not from transformers.
     """
     if not hasattr(tokenizer, "save_pretrained"):
         return {}

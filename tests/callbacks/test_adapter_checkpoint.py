@@ -251,7 +251,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_left_out_as_last(tmp_path: 
     with pytest.raises(CheckpointError, match=r"last\.ckpt differs"):
         LineTask.load_from_checkpoint(folder / "last.ckpt")
     assert LineTask.load_from_checkpoint(folder / "epoch=0-step=4.ckpt").model is not None
-    with pytest.warns(UserWarning, match=r"last\.ckpt is damaged, so the run goes on from .*epoch=0-step=4\.ckpt"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt is damaged, so the run resumes from .*epoch=0-step=4\.ckpt"):
         trainer = resume(tmp_path, AdapterCheckpoint(every_n_train_steps=4, save_top_k=-1), "last", max_epochs=1)
     assert trainer.global_step == 6
 

@@ -69,7 +69,7 @@ def test_a_signal_saves_after_the_step_and_ends(tmp_path: Path, number: int, sta
     assert saver.save_last is False
     text = capfd.readouterr().err
     assert f"{signal.Signals(number).name} received: the run saves after this step and ends." in text
-    assert f"saved step 4; go on with --ckpt_path {last(tmp_path)}" in text
+    assert f"saved step 4; resume with --ckpt_path {last(tmp_path)}" in text
 
 
 def test_without_the_guard_nothing_is_saved(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_manifest_of_an_older_version_has_neither_digest_nor_checkpoint_nor_to
 
 
 def test_read_manifest_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a directory"):
         read_manifest(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"holds no manifest\.json"):
         read_manifest(tmp_path)

@@ -150,7 +150,7 @@ def test_missing_files(folder: Path, name: str, message: str) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    assert_refused(tmp_path / "absent", "is no folder")
+    assert_refused(tmp_path / "absent", "is not a directory")
 
 
 def test_our_own_format_is_named(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_folder(tmp_path: Path) -> None:
 def test_not_a_checkpoint(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "x.ckpt"
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="no checkpoint that can be read safely"):
+    with pytest.raises(CheckpointError, match="not a checkpoint that can be read safely"):
         read_checkpoint(path)
 
 
@@ -42,7 +42,7 @@ def test_truncated(ckpt: Path) -> None:
     data = ckpt.read_bytes()
     read_checkpoint(ckpt)
     ckpt.write_bytes(data[: len(data) // 2])
-    with pytest.raises(CheckpointError, match="no checkpoint that can be read safely"):
+    with pytest.raises(CheckpointError, match="not a checkpoint that can be read safely"):
         read_checkpoint(ckpt)
 
 
@@ -56,7 +56,7 @@ class Canary:
 
 def test_pickled_code_does_not_run(tmp_path: Path) -> None:
     torch.save({"state_dict": Canary(tmp_path / "canary")}, tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match="no checkpoint that can be read safely"):
+    with pytest.raises(CheckpointError, match="not a checkpoint that can be read safely"):
         read_checkpoint(tmp_path / "x.ckpt")
     assert not (tmp_path / "canary").exists()
 

@@ -217,7 +217,7 @@ def test_another_number_of_labels_is_refused(base: Path, theirs: Path) -> None:
 def test_what_is_no_adapter_folder(tmp_path: Path, base: Path, name: str) -> None:
     (tmp_path / "x.ckpt").touch()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"is no folder|is a file; name the folder|holds no adapter_config"):
+    with pytest.raises(UserError, match=r"is not a directory|is a file; name the folder|holds no adapter_config"):
         classifier(base, adapter=str(tmp_path / name)).configure_model()
 
 

@@ -55,9 +55,9 @@ def test_imports_nothing_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         (None, "does not say which task wrote it"),
         ("Task", "does not say which task wrote it"),
-        ("lora_lightning.tasks.Missing", "cannot be imported"),
-        ("lora_lightning.nowhere.Task", "cannot be imported"),
-        ("os.system", "is no LightningModule"),
+        ("lora_lightning.tasks.Missing", "cannot be used: The module `lora_lightning.tasks` .* has no class `Missing`"),
+        ("lora_lightning.nowhere.Task", "There is no module `lora_lightning.nowhere`"),
+        ("os.system", "not a subclass of lightning.LightningModule"),
     ],
 )
 def test_bad_class_paths(class_path: Any, message: str) -> None:

@@ -100,7 +100,7 @@ def test_import_of_a_module_that_a_checkpoint_names(folder, monkeypatch, capsys)
     assert sys.modules.pop("named_by_import").VALUE == 1
     assert main(["--version", "--import=named_by_import"]) == 0
     assert "named_by_import" in sys.modules
-    assert "there is no module 'nowhere_at_all'" in mistake(capsys, "--version", "--import", "nowhere_at_all")
+    assert "There is no module `nowhere_at_all`" in mistake(capsys, "--version", "--import", "nowhere_at_all")
     assert "--import needs the name of a module" in mistake(capsys, "--version", "--import")
     monkeypatch.setenv("LORA_LIGHTNING_ALLOWED", "other_module")
     assert "named_by_import" in mistake(capsys, "--version", "--import", "named_by_import")
@@ -119,7 +119,7 @@ def test_import_of_a_module_that_a_checkpoint_names(folder, monkeypatch, capsys)
         ("{r: 2", "{rr: 2", "unknown key `model.init_args.method.init_args.rr`; did you mean `r`?"),
         ("optim: {lr", "optim: {lrr", "unknown key `model.init_args.optim.lrr`; did you mean `lr`?"),
         ("path: LoRA", "path: LoRa", "unknown class `LoRa` at `model.init_args.method`; did you mean `LoRA`?"),
-        ("path: LoRA", "path: nowhere.LoRA", "unknown class `nowhere.LoRA` at `model.init_args.method`"),
+        ("path: LoRA", "path: nowhere.LoRA", "`model.init_args.method`: There is no module `nowhere`"),
         ("path: ToyTask", "path: ToyTsk", "unknown class `ToyTsk` at `model`; did you mean `ToyTask`?"),
         ("path: ToyData", "path: ToyDta", "unknown class `ToyDta` at `data`; did you mean `ToyData`?"),
         ("r: 2", "r: 0", "bad.yaml, line 11: model.init_args.method.init_args.r: LoRA: r must be"),

@@ -14,9 +14,10 @@ import pytest
 
 import lora_lightning
 from lora_lightning.__main__ import main
-from lora_lightning.commands._compare import charts, ends, measure, runner, trial
+from lora_lightning.commands._compare import ends, measure, runner, trial
 from lora_lightning.commands._compare.budget import Skeleton, sized
 from lora_lightning.commands._compare.entries import known_names
+from lora_lightning.commands._compare.report import charts
 from lora_lightning.errors import ConfigError
 from lora_lightning.methods import DoRA, LoRA
 from lora_lightning.tasks import SequenceClassification

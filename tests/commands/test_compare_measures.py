@@ -9,8 +9,8 @@ import torch
 from lora_lightning.adapters import adapter_state_dict
 from lora_lightning.commands._compare import ends
 from lora_lightning.commands._compare.measure import saved_for_backward
-from lora_lightning.commands._compare.reach import first_step, speed_ups, steps_to_reach
 from lora_lightning.commands._compare.records import read_result, write_result
+from lora_lightning.commands._compare.report.reach import first_step, speed_ups, steps_to_reach
 from lora_lightning.optim import Optim, param_groups
 from tests.commands.compare_toys import Points
 

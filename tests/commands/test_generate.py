@@ -252,7 +252,7 @@ def test_what_is_no_language_model_is_refused(tmp_path):
         generate(str(tmp_path / "x.ckpt"), prompt="w1")
     with pytest.raises(CheckpointError, match="trained to tell 3 labels apart"):
         generate(adapter_dir=str(tmp_path / "adapter"), prompt="w1")
-    with pytest.raises(BackboneError, match="is no language model"):
+    with pytest.raises(BackboneError, match="is not a language model"):
         generate(backbone=str(base), prompt="w1")
     with pytest.raises(CheckpointError, match=r"holds no adapter_config\.json"):
         generate(adapter_dir=str(base), prompt="w1")

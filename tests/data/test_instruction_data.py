@@ -194,7 +194,7 @@ def test_the_models_limits(build, folder, tmp_path):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("{broken", r"line 2: this is no valid JSON"),
+        ("{broken", r"line 2: this is not valid JSON"),
         ({"messages": [{"content": "a"}]}, r"line 2, turn 1: the role is missing"),
         ({"messages": []}, r"line 2: the conversation is empty"),
         ({"messages": turns("a")}, r"line 2: no turn is the assistant's"),

@@ -58,7 +58,7 @@ def test_streams_tell_what_they_lose(build):
 
 def test_mistakes_in_workers_are_told_in_one_sentence(build):
     data = build([*PAIRS * 3, "{broken"], streaming=True, num_workers=1, bad_rows="refuse")
-    with pytest.raises(DataError, match=r"^\S+train\.jsonl, line 121: this is no valid JSON") as caught:
+    with pytest.raises(DataError, match=r"^\S+train\.jsonl, line 121: this is not valid JSON") as caught:
         list(data.train_dataloader())
     assert "\n" not in str(caught.value)
 
@@ -70,7 +70,7 @@ def rows_seen(data):
 def test_streams_leave_broken_rows_out(build):
     records = [*PAIRS, "{broken", {"messages": []}, *PAIRS]
     with (
-        pytest.warns(UserWarning, match=r"A broken row is left out: \S+train\.jsonl, line 41: this is no valid JSON"),
+        pytest.warns(UserWarning, match=r"A broken row is left out: \S+train\.jsonl, line 41: this is not valid JSON"),
         pytest.warns(
             UserWarning, match=r"^2 broken rows are left out; the first: \S+train\.jsonl, line 41: this is no"
         ),
@@ -108,7 +108,7 @@ def test_a_stream_that_is_broken_off_writes_its_bad_rows(build, tmp_path):
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        (["{broken"] * 9, "no row can be used; the first broken one: .*line 1: this is no valid JSON"),
+        (["{broken"] * 9, "no row can be used; the first broken one: .*line 1: this is not valid JSON"),
         ([{"messages": [{"role": "boss", "content": "x"}]}] * 9, "no row can be used; .* the role 'boss' is unknown"),
         ([{"prompt": "a", "completion": " "}] * 9, "nothing can be learnt from any of 9 rows"),
     ],

@@ -56,14 +56,14 @@ FAULTS = [
     ),
     Fault("negative rate", r"Optim: lr must be a finite number above 0, got -1", config("lr: 1e-2", "lr: -1")),
     Fault(
-        "unknown optimizer", r"'AdamV' is no optimizer class; did you mean Adam", config("lr: 1e-2", "optimizer: AdamV")
+        "unknown optimizer", r"there is no optimizer 'AdamV'; did you mean Adam", config("lr: 1e-2", "optimizer: AdamV")
     ),
     Fault(
         "unknown method", r"unknown class `LoRRA` at `model\.init_args\.method`; did you mean `LoRA`\?", method("LoRRA")
     ),
     Fault(
         "method that is none",
-        r"unknown class `torch\.nn\.Linear` at .*: it cannot be imported, or is no Method",
+        r"`torch\.nn\.Linear` is a class, but not a subclass of lora_lightning\.adapters\.Method",
         method("torch.nn.Linear"),
     ),
     Fault(

@@ -111,7 +111,7 @@ FAULTS = [
     ),
     Fault(
         "malformed JSON",
-        r"^a\.jsonl, line 2: this is no valid JSON",
+        r"^a\.jsonl, line 2: this is not valid JSON",
         data("a.jsonl", '{"text": "a", "label": "b"}\n{"text": \n'),
     ),
     Fault(

@@ -184,18 +184,20 @@ FAULTS = [
         r"^run/last is a folder; name the \.ckpt file that stands beside it",
         [*TEST[:-1], "run/last"],
     ),
-    Fault("text as checkpoint", r"^run/last\.ckpt is no checkpoint that can be read safely", as_checkpoint(b"hello")),
+    Fault(
+        "text as checkpoint", r"^run/last\.ckpt is not a checkpoint that can be read safely", as_checkpoint(b"hello")
+    ),
     Fault(
         "somebody else's checkpoint", r"^run/last\.ckpt holds no hyper_parameters", as_checkpoint({"state_dict": {}})
     ),
     Fault(
         "pickle canary",
-        r"^run/last\.ckpt is no checkpoint that can be read safely \(it holds more than numbers, texts and tensors",
+        r"^run/last\.ckpt is not a checkpoint that can be read safely \(it holds more than numbers, texts and tensors",
         pickled_checkpoint,
     ),
     Fault(
         "bare pickle canary",
-        r"^run/last\.ckpt is no checkpoint that can be read safely",
+        r"^run/last\.ckpt is not a checkpoint that can be read safely",
         as_checkpoint(pickle.dumps(Canary())),
     ),
     Fault(
@@ -205,7 +207,7 @@ FAULTS = [
     ),
     Fault(
         "pickle canary of a requeued job",
-        r"hpc_ckpt_1\.ckpt is no checkpoint that can be read safely \(it holds more than numbers",
+        r"hpc_ckpt_1\.ckpt is not a checkpoint that can be read safely \(it holds more than numbers",
         requeued,
     ),
     Fault(
@@ -311,7 +313,7 @@ FAULTS = [
         other_tokenizer(START),
     ),
     Fault("another tokenizer under an exported adapter", r"^out was trained with another tokenizer", exported),
-    Fault("missing adapter", r"^lost is no folder", [*START[:-1], "lost"]),
+    Fault("missing adapter", r"^lost is not a directory", [*START[:-1], "lost"]),
     Fault("checkpoint as adapter", r"is a file; name the folder that stands beside a \.ckpt file", [*START[:-1], CKPT]),
     Fault(
         "changed alpha in an adapter folder",

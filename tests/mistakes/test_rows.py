@@ -8,12 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas
 import pytest
 import torch
 import yaml
 
-from lora_lightning.data import TextClassificationData
 from lora_lightning.optim import Optim
 from lora_lightning.optim.schedule import build_schedule
 from tests.faults.bench import CKPT, CONFIG, FIT
@@ -98,12 +96,6 @@ def test_labels_that_hold_several(here, capsys):
     rows("several.csv", "sports;politics", "sports", "politics")
     with pytest.warns(UserWarning, match="problem: multi_label"):
         works(capsys, *fit("--data.train", "several.csv"))
-
-
-def test_a_data_frame():
-    frame = pandas.DataFrame({"text": [f"w{index}" for index in range(40)], "label": ["no", "yes"] * 20})
-    data = TextClassificationData(train=frame, tokenizer="unused")
-    assert data.train_dataloader is not None
 
 
 @pytest.mark.parametrize("train", ["parts/*.csv", "train.csv.gz"])

@@ -82,7 +82,7 @@ def test_a_missing_package_is_said_with_the_extra_and_the_alternative(model, mon
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("bitsandbytes.optim.AdamW9bit", ["no optimizer class", "AdamW8bit"]),
+        ("bitsandbytes.optim.AdamW9bit", ["has no class `AdamW9bit`", "did you mean `AdamW8bit`"]),
         ({"class_path": "AdamW8bit", "init_args": {"momentum": 0.9}}, ["AdamW8bit does not take momentum", "betas"]),
     ],
 )

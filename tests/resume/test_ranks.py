@@ -77,7 +77,7 @@ def test_two_ranks_and_then_one(tmp_path, capfd):
     run(tmp_path, Reader, 0, 1, (), "alone", seed=99, ckpt_path=tmp_path / "8.ckpt")
     told = capfd.readouterr().err
     assert "The checkpoint was written by 2 ranks, and there are 1 now." in told
-    assert "begun by 2 ranks with batches of 3; the rows that are left of it are dealt to 1 with batches of 3" in told
+    assert "begun by 2 ranks with batches of 3; its remaining rows are divided among 1 with batches of 3" in told
     _, rows, epochs, _ = load(tmp_path, "alone", 0)
     passed = [load(tmp_path, "full", rank)[1][number] for rank in range(WORLD) for number in (6, 7, 8)]
     rest = [batch for number, batch in rows.items() if epochs[number] == 1]

@@ -125,12 +125,12 @@ def test_ends(base: str) -> None:
     [
         ([], "must be an object, got list"),
         ({"other": 1}, "holds the unknown 'other'"),
-        ({"name": 1}, "holds a name that is no text"),
+        ({"name": 1}, "holds a name that is not a text"),
         ({"answers": "yes"}, "neither true, false nor null"),
-        ({"special_tokens": {"eos_token": 1}}, "special_tokens that are no texts"),
-        ({"special_tokens": {"__class__": "x"}}, "special_tokens that are no texts"),
-        ({"added_tokens": [{"content": 1}]}, "added_tokens that are no tokens"),
-        ({"added_tokens": [{"content": "x", "special": "yes"}]}, "added_tokens that are no tokens"),
+        ({"special_tokens": {"eos_token": 1}}, "special_tokens that are not texts"),
+        ({"special_tokens": {"__class__": "x"}}, "special_tokens that are not texts"),
+        ({"added_tokens": [{"content": 1}]}, "added_tokens that are not tokens"),
+        ({"added_tokens": [{"content": "x", "special": "yes"}]}, "added_tokens that are not tokens"),
     ],
 )
 def test_changed_entries_are_refused(change: Any, message: str) -> None:

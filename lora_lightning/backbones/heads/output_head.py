@@ -145,7 +145,7 @@ class _Trial:
             self.body_outputs[module] = first.clone()
 
     def note_head(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        """Put known scores in the place of the head's own."""
+        """Replace the scores of the head with known ones."""
         del module
         self.head_input = args[0].clone() if args else None
         known = torch.linspace(-90, 90, output.numel(), device=output.device, dtype=torch.float32)

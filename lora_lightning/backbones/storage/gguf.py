@@ -211,7 +211,7 @@ def _check_magic(path: Path) -> None:
     except OSError as error:
         raise BackboneError(f"{path} cannot be read ({error.strerror}).") from error
     if start != _MAGIC:
-        raise BackboneError(f"{path} is no GGUF file: it starts with {start!r}, not with {_MAGIC!r}.")
+        raise BackboneError(f"{path} is not a GGUF file: it starts with {start!r}, not with {_MAGIC!r}.")
 
 
 def _folder_of(parts: list[Path]) -> Path:

@@ -140,7 +140,7 @@ def settle(model: nn.Module) -> None:
 
 @functools.cache
 def cpu_needs_whole_blocks() -> bool:
-    """Return whether bitsandbytes misreads 4-bit weights on this CPU where a row is no multiple of a block.
+    """Return whether bitsandbytes misreads 4-bit weights on this CPU if a row is not a multiple of a block.
 
     Its kernel for AVX-512 starts each row with a new block (release 0.50.2), while packing runs on over the rows'
     ends: such a layer would compute with a quarter of its weight's size as error. Read as one long row it is right.
@@ -155,7 +155,7 @@ def cpu_needs_whole_blocks() -> bool:
 
 
 def _with_partial_blocks(model: nn.Module, dense: Sequence[str]) -> list[str]:
-    """Return the linear layers beside `dense` whose rows are no multiple of a block, and warn of them."""
+    """Return the linear layers besides `dense` whose rows are not a multiple of a block, and warn of them."""
     found = []
     for path, module in model.named_modules():
         codec = find_codec(module)

@@ -1,4 +1,4 @@
-"""A few values of each weight, by which a base model is told from another; of a quantized weight, those before."""
+"""Sampled values of each weight, which identify a base model; of a quantized weight, the values before quantization."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def _returns_states(call: Call, rows: Rows) -> bool:
 
 
 def _states(output: Any) -> Tensor | None:  # noqa: ANN401 - what a module returns
-    """Return the hidden states of a body's output; None where it is no body's."""
+    """Return the hidden states of a body's output; None if it is not the output of a body."""
     first = output.get("last_hidden_state") if isinstance(output, Mapping) else None
     if isinstance(output, tuple):
         first = output[0]

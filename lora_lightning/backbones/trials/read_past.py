@@ -157,7 +157,7 @@ def _few_threads(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from telling of a run that nobody asked for."""
+    """Suppress messages of transformers during a trial run."""
     logger = logging.getLogger("transformers")
     before = logger.level
     logger.setLevel(logging.CRITICAL)

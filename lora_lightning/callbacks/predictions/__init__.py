@@ -1,1 +1,1 @@
-"""From what `predict_step` returns to a file of predictions."""
+"""From the results of `predict_step` to a file of predictions."""

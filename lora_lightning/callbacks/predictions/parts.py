@@ -1,4 +1,4 @@
-"""What each rank predicts, in a file of its own until all are done, and all of it in the order of the input."""
+"""Predictions of each rank in a separate file, and their merge in the order of the input."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 
 
 class Part:
-    """The predictions of one rank, written as they come.
+    """The predictions of one rank, written as they arrive.
 
-    A prediction stands under the index of its row. Where a loader tells no indices, it stands under that of its batch:
-    the ranks' batches then follow each other in turn.
+    The key of a prediction is the index of its row. If a loader does not provide indices, the key is the index of the
+    batch; the batches of the ranks then follow each other in turn.
 
     Args:
-        path: The file; one that is there is written over.
+        path: The file; an existing file is overwritten.
     """
 
     def __init__(self, path: Path) -> None:
@@ -31,7 +31,7 @@ class Part:
 
         Args:
             key: The index of its row, or of its batch.
-            position: Its position in the batch, where the key is a batch's.
+            position: Its position in the batch, if the key is that of a batch.
             prediction: The prediction, in plain types.
         """
         self._file.write(f"[{key}, {position}, {json.dumps(prediction)}]\n")
@@ -42,11 +42,11 @@ class Part:
 
 
 def in_order(paths: Sequence[Path], *, are_indices: bool) -> Iterator[tuple[int, Any]]:
-    """Return the predictions of all ranks in the order of their rows, each row once; 20 bytes a row stay in memory.
+    """Return the predictions of all ranks in the order of their rows, each row once; memory holds 20 bytes a row.
 
     Args:
         paths: The parts of all ranks.
-        are_indices: Whether the keys are indices of rows; else rows are numbered as they come.
+        are_indices: Whether the keys are indices of rows; otherwise rows are numbered in order of arrival.
 
     Returns:
         Index of each row, and its prediction.
@@ -68,7 +68,7 @@ def in_order(paths: Sequence[Path], *, are_indices: bool) -> Iterator[tuple[int,
 
 
 def _scanned(paths: Sequence[Path]) -> tuple[np.ndarray[Any, Any], ...]:
-    """Return of each line its key, its position in the batch, its rank and its offset."""
+    """Return the key, the position in the batch, the rank and the offset of each line."""
     keys, positions, ranks, offsets = array("q"), array("i"), array("i"), array("q")
     for rank, path in enumerate(paths):
         offset = 0

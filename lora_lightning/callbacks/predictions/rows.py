@@ -1,4 +1,4 @@
-"""The rows of what `predict_step` returns for a batch, in plain types."""
+"""Rows of the result of `predict_step` for a batch, in plain types."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def rows_of(outputs: Any, num_rows: int) -> list[Any]:  # noqa: ANN401 - whateve
 
     Args:
         outputs: A list with one entry a row; a tensor or array whose first dimension counts the rows; or a mapping,
-            named tuple or tuple of such tensors, arrays or lists, whose other entries are left out.
+            named tuple or tuple of such tensors, arrays or lists, whose other entries are ignored.
         num_rows: Number of rows in the batch.
 
     Raises:
-        DataError: It is nothing of that, or has another number of rows.
+        DataError: It is of another type, or has another number of rows.
 
     Example:
         >>> rows_of({"score": np.array([0.5, 1.0]), "loss": 3.0}, 2)
@@ -44,7 +44,7 @@ def rows_of(outputs: Any, num_rows: int) -> list[Any]:  # noqa: ANN401 - whateve
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401 - whatever a task or a record holds
-    """Return a value as JSON has it: text, numbers, lists and mappings; a number that is not finite is None.
+    """Return a value in JSON types: text, numbers, lists and mappings; a non-finite number becomes None.
 
     Example:
         >>> plain({"tag": ("B", np.int64(3)), "score": float("nan")})
@@ -71,7 +71,7 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - whatever a task or a record hold
 
 
 def _columns_of(outputs: Any) -> dict[str, Any] | None:  # noqa: ANN401 - whatever a task returns
-    """Return what has a name, or a position in a tuple, as columns; None for what is a list of rows."""
+    """Return named entries, or the elements of a tuple, as columns; None for a list of rows."""
     if isinstance(outputs, Mapping):
         return {str(name): value for name, value in outputs.items()}
     if isinstance(outputs, tuple):

@@ -1,4 +1,4 @@
-"""Files of predictions: CSV, JSON lines and Parquet, written row by row aside and renamed when complete."""
+"""Files of predictions: CSV, JSON lines and Parquet, written row by row to a temporary file and then renamed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PredictedRow = tuple[int, Mapping[str, Any], Mapping[str, Any]]
 
 
 def check_format(path: str) -> None:
-    """Refuse the name of a file whose ending says no format.
+    """Refuse a file name whose suffix does not name a format.
 
     Raises:
         ConfigError: It does not.
@@ -33,14 +33,14 @@ def check_format(path: str) -> None:
 
 
 def write_table(path: Path, predicted: Iterable[PredictedRow]) -> int:
-    """Write predictions beside their rows into a file whose ending says its format.
+    """Write predictions and their rows to a file whose suffix names its format.
 
     The columns are `index`, those of the rows, and those of the predictions. A column of the rows whose name is taken
     gets `input_` in front.
 
     Args:
-        path: The file; one that is there is replaced once the new one is complete.
-        predicted: The rows in their order. They are never held together.
+        path: The file; an existing file is replaced when the new one is complete.
+        predicted: The rows in order. They are never all in memory.
 
     Returns:
         The number of rows.
@@ -67,7 +67,7 @@ def write_table(path: Path, predicted: Iterable[PredictedRow]) -> int:
 
 
 def _write_rows(file: IO[str], predicted: Iterable[PredictedRow]) -> tuple[int, list[str], list[str]]:
-    """Write rows as they come, until all columns are known; return their number and both kinds of columns."""
+    """Write rows to a temporary file until all columns are known; return their number and both kinds of columns."""
     num_rows = 0
     names, answers = dict[str, None](), dict[str, None]()
     for index, fields, answer in predicted:
@@ -79,7 +79,7 @@ def _write_rows(file: IO[str], predicted: Iterable[PredictedRow]) -> tuple[int, 
 
 
 def _names_apart(names: Iterable[str], answers: Iterable[str]) -> dict[str, str]:
-    """Return a name for each column of the rows that no column of the predictions has.
+    """Return a name for each column of the rows that differs from the columns of the predictions.
 
     Example:
         >>> _names_apart(["text", "index"], ["predicted_label"])
@@ -137,7 +137,7 @@ def _schema_of(rows: Rows, columns: list[str]) -> pa.Schema:
 
 
 def _joined(known: pa.DataType, values: list[Any]) -> pa.DataType:
-    """Return the type of values, and of others whose type is known; that of texts if they have none in common."""
+    """Return the common type of values and of a known type; text if there is none."""
     import pyarrow as pa
 
     try:
@@ -168,7 +168,7 @@ def _of_type(value: Any, kind: pa.DataType) -> Any:  # noqa: ANN401 - plain data
 
 
 def _encodable(value: Any) -> Any:  # noqa: ANN401 - plain data of any shape
-    """Return a value whose texts UTF-8 can encode: halves of surrogate pairs, which JSON can carry, are spelt out."""
+    """Return a value whose texts UTF-8 can encode: lone surrogates, which JSON can hold, are escaped."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode("utf-8")
     if isinstance(value, list):

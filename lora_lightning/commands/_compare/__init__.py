@@ -1,1 +1,1 @@
-"""The parts of the command `compare`: entries and budget, trials and their measures, and what is written."""
+"""The parts of the command `compare`: entries and budget, trials and their measures; `report/` writes the results."""

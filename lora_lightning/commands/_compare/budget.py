@@ -1,4 +1,4 @@
-"""How large a method must be to train a given number of parameters, found on a model without weights."""
+"""The size at which a method trains a given number of parameters, computed on a model without weights."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _PROBE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Sized:
-    """A method of a size, and what it costs.
+    """A method of a size, and its cost.
 
     Args:
         method: The method.
-        num_trainable: Parameters that it trains, the head's not counted.
-        size: Its size setting and the value, such as `r = 8`; empty where it has none.
-        note: What is to be said about budget and size, empty where nothing is.
-        is_met: Whether the budget is met as nearly as sizes in whole numbers allow.
+        num_trainable: Parameters that it trains, without the head.
+        size: Its size setting and the value, such as `r = 8`; empty if it has none.
+        note: Remark on budget and size; may be empty.
+        is_met: Whether the budget is met as closely as integer sizes allow.
     """
 
     method: Method
@@ -43,7 +43,7 @@ class Skeleton:
     """A task's model on the meta device, to which methods are attached for counting.
 
     Args:
-        task: The task, not built; it stays so.
+        task: The task, not built; it is not changed.
 
     Raises:
         ConfigError: The model cannot be built without its weights.
@@ -80,15 +80,15 @@ class Skeleton:
 
 
 def sized(method: Method, budget: int | None, count: Callable[[Method], int]) -> Sized:
-    """Give a method the size at which it trains the number of parameters that is nearest to a budget.
+    """Return a method with the size at which its number of trained parameters is closest to a budget.
 
     Args:
-        method: The method; its own size only matters where there is no budget.
-        budget: Parameters to train, the head's not counted; None leaves the method as it is.
+        method: The method; its own size matters only without a budget.
+        budget: Parameters to train, without the head; None does not change the method.
         count: Counts the parameters that a method trains; must not fall as its size grows.
 
     Returns:
-        The method of that size; `is_met` is False where even the nearest is further off than half a step.
+        The method of that size; `is_met` is False if even the closest is more than half a step away.
 
     Raises:
         UserError: The method does not fit the model at any size.

@@ -1,4 +1,4 @@
-"""The two ends of every comparison: nothing but the head trains, and everything does."""
+"""The two extremes of every comparison: only the head trains, and everything trains."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lora_lightning.tasks import AdapterTask
 FROZEN = "frozen + head"
 FULL = "full fine-tuning"
 FULL_RATES = (3e-5, 1e-4, 3e-4)
-"""Learning rates worth trying where everything trains, the lowest first."""
+"""Learning rates to try for full fine-tuning, in ascending order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _NoAdapters(Method):
-    """A method that adds nothing: the base stays as it is, and only copies such as a head train."""
+    """A method without adapters: the base is frozen, and only copies such as a head train."""
 
     name: ClassVar[str] = "none"
 
@@ -35,7 +35,7 @@ class _NoAdapters(Method):
 
 
 class _EverythingTrains(AdapterTask):
-    """Mixed into a task: the base trains as well, at `optim.lr`, the head at its own rate."""
+    """Mixin of a task in which the base also trains, at `optim.lr`, and the head at its own rate."""
 
     def configure_model(self) -> None:
         """Build the model, then let the base learn."""
@@ -65,10 +65,10 @@ def fully_trained(cls: type[AdapterTask]) -> type[AdapterTask]:
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Iterate over the base's parameters that a full fine-tuning trains: all but those that a copy stands in for.
+    """Iterate over the base's parameters that a full fine-tuning trains: all except those that a copy replaces.
 
     Raises:
-        ConfigError: The base is stored in whole numbers (4 or 8 bits), which cannot learn.
+        ConfigError: The base is quantized (4 or 8 bits) and cannot be trained.
     """
     copied = [path for path, _, adapter in iter_adapters(model) if Role.HEAD in _roles(adapter)]
     for name, parameter in model.named_parameters():
@@ -81,7 +81,7 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def split_base(groups: list[dict[str, Any]], model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
-    """Give the parameters that no adapter owns, which `param_groups` counts as head, groups at the base rate.
+    """Move the parameters outside adapters, which `param_groups` counts as head, into groups with the base rate.
 
     Args:
         groups: What `param_groups` returned.
@@ -89,7 +89,7 @@ def split_base(groups: list[dict[str, Any]], model: nn.Module, optim: Optim) -> 
         optim: The rates.
 
     Returns:
-        Groups in which every parameter stands once; none is empty.
+        Groups that contain every parameter once; none is empty.
     """
     owned = {id(parameter) for _, parameter, _ in iter_roles(model)}
     split: list[dict[str, Any]] = []
@@ -121,5 +121,5 @@ def trainable_counts(model: nn.Module) -> tuple[int, int]:
 
 
 def state_to_keep(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return what a full fine-tuning must keep of the base beside the head: every parameter that learnt."""
+    """Return the state that a checkpoint of full fine-tuning must hold besides the head: every trained parameter."""
     return {name: parameter.detach() for name, parameter in base_parameters(model) if parameter.requires_grad}

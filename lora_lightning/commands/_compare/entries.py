@@ -1,4 +1,4 @@
-"""What is compared: the methods that were asked for, each of its size, between the two ends."""
+"""The entries of a comparison: the requested methods with their sizes, between the two extremes."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lora_lightning.adapters import Method
 from lora_lightning.checkpoint.manifest import class_config
 from lora_lightning.commands._compare.budget import Sized, Skeleton, sized
 from lora_lightning.commands._compare.ends import FROZEN, FULL, FULL_RATES, no_adapters
-from lora_lightning.commands._compare.plain_classes import import_class
 from lora_lightning.errors import ConfigError, UserError
+from lora_lightning.imports import import_class
 from lora_lightning.methods import LoRA, TrainableTokens
 from lora_lightning.optim import Optim
 from lora_lightning.paths import nearest
@@ -30,17 +30,17 @@ class Entry:
     """One row of the comparison.
 
     Args:
-        label: What it is called.
+        label: Its name in the table.
         kind: `method`, `frozen` or `full`.
-        name: Name of the method's class, or LoRA+; the key of what is said about it in words.
-        method: The method as `{class_path, init_args}`, None at the two ends.
+        name: Name of the method's class, or LoRA+; the key of its description.
+        method: The method as `{class_path, init_args}`, None for the two extremes.
         optim: Settings of the optimizer that belong to it, such as LoRA+'s ratio.
         rates: Learning rates to choose from.
         size: Its size, such as `r = 8`.
-        num_trainable: Parameters that it trains, the head's not counted.
+        num_trainable: Parameters that it trains, without the head.
         num_head: Parameters of the head.
-        note: What is to be said about budget and size.
-        error: Why it is left out; empty where it is not.
+        note: Remark on budget and size.
+        error: Why it is omitted; empty if it is not.
     """
 
     label: str
@@ -58,7 +58,7 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class _Wish:
-    """A method as it was asked for."""
+    """A requested method."""
 
     label: str
     name: str
@@ -71,12 +71,12 @@ class _Wish:
 def entries_of(
     wanted: str | list[Any], skeleton: Skeleton, budget: int | None, rates: list[float] | None
 ) -> list[Entry]:
-    """Return the rows of a comparison, the two ends first and last.
+    """Return the rows of a comparison, with the two extremes as first and last.
 
     Args:
         wanted: `all`, or methods by name or as `{class_path, init_args, label, optim, rates}`.
         skeleton: The model, for counting.
-        budget: Parameters that each method shall train, the head's not counted; None leaves sizes as given.
+        budget: Parameters that each method trains, without the head; None keeps the given sizes.
         rates: Learning rates for every method; None takes each method's usual ones.
 
     Raises:
@@ -98,7 +98,7 @@ def entries_of(
 
 
 def known_names() -> dict[str, type[Method]]:
-    """Return the methods that can be named shortly, by name."""
+    """Return the methods with short names, by name."""
     found: dict[str, type[Method]] = {}
     for cls in _below(Method):
         hidden = cls.__name__.startswith("_") or "<locals>" in cls.__qualname__
@@ -130,7 +130,7 @@ def _wish(one: Any) -> _Wish:  # noqa: ANN401 - what a config holds
     """Read one item of the list of methods.
 
     Raises:
-        ConfigError: It is no method, or its settings are wrong.
+        ConfigError: It is not a method, or its settings are wrong.
     """
     spec: dict[str, Any] = (
         {"class_path": one} if isinstance(one, str) else dict(one) if isinstance(one, Mapping) else {}
@@ -161,9 +161,9 @@ def _find(name: str) -> type[Method]:
         ConfigError: There is none; the nearest name is shown.
     """
     if "." in name:
-        cls = import_class(name)
-        if not (isinstance(cls, type) and issubclass(cls, Method) and not inspect.isabstract(cls)):
-            raise ConfigError(f"methods: {name} is no method; name a subclass of Method.")
+        cls = import_class(name, Method, "methods")
+        if inspect.isabstract(cls):
+            raise ConfigError(f"methods: {name} is abstract. Name a subclass that implements it.")
         return cls
     known = known_names()
     if name in known:
@@ -187,7 +187,7 @@ def check_rates(name: str, rates: Any) -> tuple[float, ...]:  # noqa: ANN401 - w
     """Return learning rates in ascending order.
 
     Raises:
-        ConfigError: One is no number above 0.
+        ConfigError: One is not a number above 0.
     """
     if not isinstance(rates, list | tuple) or not all(isinstance(one, int | float) and one > 0 for one in rates):
         raise ConfigError(f"{name}: expected a list of numbers above 0, got {rates!r}.")
@@ -199,7 +199,7 @@ def _rates(method: type[Method] | Method) -> tuple[float, ...]:
 
 
 def _entry(wish: _Wish, skeleton: Skeleton, budget: int | None, rates: list[float] | None, *, is_named: bool) -> Entry:
-    """Size a method; one that was not named is left out, or taken as near as it comes, and says so."""
+    """Size a method; a method that was not named may be omitted or miss the budget, with a note."""
     try:
         found: Sized = sized(wish.method, budget, lambda method: skeleton.count(method)[0])
         num_head = skeleton.count(found.method)[1]

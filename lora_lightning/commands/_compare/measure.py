@@ -1,4 +1,4 @@
-"""What one training costs: memory, what is kept for backward, the optimizer's share, inference, the checkpoint."""
+"""The cost of a training: memory, saved tensors, optimizer state, inference, and the checkpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _WARM_UP, _ROUNDS = 2, 9
 
 
 def reset_peak() -> None:
-    """Forget the process's peak memory, where the system can: it then counts from now on."""
+    """Reset the process's peak memory, if the system supports it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):  # other systems than Linux, and sandboxes, keep the peak of the whole process
@@ -35,9 +35,9 @@ def reset_peak() -> None:
 
 
 def peak_memory() -> int:
-    """Return the most memory that was in use, in bytes: allocated on the GPU where there is one, else of this process.
+    """Return the peak memory in bytes: allocated on the GPU if there is one, else of this process.
 
-    Linux hands the peak of the parent on to `getrusage` of its child; the high-water mark of /proc is the child's own.
+    On Linux, `getrusage` of a child includes the peak of its parent; the high-water mark in /proc is the child's own.
     """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
@@ -85,7 +85,7 @@ def optimizer_bytes(optimizers: list[torch.optim.Optimizer], model: nn.Module) -
 
 
 def inference_overhead(model: nn.Module, run: Callable[[], Any]) -> float:
-    """Return how long a forward pass takes relative to the base's, in rounds by turns; 1 is no overhead.
+    """Return the time of a forward pass relative to the base's, measured alternately; 1 means no overhead.
 
     Args:
         model: The adapted model, in eval mode.
@@ -103,14 +103,14 @@ def inference_overhead(model: nn.Module, run: Callable[[], Any]) -> float:
 
 
 def checkpoint_bytes(model: nn.Module, *, with_base: bool) -> int:
-    """Return the size of what must be kept of a training: adapters and head, and the base where it learnt."""
+    """Return the size of the trained state: adapters and head, and the base if it was trained."""
     state = {**adapter_state_dict(model), **(state_to_keep(model) if with_base else {})}
     own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     return len(save(own))
 
 
 def merges(model: nn.Module) -> bool:
-    """Tell whether every adapter can be folded into its host."""
+    """Return whether every adapter can be folded into its host."""
     for _, host, adapter in iter_adapters(model):
         try:
             adapter.check_mergeable(host)
@@ -139,6 +139,6 @@ def _seconds(run: Callable[[], Any]) -> float:
 
 
 def wait() -> None:
-    """Let a GPU finish, so that a clock read now counts what was asked of it."""
+    """Synchronize with a GPU, so that times include its queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,8 +1,7 @@
-"""Tasks and data modules as plain specs, so that another process can build them again."""
+"""Tasks and data modules as plain specs, from which another process can build them."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from typing import Any
 
@@ -11,15 +10,15 @@ import lightning as L
 from lora_lightning.checkpoint.manifest import plain
 from lora_lightning.commands._compare.records import Spec
 from lora_lightning.errors import ConfigError
+from lora_lightning.imports import import_class
 from lora_lightning.optim import Optim
 from lora_lightning.tasks import AdapterTask
-from lora_lightning.trust import check_import
 
 DEFAULT_HEAD_LR = 1e-3
 
 
 def task_spec(task: AdapterTask) -> Spec:
-    """Return a task as `{class_path, init_args}`, without its method; its head gets a rate of its own.
+    """Return a task as `{class_path, init_args}`, without its method; its head gets a separate learning rate.
 
     Raises:
         ConfigError: A setting contradicts the comparison: a method, an adapter to start from, or LoRA+.
@@ -68,13 +67,14 @@ def build_task(spec: Spec, method: Any, optim: dict[str, Any], cls: type[Adapter
     arguments = dict(spec["init_args"])
     arguments["optim"] = Optim(**{**arguments.get("optim", {}), **optim})
     arguments["method"] = method
-    found = cls or import_class(spec["class_path"])
+    found = cls or import_class(spec["class_path"], AdapterTask, "compare")
     return found(**_accepted(found, arguments))
 
 
 def build_data(spec: Spec) -> L.LightningDataModule:
     """Build a data module from its spec."""
-    built: L.LightningDataModule = import_class(spec["class_path"])(**spec["init_args"])
+    cls = import_class(spec["class_path"], L.LightningDataModule, "compare")
+    built: L.LightningDataModule = cls(**spec["init_args"])
     return built
 
 
@@ -83,22 +83,8 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def import_class(path: str) -> Any:  # noqa: ANN401 - any class
-    """Import a class by its path.
-
-    Raises:
-        ConfigError: There is none.
-    """
-    check_import(path, "compare")
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"The class {path!r} cannot be imported ({error}); give package.module.Class.") from error
-
-
 def _accepted(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what a class's constructor does not take: a subclass may have settled some arguments."""
+    """Remove arguments that a class's constructor does not take: a subclass may fix some."""
     parameters = inspect.signature(cls).parameters
     if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
         return settings

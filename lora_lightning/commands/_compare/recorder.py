@@ -1,4 +1,4 @@
-"""A callback that writes down how a trial went, and measures it while the model is where it was trained."""
+"""A callback that records a trial, and measures it while the model is on its device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora_lightning.commands._compare.records import Result
 from lora_lightning.tasks import AdapterTask
 
 _SETTLING_STEPS = 3
-"""First steps, which are slow for reasons of their own and do not count for the time of a step."""
+"""Number of first steps, which are slower and do not count for the time of a step."""
 
 
 class Recorder(L.Callback):
@@ -62,7 +62,7 @@ class Recorder(L.Callback):
         batch: Any,  # noqa: ANN401 - the data module's own type
         batch_idx: int,
     ) -> None:
-        """Write down the step's loss, time and memory."""
+        """Record the step's loss, time and memory."""
         del outputs, batch, batch_idx
         measure.wait()
         self.step_seconds.append(time.perf_counter() - self._started)
@@ -73,7 +73,7 @@ class Recorder(L.Callback):
             self.figures["optimizer_bytes"] = measure.optimizer_bytes(trainer.optimizers, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write down loss and metrics of a validation."""
+        """Record loss and metrics of a validation."""
         del pl_module
         if trainer.sanity_checking:
             return
@@ -98,7 +98,7 @@ class Recorder(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep a batch where nothing was trained."""
+        """Keep a batch if nothing was trained."""
         del trainer, pl_module, batch_idx, dataloader_idx
         if self._batch is None:
             self._batch = batch
@@ -120,7 +120,7 @@ class Recorder(L.Callback):
             return measure.inference_overhead(task.adapted, lambda: task.compute_loss(batch))
 
     def _try(self, name: str, trainer: L.Trainer, measured: Callable[[], float]) -> None:
-        """Take one measure; a task that cannot be called outside its steps loses this figure, not its trial."""
+        """Take one measurement; if a task cannot be called outside its steps, only this figure is missing."""
         try:
             with trainer.precision_plugin.forward_context():
                 self.figures[name] = measured()
@@ -134,6 +134,6 @@ def metrics_of(trainer: L.Trainer, prefix: str) -> dict[str, Any]:
 
 
 def finite(value: Any) -> float | None:  # noqa: ANN401 - a number or a tensor with one
-    """Return a number, or None where it is infinite or none at all."""
+    """Return a number, or None if it is not finite or missing."""
     number = float(value)
     return number if math.isfinite(number) else None

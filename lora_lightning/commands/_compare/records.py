@@ -1,4 +1,4 @@
-"""Trials as files: what each one is asked to do, and what came out, kept so that no finished work is repeated."""
+"""Specs and results of trials as files, so that no finished trial is repeated."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from lora_lightning.checkpoint.files import write_atomically
 
 Spec = dict[str, Any]
-"""What a trial is asked to do, in plain JSON types."""
+"""Specification of a trial, in plain JSON types."""
 Result = dict[str, Any]
-"""What came out of a trial: its figures, or `error`."""
+"""Result of a trial: its figures, or `error`."""
 
 
 def digest(spec: Mapping[str, Any]) -> str:
@@ -28,12 +28,12 @@ def digest(spec: Mapping[str, Any]) -> str:
 
 
 def write_result(path: Path, spec: Spec, result: Result) -> None:
-    """Write a trial's result, whole or not at all."""
+    """Write a trial's result atomically."""
     write_json(path, {"digest": digest(spec), "spec": spec, "result": result})
 
 
 def read_result(path: Path, spec: Spec) -> Result | None:
-    """Return the result of a trial, or None where there is none of this very spec."""
+    """Return the result of a trial, or None if there is none with exactly this spec."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -43,6 +43,6 @@ def read_result(path: Path, spec: Spec) -> Result | None:
 
 
 def write_json(path: Path, content: Any) -> None:  # noqa: ANN401 - plain JSON types
-    """Write plain types as JSON, whole or not at all; missing folders are made."""
+    """Write plain types as JSON atomically; missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())

@@ -1,4 +1,4 @@
-"""Runs the trials of a study one after the other, each in a process of its own, and skips what is finished."""
+"""Runs the trials of a study one after the other in separate processes, and skips finished ones."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Job = dict[str, Any]
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What came out for one row.
+    """Results of one row.
 
     Args:
         entry: The row.
         searches: Results of the learning rates that were tried.
-        rate: The rate that was chosen; None where none was.
+        rate: The chosen rate, or None.
         finals: Results of the full runs, by seed.
-        errors: What went wrong, a sentence each.
-        is_complete: Whether the row was worked on already.
+        errors: Errors, a sentence each.
+        is_complete: Whether the row has been processed.
     """
 
     entry: Entry
@@ -47,7 +47,7 @@ def run_child(jobs: Path, log: Path) -> int:
 
     Args:
         jobs: The file.
-        log: Where the process's output goes.
+        log: File for the output of the process.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
     with log.open("ab") as stream:
@@ -67,7 +67,7 @@ class Runner:
 
     Args:
         study: The study.
-        console: Where progress is told.
+        console: Console for progress messages.
         after_each: Called with all outcomes whenever a row is finished.
     """
 
@@ -82,7 +82,7 @@ class Runner:
         self._steps_run, self._seconds_run = 0, 0.0
 
     def run(self) -> list[Outcome]:
-        """Run what is not finished, and return what there is for each row."""
+        """Run unfinished trials, and return the results of each row."""
         for outcome in self.outcomes:
             entry = outcome.entry
             if entry.error:
@@ -94,7 +94,7 @@ class Runner:
         return self.outcomes
 
     def _choose_rate(self, outcome: Outcome) -> bool:
-        """Search for the learning rate; tell whether there is one."""
+        """Search for the learning rate; return whether one was found."""
         study, entry = self.study, outcome.entry
         rates = entry.rates or (study.head_lr,)
         if not self._searches(entry):
@@ -134,7 +134,7 @@ class Runner:
                 outcome.finals[seed] = result
 
     def _run(self, title: str, jobs: list[Job]) -> None:
-        """Run those jobs of a group that have no result yet, in one fresh process."""
+        """Run the jobs of a group without a result in one new process."""
         self._num_done += 1
         steps = sum(job["spec"]["steps"] for job in jobs)
         waiting = [job for job in jobs if _is_open(job)]
@@ -151,7 +151,7 @@ class Runner:
         self._steps_left -= steps
 
     def _start(self, jobs: list[Job]) -> None:
-        """Run jobs in a fresh process; what it leaves without a result failed with it."""
+        """Run jobs in a new process; jobs without a result failed with it."""
         folder = Path(jobs[0]["path"]).parent
         file, log = folder / "jobs.json", folder / "log.txt"
         write_json(file, jobs)
@@ -169,7 +169,7 @@ class Runner:
         return result
 
     def _steps(self, outcome: Outcome) -> int:
-        """Return the steps of a full run; where minutes are given, as many as the search's pace allows."""
+        """Return the steps of a full run; if minutes are given, as many as the speed of the search allows."""
         if self.study.steps is not None:
             return self.study.steps
         assert self.study.minutes is not None
@@ -203,7 +203,7 @@ class Runner:
 
 
 def best_rate(searches: list[Result]) -> float | None:
-    """Return the rate with the lowest finite validation loss, None where no trial has one.
+    """Return the rate with the lowest finite validation loss, or None.
 
     Example:
         >>> best_rate([{"rate": 1e-3, "val": {"loss": 0.7}}, {"rate": 3e-3, "val": {"loss": 0.6}}, {"error": "no"}])
@@ -219,7 +219,7 @@ def _loss(result: Result) -> float | None:
 
 
 def _is_open(job: Job) -> bool:
-    """Tell whether a job has no result; one that failed is tried again."""
+    """Return whether a job has no result; failed jobs are repeated."""
     result = read_result(Path(job["path"]), job["spec"])
     return result is None or "error" in result
 

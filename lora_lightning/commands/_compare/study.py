@@ -1,4 +1,4 @@
-"""What a comparison is asked to do, where its files are, and the trials that it is made of."""
+"""The settings of a comparison, its files, and its trials."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Study:
         trainer: Settings of the trainer that every trial gets.
         entries: The rows, in the order of the table.
         seeds: Seeds of the full runs; rates are chosen with the first.
-        trainable_parameters: Parameters that each method trains, the head's not counted; None leaves sizes as given.
-        steps: Optimizer steps of a full run; None where `minutes` says how long it takes.
+        trainable_parameters: Parameters that each method trains, without the head; None keeps the given sizes.
+        steps: Optimizer steps of a full run; None if `minutes` limits it.
         minutes: Minutes of a full run's steps.
         search_steps: Optimizer steps with each learning rate.
-        val_rows: Rows on which rates are judged; None means all of the validation split.
-        val_every: Steps between two validations of a full run; None validates at its end alone.
-        folder: Where everything is written.
+        val_rows: Rows on which rates are compared; None means all of the validation split.
+        val_every: Steps between two validations of a full run; None validates only at its end.
+        folder: Folder of all files.
     """
 
     task: Spec
@@ -79,7 +79,7 @@ class Study:
         """Refuse a folder that holds something else.
 
         Raises:
-            ConfigError: It is no folder, holds other files, or a comparison with other settings.
+            ConfigError: It is not a directory, holds other files, or a comparison with other settings.
         """
         if not self.folder.exists():
             return
@@ -104,17 +104,17 @@ class Study:
             )
 
     def claim_folder(self, command: str) -> None:
-        """Make the folder, and write down what is compared there."""
+        """Make the folder, and write the settings of the comparison."""
         labels = [entry.label for entry in self.entries]
         content = {"command": command, "methods": labels, "seeds": list(self.seeds), "settings": self.settings()}
         write_json(self.folder / STUDY_NAME, content)
 
     def search_path(self, entry: Entry, rate: float) -> Path:
-        """Return where the result of a search with one rate is."""
+        """Return the path of the result of a search with one rate."""
         return self._folder_of(entry) / f"search-{rate:g}.json"
 
     def final_path(self, entry: Entry, seed: int) -> Path:
-        """Return where the result of a full run is."""
+        """Return the path of the result of a full run."""
         return self._folder_of(entry) / f"seed-{seed}.json"
 
     def _folder_of(self, entry: Entry) -> Path:
@@ -123,12 +123,12 @@ class Study:
     # Trials.
 
     def search_spec(self, entry: Entry, rate: float) -> Spec:
-        """Return the trial that judges a learning rate."""
+        """Return the search trial of a learning rate."""
         spec = self._spec(entry, self.seeds[0], rate, self.search_steps)
         return {**spec, "val_rows": self.val_rows, "val_every": None, "is_final": False}
 
     def final_spec(self, entry: Entry, seed: int, rate: float, steps: int) -> Spec:
-        """Return the trial that counts."""
+        """Return the full run."""
         spec = self._spec(entry, seed, rate, steps)
         return {**spec, "val_rows": None, "val_every": self.val_every, "is_final": True}
 
@@ -146,7 +146,7 @@ class Study:
 
 
 def first_difference(before: Any, now: Any, name: str = "") -> str:  # noqa: ANN401 - plain JSON types
-    """Say where two settings differ first; empty where they are equal.
+    """Return the first key in which two settings differ; empty if they are equal.
 
     Example:
         >>> first_difference({"data": {"seed": 0}}, {"data": {"seed": 1}})
@@ -162,7 +162,7 @@ def first_difference(before: Any, now: Any, name: str = "") -> str:  # noqa: ANN
 
 
 def folder_name(label: str) -> str:
-    """Return a label as the name of a folder, its own for each label.
+    """Return a unique folder name for a label.
 
     Example:
         >>> folder_name("LoRA+"), folder_name("full fine-tuning")

@@ -1,6 +1,6 @@
-"""One trial in a process of its own: train with one rate, validate, and where asked measure and test.
+"""One trial in a separate process: train with one rate, validate, and optionally measure and test.
 
-Run as `python -m lora_lightning.commands._compare.trial JOBS.json`; each job's result is written once it is there.
+Run as `python -m lora_lightning.commands._compare.trial JOBS.json`; each job's result is written when it is finished.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader, Subset
 
+from lora_lightning.adapters.base import Method
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.commands._compare import measure
 from lora_lightning.commands._compare.ends import fully_trained, no_adapters, trainable_counts
-from lora_lightning.commands._compare.plain_classes import build_data, build_task, import_class
+from lora_lightning.commands._compare.plain_classes import build_data, build_task
 from lora_lightning.commands._compare.recorder import Recorder, finite, metrics_of
 from lora_lightning.commands._compare.records import Result, Spec, digest, write_result
+from lora_lightning.imports import import_class
 from lora_lightning.tasks import AdapterTask
 
 _LOOK_FOR_PARENT_SECONDS = 2.0
 
 
 def run_jobs(jobs: list[dict[str, Any]]) -> None:
-    """Run jobs one after the other; what one of them raises is its result, and the next goes on.
+    """Run jobs one after the other; an exception becomes the result of its job, and the next job runs.
 
     Args:
         jobs: For each its `spec`, and the `path` of its result.
@@ -47,7 +49,7 @@ def run_jobs(jobs: list[dict[str, Any]]) -> None:
 
 
 def run(spec: Spec, known_data: dict[str, L.LightningDataModule] | None = None) -> Result:
-    """Train, validate, and where the spec says so measure and test.
+    """Train, validate, and if the spec says so measure and test.
 
     Args:
         spec: `task`, `data`, `trainer`, `entry` (`kind`, `method`, `optim`), `seed`, `rate`, `steps`, `val_every`,
@@ -55,7 +57,7 @@ def run(spec: Spec, known_data: dict[str, L.LightningDataModule] | None = None) 
         known_data: Data modules that earlier trials built, by spec; this one's is added.
 
     Returns:
-        The figures; see `table` for what becomes of them.
+        The figures; `table` formats them.
     """
     started = time.perf_counter()
     L.seed_everything(spec["seed"], workers=True, verbose=False)
@@ -80,7 +82,7 @@ def run(spec: Spec, known_data: dict[str, L.LightningDataModule] | None = None) 
 
 
 def _final(spec: Spec, task: AdapterTask, data: L.LightningDataModule, trainer: L.Trainer) -> Result:
-    """Fold, test, and look at what is left to keep."""
+    """Fold, test, and measure the trained state."""
     num_trainable, num_head = trainable_counts(task.adapted)
     is_full = spec["entry"]["kind"] == "full"
     task.fold()
@@ -99,9 +101,9 @@ def _task(spec: Spec) -> AdapterTask:
     entry = spec["entry"]
     optim = {**entry["optim"], "lr": spec["rate"]}
     if entry["kind"] == "method":
-        method = import_class(entry["method"]["class_path"])(**entry["method"]["init_args"])
+        method = import_class(entry["method"]["class_path"], Method, "compare")(**entry["method"]["init_args"])
         return build_task(spec["task"], method, optim)
-    cls = import_class(spec["task"]["class_path"])
+    cls = import_class(spec["task"]["class_path"], AdapterTask, "compare")
     return build_task(spec["task"], no_adapters(), optim, fully_trained(cls) if entry["kind"] == "full" else cls)
 
 
@@ -135,7 +137,7 @@ def _trainer(spec: Spec, recorder: Recorder) -> L.Trainer:
 
 
 def _limit_validation(data: L.LightningDataModule, num_rows: int) -> None:
-    """Make a data module validate on some of its rows alone; of several sets each gives its share."""
+    """Make a data module validate on a part of its rows, taken from each of several sets in proportion."""
     make: Callable[[], Any] = data.val_dataloader
 
     def limited() -> Any:  # noqa: ANN401 - Lightning's own union
@@ -163,13 +165,13 @@ def _limited(loader: Any, num_rows: int) -> Any:  # noqa: ANN401 - Lightning's o
 
 
 def _num_rows(loader: Any) -> int:  # noqa: ANN401 - Lightning's own union
-    """Return the number of rows of a loader; 0 where it is not known."""
+    """Return the number of rows of a loader; 0 if unknown."""
     dataset = getattr(loader, "dataset", None)
     return len(dataset) if isinstance(loader, DataLoader) and hasattr(dataset, "__len__") else 0  # type: ignore[arg-type]  # datasets need not be sized to torch
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, so that no trial goes on unseen."""
+    """End this process when its parent process is gone, so that no trial continues unnoticed."""
     parent = os.getppid()
 
     def look() -> None:

@@ -1,1 +1,1 @@
-"""What a shell offers at TAB: found from the source, so that nothing heavy is imported."""
+"""Shell completion, computed from the source without heavy imports."""

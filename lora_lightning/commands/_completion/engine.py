@@ -1,4 +1,4 @@
-"""What may come next on a command line."""
+"""Candidates for the next word of a command line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class CommandLine:
     words: Sequence[str]
 
     def candidates(self) -> list[tuple[str, str]]:
-        """Return what the last word may become, each with a few words about it."""
+        """Return the completions of the last word, each with a short description."""
         *before, current = self.words
         if not before:
             return _starting(current, [*all_commands().items(), ("--help", "List the commands.")])
@@ -71,7 +71,7 @@ class CommandLine:
         return self._flags(current)
 
     def _flags(self, current: str) -> list[tuple[str, str]]:
-        """Return the flags that start as the current word does; groups as one, until a dot is typed."""
+        """Return the flags that start with the current word; a group is one candidate until a dot is typed."""
         found: dict[str, str] = {}
         for name, option in self.options.items():
             flag = f"--{name}"
@@ -141,7 +141,7 @@ class CommandLine:
         return found | _below("model.quantization", options_of_class("Quantization"))
 
     def _chosen(self, section: str) -> list[str]:
-        """Return the class of a section that the line or its configs name, else all that there are."""
+        """Return the class of a section that the line or its configs name, else all classes."""
         return self._given(section) or nameable(_SECTIONS[section])
 
     def _given(self, name: str) -> list[str]:

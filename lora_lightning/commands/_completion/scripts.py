@@ -1,4 +1,4 @@
-"""The scripts by which shells ask for what may come next."""
+"""The completion scripts of the shells."""
 
 from __future__ import annotations
 

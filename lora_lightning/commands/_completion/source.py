@@ -1,4 +1,4 @@
-"""Options out of the source: what classes and functions take, read without importing them."""
+"""Options of classes and functions, read from the source without importing it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Option:
 
     Args:
         name: Its name.
-        text: The first sentence of what its docstring says.
-        choices: Its values where there are only these; empty otherwise.
+        text: The first sentence of its description.
+        choices: Its values if they are limited; otherwise empty.
     """
 
     name: str
@@ -51,7 +51,7 @@ def options_of_command(name: str) -> Arguments:
 
 
 def options_of_trainer() -> Arguments:
-    """Return the settings of Lightning's Trainer; none where its source is not found."""
+    """Return the settings of Lightning's Trainer; none if its source is not found."""
     spec = importlib.util.find_spec("lightning")  # of the package alone, which this does not import
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
     files = [Path(folder) / "pytorch" / "trainer" / "trainer.py" for folder in folders]
@@ -158,7 +158,7 @@ def _choices_of_alias(name: str, module: str) -> tuple[str, ...]:
 
 
 def _with_words(options: Arguments, documented: ast.ClassDef | ast.FunctionDef) -> Arguments:
-    """Add what the `Args:` of a docstring say to the options."""
+    """Add the descriptions in the `Args:` of a docstring to the options."""
     _, _, block = (ast.get_docstring(documented) or "").partition("Args:\n")
     block = re.split(r"\n\n?(?=\S)", block)[0]
     words = {

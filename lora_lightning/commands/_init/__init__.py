@@ -1,1 +1,1 @@
-"""What `lora-lightning init` sees in data, and the config that it writes for them."""
+"""Analysis of data by `lora-lightning init`, and the config that it writes."""

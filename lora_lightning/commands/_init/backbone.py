@@ -1,4 +1,4 @@
-"""Which backbone a config names, and what can be seen of it here."""
+"""The backbone of a config, and its properties as far as they are known locally."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _LETTERS_LOOKED_AT = 100_000
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A backbone, and what its files say where they are here.
+    """A backbone, and its properties if its files are on this machine.
 
     Args:
         name: Hub name, folder, or `pkg://package/folder`.
         is_here: Whether its config and its tokenizer can be read without a download.
         architecture: `encoder`, `decoder` or `encoder-decoder`; None if unknown.
-        context: Tokens that it takes, at most; None if unknown.
+        context: Maximum number of tokens; None if unknown.
         has_template: Whether its tokenizer has a chat template.
     """
 
@@ -45,7 +45,7 @@ class Backbone:
 
 
 def look_at(name: str) -> Backbone:
-    """Return what can be seen of a backbone without a download.
+    """Return the properties of a backbone that are known without a download.
 
     Raises:
         BackboneError: A folder is meant, and is not there or holds no model.
@@ -85,7 +85,7 @@ def check_fits(backbone: Backbone, task: str) -> None:
 
 
 def template_for(backbone: Backbone, choice: Choice) -> dict[str, str]:
-    """Return the chat template for conversations where the tokenizer brings none."""
+    """Return the chat template for conversations if the tokenizer has none."""
     return {"template": "dialogue"} if choice.has_turns and not backbone.has_template else {}
 
 

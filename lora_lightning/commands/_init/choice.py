@@ -1,4 +1,4 @@
-"""Which task and which data module a sample is for."""
+"""The choice of task and data module for a sample."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ DATA_MODULES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """What the user decides himself.
+    """The choices of the user.
 
     Args:
-        task: A task; None leaves it to the data.
-        problem: A problem of `SequenceClassification`; None leaves it to the data.
-        text: The column of the inputs; None leaves it to the data.
-        label: The columns of the targets; none leave it to the data.
-        architecture: `encoder`, `decoder` or `encoder-decoder`, what the backbone is; None if unknown.
+        task: A task; None chooses it by the data.
+        problem: A problem of `SequenceClassification`; None chooses it by the data.
+        text: The column of the inputs; None chooses it by the data.
+        label: The columns of the targets; an empty list chooses them by the data.
+        architecture: Kind of backbone, `encoder`, `decoder` or `encoder-decoder`; None if unknown.
     """
 
     task: str | None = None
@@ -50,7 +50,7 @@ class Choice:
     Args:
         task: The task's class.
         settings: Settings of the data module that name columns.
-        seen: What speaks for it, as half a sentence.
+        seen: Reason for it, as part of a sentence.
         problem: The problem of `SequenceClassification`.
         has_turns: Whether the rows are conversations, which a chat template writes out.
     """
@@ -73,14 +73,14 @@ def wishes_from(
     columns: Sequence[str],
     architecture: str | None,
 ) -> Wishes:
-    """Return what the options of the command say.
+    """Return the choices in the options of the command.
 
     Args:
         task: A task, or a problem of `SequenceClassification`.
         text_column: The column of the inputs.
         label_column: The column of the targets, or several with commas between them.
         columns: The columns that there are.
-        architecture: What the backbone is.
+        architecture: Kind of backbone.
 
     Raises:
         ConfigError: A task or a column is not there.
@@ -108,16 +108,16 @@ def wishes_from(
 
 
 def choose(sample: Sample, columns: Sequence[Column], wishes: Wishes, guesses: Mapping[str, Guess]) -> Choice:
-    """Return the first task that fits a sample, or the one that is wished for.
+    """Return the first task that fits a sample, or the one that the user chose.
 
     Args:
         sample: The sample.
         columns: Its columns.
-        wishes: What the user decides himself.
-        guesses: What looks at the columns for each task, the most telling first.
+        wishes: The choices of the user.
+        guesses: A function for each task that analyses the columns, the most specific first.
 
     Raises:
-        DataError: No task fits, or not the one that is wished for.
+        DataError: No task fits, or not the one that the user chose.
     """
     names = some_of([repr(column.name) for column in columns], 20)
     if wishes.task is not None:
@@ -139,7 +139,7 @@ def choose(sample: Sample, columns: Sequence[Column], wishes: Wishes, guesses: M
 
 
 def named(columns: Sequence[Column], names: Sequence[str]) -> Column | None:
-    """Return the column that has the first of some names that there is, upper and lower case alike."""
+    """Return the column with the first of some names that exists, ignoring case."""
     by_name = {column.name.lower(): column for column in reversed(columns)}
     return next((by_name[name] for name in names if name in by_name), None)
 

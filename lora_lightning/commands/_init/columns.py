@@ -1,4 +1,4 @@
-"""What stands in the columns of a sample."""
+"""The columns of a sample."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NO_CONTENT = words(
     "id ids idx index uid uuid guid url link date time datetime timestamp created updated unnamed row user username "
     "author column"
 )
-"""Words in the names of columns that say nothing of a text's class."""
+"""Words in the names of columns that do not hold a text's class."""
 _MOSTLY = 0.9
 
 
@@ -32,7 +32,7 @@ class Column:
 
     Args:
         name: Its name.
-        cells: What stands in each row, None where nothing does; lists that are written as text are lists.
+        cells: The value in each row, None if missing; lists that are written as text are lists.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Column:
 
     @cached_property
     def counts(self) -> Counter[str]:
-        """How often each value stands there."""
+        """Number of occurrences of each value."""
         return Counter(str(cell).strip() for cell in self.filled)
 
     @property
@@ -85,7 +85,7 @@ class Column:
 
     @property
     def is_content(self) -> bool:
-        """Whether its name does not say that it is a number, a date or an address of the row."""
+        """Whether its name does not mark it as an index, a date or an address of the row."""
         return not self.words & _NO_CONTENT
 
     @property

@@ -14,7 +14,7 @@ TEXT_NAMES = (
     *("text", "sentence", "review", "review_text", "tweet", "content", "body", "comment", "comment_text", "message"),
     *("post", "document", "utterance", "description", "abstract", "question", "query", "title", "headline"),
 )
-"""Names of columns with texts, the most telling first."""
+"""Names of columns with texts, the most specific first."""
 _SURE_LABELS = ("label", "labels", "target", "class", "classes", "category", "y")
 _LABEL_WORDS = words(
     "label labels target class category categories sentiment intent topic topics emotion polarity genre rating ratings "
@@ -38,7 +38,7 @@ def guess_labelled(sample: Sample, columns: Sequence[Column], wishes: Wishes) ->
     """Find a text and its label.
 
     Raises:
-        DataError: There are several columns that may be one of the two, or it cannot be told what the labels are.
+        DataError: Several columns may be text or label, or the kind of labels is not clear.
     """
     labels = _label_columns(sample, columns, wishes)
     if labels:
@@ -54,7 +54,7 @@ def guess_labelled(sample: Sample, columns: Sequence[Column], wishes: Wishes) ->
 
 
 def has_sure_label(columns: Sequence[Column]) -> bool:
-    """Return whether a column is named as labels usually are, and holds values that repeat."""
+    """Return whether a column has a usual name of labels and values that repeat."""
     label = named(columns, _SURE_LABELS)
     return label is not None and _may_be_label(label) and label.mean_words < 4
 
@@ -120,7 +120,7 @@ def _label_columns(sample: Sample, columns: Sequence[Column], wishes: Wishes) ->
 
 
 def _refuse_single(sample: Sample, columns: Sequence[Column]) -> None:
-    """Refuse a column that is named as labels are and holds the same in every row."""
+    """Refuse a column that has a usual name of labels and the same value in every row."""
     label = named(columns, _SURE_LABELS)
     if label is not None and len(label.counts) == 1:
         raise DataError(
@@ -148,10 +148,10 @@ def _may_be_label(column: Column) -> bool:
 
 
 def _problem_of(sample: Sample, labels: Sequence[Column]) -> str:
-    """Return what the labels are.
+    """Return the kind of the labels.
 
     Raises:
-        DataError: It cannot be told.
+        DataError: It is not clear.
     """
     if len(labels) > 1:
         return "multi_label" if all(column.are_flags for column in labels) else "regression"
@@ -176,7 +176,7 @@ def _problem_of(sample: Sample, labels: Sequence[Column]) -> str:
 
 
 def _separator_of(column: Column) -> str | None:
-    """Return what separates several labels in one cell, if something does: its parts stand in other cells too."""
+    """Return the separator of several labels in one cell, if any: the parts also occur in other cells."""
     for separator in SEPARATORS:
         joined = [value for value in column.counts if separator in value]
         if not joined:

@@ -1,4 +1,4 @@
-"""Conversations, prompts with answers, pairs of texts and plain texts, for models that write."""
+"""Conversations, prompts with answers, pairs of texts and plain texts, for generative models."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def guess_conversation(sample: Sample, columns: Sequence[Column], wishes: Wishes
 
 
 def _asked(sample: Sample, columns: Sequence[Column], wishes: Wishes) -> Choice | None:
-    """Return what a causal language model is asked for, where the user wants one."""
+    """Return the choice of a causal language model, if the user wants one."""
     source, target = _pair(columns, wishes)
     if source is not None and target is not None:
         return _as_prompts(source, target)
@@ -70,10 +70,10 @@ def _asked(sample: Sample, columns: Sequence[Column], wishes: Wishes) -> Choice 
 
 
 def guess_pairs(sample: Sample, columns: Sequence[Column], wishes: Wishes) -> Choice | None:
-    """Find a text and the text that is to be written for it.
+    """Find source texts and target texts.
 
     Raises:
-        DataError: Translations stand in one column of objects.
+        DataError: Translations are in one column of objects.
     """
     _refuse_nested(sample, columns)
     source, target = _pair(columns, wishes)
@@ -91,7 +91,7 @@ def guess_pairs(sample: Sample, columns: Sequence[Column], wishes: Wishes) -> Ch
 
 
 def guess_plain_text(sample: Sample, columns: Sequence[Column], wishes: Wishes) -> Choice | None:
-    """Find texts that stand alone."""
+    """Find plain texts."""
     del sample
     texts = [column for column in columns if column.is_text and column.is_content]
     names = _PLAIN_NAMES if wishes.task is None else TEXT_NAMES
@@ -106,7 +106,7 @@ def guess_plain_text(sample: Sample, columns: Sequence[Column], wishes: Wishes) 
 
 
 def _pair(columns: Sequence[Column], wishes: Wishes) -> tuple[Column | None, Column | None]:
-    """Return the columns of what is read and of what is written."""
+    """Return the columns of sources and of targets."""
     if wishes.text and wishes.label:
         return column_of(columns, wishes.text), column_of(columns, wishes.label[0])
     texts = [column for column in columns if column.is_text]
@@ -120,7 +120,7 @@ def _pair(columns: Sequence[Column], wishes: Wishes) -> tuple[Column | None, Col
 
 
 def _is_written(target: Column) -> bool:
-    """Return whether the cells of a column are texts of their own, not labels."""
+    """Return whether the cells of a column are texts, not labels."""
     return target.mean_words >= _WORDS_OF_A_TEXT or target.share_different > 1 / 2
 
 
@@ -131,7 +131,7 @@ def _as_prompts(source: Column, target: Column) -> Choice:
 
 
 def _renamed(**columns: Column) -> dict[str, Any]:
-    """Return the setting that gives fields our names."""
+    """Return the setting that maps fields to our names."""
     names = {ours: column.name for ours, column in columns.items() if column.name != ours}
     return {"columns": names} if names else {}
 

@@ -1,4 +1,4 @@
-"""How the rows are divided, and how long and in which batches is trained."""
+"""Splits, number of epochs and batch size of a training."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lora_lightning.errors import DataError
 
 _WRITERS = ("CausalLM", "Seq2SeqLM")
 _USUAL_CONTEXT = 512
-"""Tokens that an encoder takes, where its config is not here to say."""
+"""Context of an encoder whose config is not on this machine, in tokens."""
 _MARGIN = 1.5
-"""What a length that is estimated from letters is multiplied with: rare words have more tokens."""
+"""Factor on a length that is estimated from letters: rare words have more tokens."""
 _FEW_ROWS, _MANY_ROWS = 500, 5000
 _SHARE = 0.1
 _MOST_TO_EVALUATE = 2000
 _FEWEST_TO_TEST = 20
 _MOST_RARE = 10
 _UNEVEN = 4
-"""Rows of the commonest class for one of the rarest, from which classes are weighed."""
+"""Ratio of the most to the least frequent class from which on classes are weighted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Recipe:
         accumulate: Batches to an optimizer step.
         epochs: Epochs.
         monitor: The metric that decides which checkpoint is the best, and its mode.
-        notes: What was decided for reasons that are not seen in the config.
+        notes: Decisions whose reasons are not visible in the config.
     """
 
     data: dict[str, Any]
@@ -52,11 +52,11 @@ class Recipe:
 
 
 def lengths_for(choice: Choice, trial: Trial, backbone: Backbone) -> dict[str, int]:
-    """Return the settings after how many tokens a row is too long.
+    """Return the settings of the maximum length.
 
     Args:
         choice: The task.
-        trial: What became of the sample, with the length of each row.
+        trial: The trial on the sample, with the length of each row.
         backbone: The backbone, which may take fewer tokens than the rows have.
     """
     usual = LONGEST if choice.task in _WRITERS else _USUAL_CONTEXT
@@ -76,8 +76,8 @@ def recipe_for(sample: Sample, choice: Choice, trial: Trial, lengths: dict[str, 
     Args:
         sample: The sample.
         choice: The task.
-        trial: What became of its rows.
-        lengths: What `lengths_for` returned.
+        trial: The trial on the sample.
+        lengths: Result of `lengths_for`.
 
     Raises:
         DataError: There are too few rows to divide.
@@ -154,7 +154,7 @@ def _are_uneven(choice: Choice, trial: Trial) -> bool:
 
 
 def _divided(sample: Sample, choice: Choice, trial: Trial) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Return the sizes or sources of validation and test rows, and what must be said of them."""
+    """Return the sizes or sources of validation and test rows, and remarks on them."""
     notes: list[str] = []
     settings: dict[str, Any] = dict(sample.others)
     wanted = [split for split in ("val", "test") if split not in sample.others]
@@ -190,7 +190,7 @@ def _rare(labels: Mapping[str, int], least: int) -> list[str]:
 
 
 def _without(sample: Sample, choice: Choice, rare: list[str], labels: Mapping[str, int]) -> list[str]:
-    """Return conditions that leave out some labels."""
+    """Return conditions that exclude some labels."""
     column = choice.settings.get("label_column")
     if choice.task != CLASSIFICATION or len(rare) > _MOST_RARE or len(labels) - len(rare) < 2:
         raise DataError(

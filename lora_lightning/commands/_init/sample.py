@@ -1,4 +1,4 @@
-"""A sample of a source: the records of its first rows, or of rows spread over a long file, and how it is read."""
+"""A sample of a source: its first rows, or rows spread over a long file, and the settings to read it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_lightning.errors import DataError
 from lora_lightning.paths import resolve
 
 MOST_ROWS = 4000
-"""Rows that are looked at."""
+"""Number of rows in a sample."""
 _BLOCK = 1 << 20
 _MOST_WORDS = 8
 """Words in the name of a column."""
@@ -32,17 +32,17 @@ _OTHER_SPLITS = {"val": ("val", "valid", "validation", "dev"), "test": ("test",)
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """Rows of a source, and what reading them needs.
+    """Rows of a source, and the settings to read them.
 
     Args:
         source: The source, as a config names it.
         settings: How its files are read.
         records: The fields of the rows.
-        num_rows: Number of rows of the whole source; an estimate where `is_whole` is false.
+        num_rows: Number of rows of the whole source; an estimate if `is_whole` is false.
         is_whole: Whether all rows of the source are in the sample.
         num_broken: Rows that cannot be read.
-        others: Sources of further splits that stand beside it, by `val` and `test`.
-        notes: What must be said of them.
+        others: Sources of further splits in the same folder, by `val` and `test`.
+        notes: Remarks.
     """
 
     source: str
@@ -94,7 +94,7 @@ def take_sample(source: str) -> Sample:
     if not is_whole:
         num_rows = _estimate(train, settings, records)
         stride = num_rows // MOST_ROWS
-        # A file may be sorted by its labels, so that its first rows tell of one only.
+        # A file may be sorted by its labels, so that its first rows have only one.
         if stride > 1:
             records, num_broken, _ = _read(train, settings, stride=stride)
     _require_names(train, settings, records)
@@ -123,7 +123,7 @@ def _read(source: str, settings: ReadSettings, stride: int) -> tuple[list[Mappin
 
 
 def _estimate(source: str, settings: ReadSettings, records: list[Mapping[str, Any]]) -> int:
-    """Return about how many rows a source has, by the size of its first rows; of a source without files, exactly."""
+    """Estimate the number of rows of a source by the size of its first rows; exact for a source without files."""
     files = source_files(source, settings)
     if not files:
         return sum(1 for _ in read_records(source, settings))
@@ -152,7 +152,7 @@ def _require_names(source: str, settings: ReadSettings, records: list[Mapping[st
 
 
 def _splits_in(source: str) -> tuple[str, dict[str, str]]:
-    """Return the source of the training rows, and those of further splits that stand beside it under such names."""
+    """Return the source of the training rows, and those of further splits with such names in the same folder."""
     if is_hub_name(source):
         return source, _splits_of_hub(source)
     path = resolve(source)
@@ -226,7 +226,7 @@ def _blocks(file: Any) -> Iterator[bytes]:  # noqa: ANN401 - an open file of byt
 
 
 def _separator_of(source: str, settings: ReadSettings) -> str | None:
-    """Return what separates the fields, where it is not what the file's suffix says."""
+    """Return the separator of the fields, if it differs from that of the file's suffix."""
     files = source_files(source, settings)
     usual = _SEPARATED.get(kind_of_file(files[0][0])) if files else None
     if usual is None:

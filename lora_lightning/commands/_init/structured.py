@@ -79,7 +79,7 @@ def _fit(words: Column, tags: Column) -> bool:
 
 
 def guess_choices(sample: Sample, columns: Sequence[Column], wishes: Wishes) -> Choice | None:
-    """Find a question, its choices and the right one."""
+    """Find a question, its choices and the correct one."""
     del sample
     choices = _choices_column(columns)
     choice_columns = [] if choices is not None else _choice_columns(columns)

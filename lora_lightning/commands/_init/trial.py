@@ -1,4 +1,4 @@
-"""A trial of the data module that was chosen on the sample: what it uses, its labels and its lengths."""
+"""A trial of the chosen data module on the sample: used rows, labels and lengths."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lora_lightning.data.record_data import RecordData
 from lora_lightning.errors import DataError
 
 LONGEST = 2048
-"""Tokens of a row, at most, in a config that is written here."""
+"""Largest maximum length in a config, in tokens."""
 PERCENTILE = 99
-"""Of 100 rows, those that the maximum leaves whole."""
+"""Percentage of rows that the maximum length does not cut."""
 _ROUNDED_TO = 8
 _SHORTEST = 16
 _CHARACTERS_OF_A_TOKEN = 4
@@ -31,15 +31,15 @@ _SHARE = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """What became of the rows of a sample.
+    """Outcome of the rows of a sample.
 
     Args:
-        num_used: Rows to learn from, without copies.
+        num_used: Rows to train on, without copies.
         num_incomplete: Rows without a text or a target.
         num_bad: Rows that are broken or malformed.
-        num_copies: Rows that are left out as copies.
-        labels: How many rows have each label; empty for tasks without labels.
-        lengths: Tokens of each row; estimated from its letters where the tokenizer is not here.
+        num_copies: Rows that are dropped as copies.
+        labels: Number of rows of each label; empty for tasks without labels.
+        lengths: Tokens of each row; estimated from its letters if the tokenizer is not on this machine.
         target_lengths: Tokens of each target; empty for tasks without target texts.
         is_counted: Whether the lengths were counted with the backbone's tokenizer.
     """
@@ -55,12 +55,12 @@ class Trial:
 
 
 def usual_length(lengths: list[int], most: int, margin: float = 1.0) -> int:
-    """Return a maximum that 99 in 100 lengths keep to, a multiple of eight and at most `most`.
+    """Return a maximum for 99 % of the lengths, a multiple of eight and at most `most`.
 
     Args:
         lengths: Tokens of each row.
-        most: Tokens that the backbone takes.
-        margin: What lengths that are estimates are multiplied with.
+        most: Context of the backbone, in tokens.
+        margin: Factor on estimated lengths.
 
     Example:
         >>> usual_length([5, 9, 30], most=512), usual_length([900], most=512), usual_length([30], 512, margin=1.5)
@@ -75,7 +75,7 @@ def try_on(sample: Sample, choice: Choice, backbone: Backbone) -> Trial:
     """Read and encode the sample with the data module of the choice.
 
     Raises:
-        DataError: It cannot be read so, or most of its rows are malformed.
+        DataError: It cannot be read, or most of its rows are malformed.
     """
     settings = {**choice.settings, "val_size": 0, "test_size": 0}
     if backbone.is_here:
@@ -133,7 +133,7 @@ def check_splits(sample: Sample, choice: Choice, settings: dict[str, Any]) -> No
 
 
 def build(sample: Sample, choice: Choice, settings: dict[str, Any]) -> RecordData:
-    """Return a data module over the sample that leaves nothing in the cache."""
+    """Return a data module over the sample that does not use the cache."""
     source: Any = sample.source if sample.is_whole else [dict(record) for record in sample.records]
     problem = {"problem": choice.problem} if choice.problem else {}
     module = getattr(data_modules, DATA_MODULES[choice.task])
@@ -144,13 +144,13 @@ def build(sample: Sample, choice: Choice, settings: dict[str, Any]) -> RecordDat
 
 
 def _read(data: RecordData) -> None:
-    """Read and divide the rows and settle the labels, which needs no tokenizer."""
+    """Read and split the rows and set the labels, without a tokenizer."""
     data._read()
     data._settle_labels()
 
 
 def _limits(choice: Choice, backbone: Backbone) -> dict[str, int]:
-    """Return the settings by which nothing that the backbone takes is cut."""
+    """Return the settings with which nothing within the backbone's context is cut."""
     most = min(backbone.context or LONGEST, LONGEST)
     if choice.task == "CausalLM":
         return {}
@@ -180,7 +180,7 @@ def _target_lengths(data: RecordData, sample: Sample, choice: Choice, *, is_here
 
 
 def _estimated(sample: Sample, choice: Choice) -> list[int]:
-    """Return about how many tokens each row has, by its letters."""
+    """Estimate the number of tokens of each row by its letters."""
     kinds = ("text_column", "token_column", "question_column", "source_column")
     names = [choice.settings[kind] for kind in kinds if kind in choice.settings]
     if choice.task == "TokenClassification":
@@ -198,7 +198,7 @@ def _letters(sample: Sample, names: list[str]) -> list[int]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Hide what the data module says of the rows: the command says it in its own lines, and `fit` again."""
+    """Suppress the messages of the data module: the command prints its own, and `fit` repeats them."""
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What `init` says of the data and of its decisions, and the comments in the config."""
+"""Messages of `init` about the data and its decisions, and the comments in the config."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _MOST_LABELS = 20
 def report(
     sample: Sample, choice: Choice, trial: Trial, backbone: Backbone, recipe: Recipe, *, is_given: bool
 ) -> list[str]:
-    """Return what was seen and decided, in one line each.
+    """Return observations and decisions, in one line each.
 
     Args:
         sample: The sample.
         choice: The task.
-        trial: What became of the sample.
+        trial: The trial on the sample.
         backbone: The backbone.
-        recipe: How is trained.
+        recipe: Settings of the training.
         is_given: Whether the user named the backbone.
     """
     lines = [

@@ -22,8 +22,8 @@ def config_text(sample: Sample, choice: Choice, backbone: str, recipe: Recipe, c
         sample: The sample of the training rows.
         choice: The task.
         backbone: The backbone.
-        recipe: How is trained.
-        comments: What stands behind a setting, by the setting's name; under `head` and `labels` lines of their own.
+        recipe: Settings of the training.
+        comments: Comments after settings, by the setting's name; `head` and `labels` are separate lines.
     """
     monitor, mode = recipe.monitor
     method = (

@@ -19,7 +19,7 @@ Schema = dict[str, Any]
 ELSEWHERE: Schema = {"type": "string", "pattern": rf"^(?!{LIBRARY}\.)\w+(\.\w+)+$"}
 """The import path of a class that is not this library's."""
 FILE: Schema = {"type": "string", "pattern": r"\.ya?ml$"}
-"""A section that stands in a file of its own."""
+"""A section in a separate file."""
 _PLAIN: dict[Any, Schema] = {
     bool: {"type": "boolean"},
     int: {"type": "integer"},
@@ -39,7 +39,7 @@ class Builder:
 
     Args:
         kinds: Base classes whose subclasses a config names, by the name of their definition. Any other class that is
-            no dataclass may be of any name.
+            not a dataclass may have any name.
 
     Attributes:
         definitions: The schemas by name, for `$defs`.
@@ -90,10 +90,10 @@ class Builder:
         return reference(cls.__name__)
 
     def define_kind(self, name: str) -> Schema:
-        """Define what stands where one class of a kind is expected, and return a reference to the definition.
+        """Define the values where a class of a kind is expected, and return a reference to the definition.
 
-        That is `{class_path, init_args}`, or the name alone where the class needs no arguments; by its short name or an
-        import path. Of a class from elsewhere nothing is known but that its name has a dot.
+        A value is `{class_path, init_args}`, or only the name if the class needs no arguments, by its short name or an
+        import path. Of a class from elsewhere only its name is checked, which must have a dot.
         """
         if name not in self.definitions:
             self.definitions[name] = {}
@@ -176,7 +176,7 @@ def names_of(cls: type) -> list[str]:
 
 
 def plain_default(value: Any) -> Any:  # noqa: ANN401 - defaults are of any type
-    """Return a default as JSON has it, or `MISSING` where it is none or has no such form.
+    """Return a default in JSON types, or `MISSING` if there is none or it has no such form.
 
     Example:
         >>> plain_default((1, "a")), plain_default(object) is MISSING

@@ -1,1 +1,1 @@
-"""What is meant by the names of other tools, and by settings in the wrong section."""
+"""Meanings of the names of other tools, and of settings in the wrong section."""

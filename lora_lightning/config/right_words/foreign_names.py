@@ -1,7 +1,7 @@
-"""What other tools call our settings, commands and values: names that people type out of habit, each with ours.
+"""Names of settings, commands and values in other tools, each with ours.
 
-Settings are written as flags have them, without dashes. A name may have several meanings, of which the first that the
-command knows is meant; `name=value` names the value too.
+Settings are written like flags, without dashes. A name may have several meanings; the first that the command knows
+applies. `name=value` names the value too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds the setting that is meant by a name that is not one, or that stands in the wrong section."""
+"""Finds the intended setting of an unknown name, or of one in the wrong section."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from lora_lightning.methods import LoRA
 from lora_lightning.wording import nearest
 
 _SEVERAL = 3
-"""How many sections may have a setting of one name, so that each is still named."""
+"""Number of sections with a setting of one name up to which all are listed."""
 
 
 def right_setting(name: str, known: Collection[str], *, as_flag: bool) -> str | None:
-    """Return how a setting is written that is meant by an unknown name, or None if nothing is meant for sure.
+    """Return the spelling of the setting that an unknown name means, or None if that is not certain.
 
     Args:
         name: What the user wrote, as a flag without dashes: `lr`, `optim.lr`, `trainer.learning_rate`.
         known: The settings that there are, written the same way.
-        as_flag: Whether to answer with a flag, not with a key.
+        as_flag: Whether to return a flag, not a key.
 
     Example:
         >>> known = ["model.optim.lr", "data.batch_size", "trainer.precision", "trainer.max_epochs"]
@@ -54,7 +54,7 @@ def right_setting(name: str, known: Collection[str], *, as_flag: bool) -> str | 
 
 
 def right_value(hint: Any, value: object) -> str | None:  # noqa: ANN401 - type hints have no common type
-    """Return the value that is meant where a type allows certain words alone, or None.
+    """Return the intended value of a type with a fixed set of words, or None.
 
     Example:
         >>> right_value(Literal["16-mixed", "32-true"], "fp16"), right_value(Literal["linear", "cosine"], "cosin")

@@ -1,4 +1,4 @@
-"""Batches of texts of like length: which rows go together, and how they are padded."""
+"""Batches of texts of similar length: sampling order and padding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_lightning.data.batches.mixing import Mixture
 from lora_lightning.data.batches.packing import UNSUPERVISED
 from lora_lightning.resume.position import Layout, Position
 
-# At most so many batches are sorted by length together; more would pad less and mix less.
+# Number of batches that are sorted by length together; a larger value reduces both padding and shuffling.
 _BATCHES_SORTED_TOGETHER = 50
 
 
@@ -73,16 +73,16 @@ def _of_kind(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 class LengthGroupedSampler(DistributedSampler[Any]):
-    """Orders rows so that consecutive ones, cut into batches, are of like length.
+    """Orders rows so that the rows of a batch have similar lengths.
 
-    The order depends on the seed and the epoch alone. Rows are shuffled, sorted by length within some dozens of
-    batches, and the batches shuffled; the one that is not full stays last. Over several ranks, the order is that of
-    batches `num_replicas` times as large, dealt out in turn: the ranks together see the same batches as one process
-    with the larger batch size, texts of like length at the same time. Each row is seen by one rank, and every rank gets
-    the same number of batches; only where that is impossible are fewer than `num_replicas` rows repeated.
+    The order depends only on the seed and the epoch. The sampler shuffles the rows, sorts them by length within a few
+    dozen batches, and shuffles the batches; an incomplete batch stays last. With several ranks, it builds batches
+    `num_replicas` times as large and assigns their rows to the ranks in turn: together the ranks see the batches of one
+    process with the larger batch size, with texts of similar length at the same time. Each row goes to one rank, and
+    every rank gets the same number of batches. If that is impossible, fewer than `num_replicas` rows are repeated.
 
-    It derives from torch's DistributedSampler, by which Lightning knows that it must not shard once more, and a loader
-    of the same batch size must cut it.
+    It derives from torch's DistributedSampler, so that Lightning does not shard it again. The loader must have the same
+    batch size.
 
     Args:
         lengths: Number of tokens of each row.
@@ -120,15 +120,15 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         self.seek(Position())
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that the next iteration is for; what has passed of another epoch is forgotten."""
+        """Set the epoch of the next iteration; the position within another epoch is discarded."""
         if epoch != self.epoch:
             self.seek(Position(epoch))
 
     def seek(self, position: Position) -> None:
-        """Go to a position: the next iteration leaves out the rows that have passed.
+        """Move to a position: the next iteration skips the rows that have passed.
 
-        They may have been shared out differently. Then those that are left keep their order, and are dealt to the
-        present ranks as a whole epoch is.
+        They may have been divided among another number of ranks. The remaining rows then keep their order and are
+        divided among the present ranks like a whole epoch.
         """
         self.epoch = position.epoch
         self._passed = Position(position.epoch)
@@ -139,11 +139,11 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         self.total_size = self.num_samples * self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
-        """Return the places of this rank's rows in this epoch, from the present position on."""
+        """Return the indices of this rank's rows in this epoch, from the present position on."""
         return iter(self._dealt(self._order()).tolist())
 
     def _dealt(self, order: _Places) -> _Places:
-        """Return this rank's share of what is left of an order."""
+        """Return this rank's share of the remaining order."""
         here, left, start = Layout(self.num_replicas, self.batch_size), order, 0
         for num_batches, layout in self._passed.passed:
             left = left[start:]
@@ -169,7 +169,7 @@ class LengthGroupedSampler(DistributedSampler[Any]):
         together = first.batch_size * first.num_replicas
         num_full = len(places) // together
         full, last = np.split(places, [num_full * together])
-        # Few batches are sorted in at least four parts, so that they are not the same ones in every epoch.
+        # A small data set is sorted in at least four parts; otherwise every epoch would have the same batches.
         part = together * max(min(num_full // 4, _BATCHES_SORTED_TOGETHER), 1)
         parts = [full[start : start + part] for start in range(0, len(full), part)]
         by_length = [one[np.argsort(-self.lengths[one], kind="stable")] for one in (*parts, last)]
@@ -178,10 +178,10 @@ class LengthGroupedSampler(DistributedSampler[Any]):
 
 
 class WholeBatchSampler(DistributedSampler[Any]):
-    """Deals the rows to ranks in their order and in whole batches, so that each batch is the one of a single process.
+    """Assigns the rows to ranks in order and in whole batches, so that the batches are those of a single process.
 
-    The first batch is dealt once more to a rank that would have none, and with `is_even` to each rank that has one less
-    than others: what a model answers to it is known twice then.
+    A rank without a batch gets the first batch again; with `is_even`, so does each rank that has one batch less than
+    others. The predictions for that batch are then computed twice.
 
     Args:
         num_rows: Number of rows, at least 1.
@@ -217,10 +217,10 @@ class WholeBatchSampler(DistributedSampler[Any]):
 
 
 def even_batch_size(num_rows: int, num_replicas: int, batch_size: int) -> int:
-    """Return the largest batch size, up to one given, at which no row must be repeated to keep ranks in step.
+    """Return the largest batch size, up to a given one, for which all ranks have equally many batches without repeats.
 
-    Evaluation uses it, where the batch size changes no result but a repeated row would. Where there is none (few rows
-    and a small batch), it is the one given.
+    Evaluation uses it: there the batch size does not change the result, but a repeated row would. If there is no such
+    size (few rows and a small batch), return the given one.
 
     Example:
         >>> even_batch_size(13, num_replicas=2, batch_size=6), even_batch_size(13, num_replicas=1, batch_size=6)
@@ -231,6 +231,6 @@ def even_batch_size(num_rows: int, num_replicas: int, batch_size: int) -> int:
 
 
 def _num_repeated(num_rows: int, num_replicas: int, batch_size: int) -> int:
-    """Return how many rows must be repeated for all ranks to have equally many batches."""
+    """Return the number of rows to repeat so that all ranks have equally many batches."""
     each, left = divmod(num_rows, num_replicas)
     return num_replicas - left if left and each % batch_size == 0 else 0

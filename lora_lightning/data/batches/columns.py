@@ -76,17 +76,17 @@ class EncodedRows(Dataset[dict[str, Any]]):
         return {name: column[index] for name, column in self.columns.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the memory map out: a worker process opens its own."""
+        """Return the state without the memory map, which each worker process opens itself."""
         return {"_source": self._source}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Open the columns anew."""
+        """Reopen the columns."""
         self._source = state["_source"]
         self._open()
 
 
 def write_columns(path: Path, batches: Iterable[Mapping[str, Sequence[Any]]]) -> None:
-    """Write rows as they come to an Arrow file; the first batch settles the types. Without rows no file is written.
+    """Write rows to an Arrow file as they arrive; the first batch defines the types. Without rows no file is written.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""Data loaders that leave the global random numbers alone and can start anywhere in an epoch."""
+"""Data loaders that do not use the global random state and can start at any position in an epoch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class RowLoader(DataLoader[Any]):
 
     @property
     def layout(self) -> Layout:
-        """How it shares out the rows."""
+        """How the rows are divided among ranks."""
         return Layout(getattr(self.sampler, "num_replicas", 1), self.batch_size or 1, max(self.num_workers, 1))
 
     def seekable(self) -> bool:
-        """Tell whether the order is the sampler's own; Lightning takes it away to overfit some batches."""
+        """Return whether the sampler decides the order; Lightning replaces it for `overfit_batches`."""
         return isinstance(self.sampler, LengthGroupedSampler)
 
     def seek(self, position: Position) -> None:
@@ -30,7 +30,7 @@ class RowLoader(DataLoader[Any]):
         sampler.seek(position)
 
     def __len__(self) -> int:
-        """Return the number of batches of the epoch, with those that have passed."""
+        """Return the number of batches of the epoch, including those that have passed."""
         if not isinstance(self.sampler, LengthGroupedSampler):
             return super().__len__()
         return self.sampler.num_batches_passed + math.ceil(len(self.sampler) / (self.batch_size or 1))
@@ -39,6 +39,6 @@ class RowLoader(DataLoader[Any]):
 def own_generator(seed: int) -> torch.Generator:
     """Return a generator for a loader, which would draw the seed of its workers from the global one otherwise.
 
-    A run's dropout then depends neither on how often data are loaded nor on how often it is validated.
+    The dropout of a run then does not depend on how often data are loaded or validated.
     """
     return torch.Generator().manual_seed(seed)

@@ -21,8 +21,8 @@ _DRAWN_TOGETHER = 1024
 class Mixture:
     """Draws as many rows as there are, each source's share by its weight.
 
-    A source that has more rows than its share is seen in part, another part in each epoch. A source that has fewer is
-    repeated: every row equally often, but for what the division leaves over.
+    A source with more rows than its share contributes a different part of them in each epoch. A source with fewer is
+    repeated: every row equally often, except for the remainder of the division.
 
     Args:
         parts: Index of the source of each row `[rows]`.
@@ -60,7 +60,7 @@ class Mixture:
 def mixture_of(
     rows: npt.NDArray[Any], num_rows: Sequence[int], names: Sequence[str], weights: Sequence[float] | None
 ) -> Mixture | None:
-    """Return what draws encoded rows by the weights of their sources, and tell how many; None without weights.
+    """Return a sampler of encoded rows by the weights of their sources, and log the numbers; None without weights.
 
     Args:
         rows: For each encoded row the index of its row `[encoded rows]`.
@@ -76,7 +76,7 @@ def mixture_of(
 
 
 def drawn_fingerprint(fingerprint: str, weights: Sequence[float] | None) -> str:
-    """Return the fingerprint of rows together with the weights of their sources; without weights it stays as it is."""
+    """Return the fingerprint of rows and of the weights of their sources; without weights it is unchanged."""
     if weights is None:
         return fingerprint
     return hashlib.sha256(json.dumps([fingerprint, list(weights)]).encode()).hexdigest()
@@ -119,10 +119,10 @@ def _draw(rows: npt.NDArray[np.int64], quota: int, generator: np.random.Generato
 def interleave(
     sources: Sequence[Callable[[bool], Iterator[_Item]]], weights: Sequence[float], generator: np.random.Generator
 ) -> Iterator[_Item]:
-    """Draw from several streams by weight until each has been read once; one that ends earlier starts again.
+    """Draw from several streams by weight until each has been read once; a stream that ends earlier restarts.
 
     Args:
-        sources: Each begins a stream anew; it is told whether this is the first time.
+        sources: Each starts a new stream; the argument is whether this is the first one.
         weights: Weight of each stream, greater than 0.
         generator: Decides which stream is next.
     """

@@ -1,4 +1,4 @@
-"""Documents in rows: alone, or several packed into one row without seeing each other, and made into batches."""
+"""Rows of one or several documents, which do not attend to each other, and their batches."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
         capacity: How much a bin holds.
 
     Returns:
-        For each bin the places of its sizes.
+        For each bin the indices of its sizes.
 
     Example:
         >>> first_fit([5, 6, 3, 4, 2], capacity=8)
@@ -127,7 +127,7 @@ def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def pack_stream(documents: Iterable[Document], capacity: int, open_rows: int = 64) -> Iterator[list[Document]]:
-    """Pack documents as they come, first fit into some open rows; the fullest is given away when none has room.
+    """Pack documents as they arrive into the first open row that has room; if none has, yield the fullest row.
 
     Args:
         documents: The documents, each of at most `capacity` tokens.
@@ -156,11 +156,11 @@ def pack_stream(documents: Iterable[Document], capacity: int, open_rows: int = 6
 class DocumentBatch:
     """Makes a batch of rows of documents, padded to the longest row.
 
-    Rows of one document get an `attention_mask` that tells padding, and with padding on the left `position_ids` that
-    count from the first token. Packed rows get `position_ids` that start again at 0 in each document, with every
-    padding token a document of its own, and no mask: from these positions transformers' models make a mask in which a
-    document sees itself only, in every kind of attention layer. They do so only without a key-value cache; call them
-    with `use_cache=False`, as `CausalLM` does.
+    Rows of one document get an `attention_mask` for padding and, with padding on the left, `position_ids` that count
+    from the first token. Packed rows get no mask but `position_ids` that restart at 0 in each document; each padding
+    token counts as one document. From these positions, the models of transformers build a block-diagonal mask for every
+    kind of attention layer. They do so only without a key-value cache: call them with `use_cache=False`, as `CausalLM`
+    does.
 
     Args:
         pad_id: The token that pads.

@@ -30,14 +30,14 @@ _PassedBefore = tuple[Passed, ...]
 
 @dataclass(eq=False)
 class StreamedRows(IterableDataset[list[Document]]):
-    """Rows of documents, in the order of the file but for a buffer in which they are shuffled.
+    """Rows of documents in file order, shuffled within a buffer.
 
-    Worker processes share the lines. Every rank reads them all and takes its turn of the rows that come out, so that
-    all ranks get the same number of rows, and none waits for another at the end; up to `num_replicas - 1` rows of each
-    worker are left out for that.
+    Worker processes share the lines. Every rank reads all lines and takes every `num_replicas`-th row, so that all
+    ranks get the same number of rows and none waits for another at the end. For that, up to `num_replicas - 1` rows of
+    each worker are dropped.
 
     Args:
-        source: The files; see `Source`. Those of a mixture are drawn by weight; one that ends starts again, and an
+        source: The files; see `Source`. Those of a mixture are drawn by weight; a file that ends restarts, and an
             epoch ends when each was read once.
         encoder: Encodes the samples.
         settings: How files are read.
@@ -48,10 +48,10 @@ class StreamedRows(IterableDataset[list[Document]]):
         seed: Seed of the order.
         num_replicas: Number of ranks.
         rank: This process's rank.
-        epoch: The epoch that the next iteration is for; every epoch has an order of its own.
-        passed: Batches that have passed of this epoch in other layouts. What is left of it keeps its order and is dealt
-            anew; for that, each process goes through the streams of all former ranks and workers.
-        notes: Folder in which each process notes what it leaves out (see `note`); None for processes that need not, as
+        epoch: The epoch of the next iteration; every epoch has a different order.
+        passed: Batches of this epoch that have passed in other layouts (numbers of ranks and workers). The remaining
+            rows keep their order and are divided again; each process reads the streams of all former ranks and workers.
+        notes: Folder in which each process notes what it drops (see `note`); None for processes that need not, since
             all ranks read the same.
     """
 
@@ -79,10 +79,10 @@ class StreamedRows(IterableDataset[list[Document]]):
         return self._of_rank(groups, self.rank, worker, self.epoch, is_shuffled=not self.passed)
 
     def documents(self, worker: int = 0, num_workers: int = 1, epoch: int = 0) -> Iterator[Document]:
-        """Return the documents of one worker's share of the lines, and note at the end what was lost.
+        """Return the documents of one worker's share of the lines, and note at the end what was dropped.
 
         Raises:
-            DataError: A line is malformed, or no line can be learnt from.
+            DataError: A line is malformed, or no line can be trained on.
         """
         lost: Counter[str] = Counter(rows_read=0)
         ignored: Counter[str] = Counter()
@@ -140,10 +140,10 @@ class StreamedRows(IterableDataset[list[Document]]):
             f"learnt, or beyond the first {self.encoder.max_length} tokens. Set a larger max_length."
         )
 
-    # A group is one row for each rank: only whole groups are dealt, so that all ranks get as many rows.
+    # A group is one row for each rank. Only whole groups are used, so that all ranks get equally many rows.
 
     def _groups(self, layout: Layout, worker: int, epoch: int, passed: _PassedBefore) -> Iterator[tuple[_Row, ...]]:
-        """Return the groups of one worker, of all rows or of those that are left."""
+        """Return the groups of one worker, of all rows or of the remaining ones."""
         if passed:
             return itertools.islice(
                 _in_groups(self._left(epoch, passed), layout.num_replicas), worker, None, layout.num_workers
@@ -161,7 +161,7 @@ class StreamedRows(IterableDataset[list[Document]]):
         return self._shuffled(rows, np.random.default_rng([self.seed, epoch, rank, worker]))
 
     def _left(self, epoch: int, passed: _PassedBefore) -> Iterator[_Row]:
-        """Return the rows that are left after batches have passed: each step's, rank by rank."""
+        """Return the rows that remain after batches have passed: step by step, and in each step rank by rank."""
         *earlier, (num_batches, layout) = passed
         by_worker = [
             itertools.tee(self._groups(layout, worker, epoch, tuple(earlier)), layout.num_replicas)
@@ -192,12 +192,12 @@ class StreamedRows(IterableDataset[list[Document]]):
 
 
 def _in_groups(rows: Iterator[_Row], size: int) -> Iterator[tuple[_Row, ...]]:
-    """Return consecutive rows in whole groups; what is left at the end is dropped."""
+    """Return consecutive rows in whole groups; an incomplete group at the end is dropped."""
     return zip(*[rows] * size, strict=False)
 
 
 def _in_turn(workers: list[Iterator[_Row]], batch_size: int) -> Iterator[list[_Row]]:
-    """Return batches as a loader takes them from its workers: from each in turn, passing over those that are done."""
+    """Return batches in the order in which a loader takes them from its workers: round robin over unfinished ones."""
     while workers:
         for worker in list(workers):
             batch = list(itertools.islice(worker, batch_size))
@@ -208,23 +208,23 @@ def _in_turn(workers: list[Iterator[_Row]], batch_size: int) -> Iterator[list[_R
 
 
 class StreamLoader(DataLoader[Any]):
-    """A loader of `StreamedRows` that begins a new epoch with every iteration, and tells mistakes in one sentence.
+    """A loader of `StreamedRows` that starts a new epoch with every iteration and reports data errors in one sentence.
 
-    It starts at any batch of an epoch (see `SeekableLoader`) by reading and encoding what comes before.
+    To start at a later batch of an epoch (see `SeekableLoader`), it reads and encodes the rows before it.
     """
 
     dataset: StreamedRows
     at_end: Callable[[], None] | None = None
-    """Is called once, when the first iteration ends; also one that is broken off."""
+    """Called once, when the first iteration ends or is interrupted."""
     _num_skipped = 0
 
     @property
     def layout(self) -> Layout:
-        """How it shares out the rows."""
+        """How the rows are divided among ranks and workers."""
         return Layout(self.dataset.num_replicas, self.batch_size or 1, max(self.num_workers, 1))
 
     def seekable(self) -> bool:
-        """Tell that `seek` works."""
+        """Return True: `seek` works."""
         return True
 
     def seek(self, position: Position) -> None:
@@ -255,4 +255,4 @@ class StreamLoader(DataLoader[Any]):
 
 
 def pass_over(error: DataError, text: str) -> None:
-    """Leave out a broken row without a word, as it is told and counted elsewhere."""
+    """Skip a broken row silently; another process reports and counts it."""

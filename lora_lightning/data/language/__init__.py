@@ -1,1 +1,1 @@
-"""What conversations, prompts and texts become for a language model: learnt tokens."""
+"""Encoding of conversations, prompts and texts for language models: token ids and which of them are trained on."""

@@ -1,4 +1,4 @@
-"""Find in what a chat template writes the words that are to be learnt."""
+"""Find the tokens to train on in the text that a chat template writes."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _THINKING_TALK = Sample("", (Message("user", "x"), Message("assistant", _WORDS, 
 
 @dataclass(frozen=True)
 class View:
-    """A text of a conversation, and what is learnt of it.
+    """A text of a conversation, and the spans to train on.
 
     Args:
         text: The text.
-        spans: Where the words to be learnt stand.
+        spans: Spans of characters to train on.
         count: Number of turns that it holds.
-        learnt: Indices of the turns that are learnt in it.
+        learnt: Indices of the turns that are trained on in it.
     """
 
     text: str
@@ -43,13 +43,13 @@ class AnswerFinder:
     """Finds the answers of conversations.
 
     An answer is what the template writes up to the end of its turn, minus what it writes for the turns before with
-    `add_generation_prompt`. Where the latter is no prefix of the former, the answer begins after its role's header in
-    the conversation's own text, which is the last one before the first word that changes with the answer; a warning
-    tells so once. Of this, a template with generation markers has learnt what it marks.
+    `add_generation_prompt`. If the latter is not a prefix of the former, the answer begins after the header of its role
+    in the text of the conversation: the last header before the first word that changes with the answer. A warning
+    reports this once. With generation markers, only the marked part of the answer is trained on.
 
-    A conversation is one view where each answer's text is the beginning of the next one's. Where the template writes
-    earlier turns anew (drops their thoughts, or frames the last answer in another way), each answer is learnt from a
-    view of its own, that ends with it.
+    A conversation has one view if the text up to each answer is a prefix of the text up to the next. If the template
+    rewrites earlier turns (drops their thoughts, or frames the last answer differently), each answer is learnt from a
+    separate view that ends with it.
 
     Args:
         renderer: Writes the conversations.
@@ -63,7 +63,7 @@ class AnswerFinder:
     _has_warned: bool = field(default=False, init=False)
 
     def views(self, sample: Sample) -> list[View]:
-        """Return the views of a conversation; none where no turn is to be learnt.
+        """Return the views of a conversation; none if no turn is to be trained on.
 
         Raises:
             DataError: There is no template, it refuses the conversation, or it marks no answers.
@@ -85,7 +85,7 @@ class AnswerFinder:
         return [View(whole.text, spans, whole.count, learnt)]
 
     def _view(self, sample: Sample, index: int) -> View:
-        """Return a conversation's text up to the end of one answer, which is learnt."""
+        """Return the text of a conversation up to the end of one answer, which is trained on."""
         until = self.renderer.write(sample, index + 1)
         start = self._start(sample, index, until.text)
         spans = [(start, len(until.text))]
@@ -133,7 +133,7 @@ class AnswerFinder:
         return max((place + len(header) for place, header in found if place >= 0), default=None)
 
     def _behind_question(self, sample: Sample, index: int, until: str) -> int | None:
-        """Return where the text goes on after the turns before an answer; None where it does not begin with them."""
+        """Return where the text continues after the turns before an answer; None if it does not begin with them."""
         before = self._written(sample, index) or ""
         start = _num_shared(until, before)
         question = sample.messages[index - 1].content if index else ""
@@ -141,7 +141,7 @@ class AnswerFinder:
 
     @cached_property
     def _header(self) -> str:
-        """What the template writes between a question and its answer; empty where that cannot be told, or is blank."""
+        """What the template writes between a question and its answer; empty if unknown or blank."""
         asked, prompt, answered = self._written(_TALK, 1), self._written(_TALK, 1, prompt=True), self._written(_TALK, 2)
         if asked is None or prompt is None or answered is None:
             return ""
@@ -163,7 +163,7 @@ class AnswerFinder:
         return shared if shared.strip() else ""
 
     def _written(self, sample: Sample, count: int, *, prompt: bool = False) -> str | None:
-        """Return what the template writes for the first turns, or None where it refuses so few."""
+        """Return what the template writes for the first turns, or None if it refuses so few."""
         try:
             return self.renderer.write(sample, count, prompt=prompt).text
         except DataError:
@@ -217,7 +217,7 @@ def _reworded(sample: Sample, index: int) -> Sample:
 
 
 def _num_shared(one: str, other: str) -> int:
-    """Return with how many of the same letters two texts begin.
+    """Return the length of the common prefix of two texts.
 
     Example:
         >>> _num_shared("answer", "another")

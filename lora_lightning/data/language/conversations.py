@@ -1,4 +1,4 @@
-"""Turn records of the usual shapes into conversations, prompts with completions, or plain texts."""
+"""Convert records of the usual formats into conversations, prompts with completions, or plain texts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from lora_lightning.paths import nearest
 
 @dataclass(frozen=True)
 class Sample:
-    """What one record asks the model to learn: a conversation, or a plain text.
+    """What the model learns from one record: a conversation, or a plain text.
 
     Args:
-        place: Where it stands, as messages begin.
+        place: Location of the record, as messages begin.
         messages: The turns; empty for a plain text.
         text: The plain text; empty for a conversation.
         plain: The prompt and the completion as written, which are joined where no template is used; empty for others.
@@ -43,13 +43,13 @@ class Sample:
 
     @property
     def group(self) -> str:
-        """What samples must share to be kept on one side of a split: the first question, or the text."""
+        """What samples share that must stay in one split: the first question, or the text."""
         first = next((message.content for message in self.messages if message.role == "user"), self.text)
         return " ".join((first or self.messages[0].content).split()).casefold()
 
     @property
     def content(self) -> list[Any]:
-        """All that the sample says, in plain types: equal for copies of a sample."""
+        """The content of the sample in plain types: equal for copies of a sample."""
         turns = [[message.as_dict(), message.trained] for message in self.messages]
         return [turns, self.text, list(self.plain), list(self.tools)]
 
@@ -59,7 +59,7 @@ def sample_of(content: list[Any], place: str) -> Sample:
 
     Args:
         content: What `Sample.content` gave.
-        place: Where the sample stands, as messages begin.
+        place: Location of the sample, as messages begin.
 
     Example:
         >>> sample = Sample("a.jsonl, line 1", (Message("user", "Hi", extra={"name": "Al"}),))
@@ -74,7 +74,7 @@ def sample_of(content: list[Any], place: str) -> Sample:
 def sample_from(
     record: Record, columns: Mapping[str, str] | None = None, ignored: Counter[str] | None = None
 ) -> Sample | None:
-    """Turn a record into a sample; its fields determine its shape.
+    """Convert a record into a sample; its fields determine its format.
 
     Args:
         record: The record. A field of None is an absent one.
@@ -82,11 +82,11 @@ def sample_from(
         ignored: Counts the fields that nothing uses, each once for the record: `id`, `messages[].id`.
 
     Returns:
-        The sample, or None for a record that has a known shape and nothing in it to learn from: a blank completion or
-        text, or (chatterbot's YAML) a statement without an answer.
+        The sample, or None for a record of a known format without anything to train on: a blank completion or text, or
+        (chatterbot's YAML) a statement without an answer.
 
     Raises:
-        DataError: The shape is none of those known, or a conversation is malformed.
+        DataError: The format is unknown, or a conversation is malformed.
 
     Example:
         >>> sample = sample_from(Record("a.jsonl", 1, "line", {"prompt": "1 + 1 =", "completion": " 2"}))
@@ -192,7 +192,7 @@ _READERS: dict[tuple[str, ...], Callable[[_Fields, Context], Sample | None]] = {
     ("text",): _read_text,
     ("dialogue",): _read_dialogue,
 }
-"""For the fields that tell a record's shape, what reads it; they are looked for in this order."""
+"""The reader for each set of fields that determines a format, in the order in which they are looked for."""
 
 COLUMNS = (*(name for shape in _READERS for name in shape), "input", "history", "system", "tools")
 """Our names of a record's fields."""
@@ -217,13 +217,13 @@ def _messages(value: object, name: str, at: Context) -> list[Message]:
 def _conversation(
     messages: Sequence[Message], left: _Fields, at: Context, *, num_given: int = 0, plain: tuple[str, ...] = ()
 ) -> Sample | None:
-    """Return a conversation with what stands beside it in the record: the system's words, and tools.
+    """Return a conversation with the system prompt and the tools of its record.
 
     Args:
         messages: The turns.
         left: The record's other fields.
-        at: Where the record stands.
-        num_given: Number of turns at the beginning of which none is an answer to be learnt.
+        at: Location of the record.
+        num_given: Number of turns at the beginning that are not trained on.
         plain: The prompt and the completion as written; empty for others.
     """
     answers = [message for message in messages[num_given:] if message.role == "assistant"]

@@ -1,4 +1,4 @@
-"""Check that what a conversation holds comes out of its chat template."""
+"""Check that a chat template writes the whole content of a conversation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _REQUIRED = {
     "tools[].name": "the description of the tool {!r} (tools)",
     "tools[].description": "the description {!r} of a tool (tools)",
 }
-"""What a template may not leave out, and what messages call it."""
+"""Content that a template must write, and its names in messages."""
 
 
 class Item(NamedTuple):
@@ -39,7 +39,7 @@ class Item(NamedTuple):
         turn: Index of its turn, or -1 for what belongs to all.
         field: The path of its field.
         value: The value.
-        probe: The word that stands for it when the template is tried.
+        probe: The word that replaces it when the template is tested.
     """
 
     turn: int
@@ -50,11 +50,10 @@ class Item(NamedTuple):
 
 @dataclass(eq=False)
 class Coverage:
-    """Refuses conversations of which the template leaves something out.
+    """Refuses conversations of which the template omits something.
 
-    Words must stand in the text. A short value, such as a tool's name, may stand there for another reason. So the
-    template is tried, once for each shape of a conversation, with words in the place of all values that occur nowhere
-    else.
+    Words must occur in the text. A short value, such as a tool's name, may occur there for another reason. Therefore
+    the template is tested once for each structure of a conversation, with unique words instead of all values.
 
     Args:
         renderer: Writes the conversations.
@@ -67,8 +66,8 @@ class Coverage:
         """Return the names of fields that no view holds, though they are optional: names, ids, earlier thoughts.
 
         Raises:
-            DataError: The template leaves out content, a tool call, a tool's description, or thoughts to be learnt.
-            Earlier thoughts, and earlier words beside tool calls, it may leave out.
+            DataError: The template omits content, a tool call, a tool's description, or thoughts to be learnt. It may
+                omit earlier thoughts, and earlier words beside tool calls.
         """
         held: set[Item] = set()
         written: set[Item] = set()
@@ -86,7 +85,7 @@ class Coverage:
         return ignored
 
     def _lost_in(self, probe: _Probe, view: View) -> list[Item]:
-        """Return what the template leaves out of a conversation."""
+        """Return what the template omits of a conversation."""
         shape = hash(repr((probe.sample.messages, probe.sample.tools)))
         if shape not in self._lost:
             text = self._tried(probe)
@@ -112,7 +111,7 @@ class Coverage:
 
 
 class _Probe:
-    """A conversation of the same shape with words that occur nowhere else, and the values that they stand for."""
+    """A conversation of the same structure with unique words, and the values that they replace."""
 
     def __init__(self, sample: Sample, count: int) -> None:
         self.items: list[Item] = []
@@ -122,7 +121,7 @@ class _Probe:
         self.sample = Sample(sample.place, messages, tools=tools)
 
     def _word(self, turn: int, path: str, value: object) -> str:
-        """Return the word for a value; a blank one stands for itself."""
+        """Return the word for a value; a blank value is not replaced."""
         if not str(value).strip():
             return str(value)
         # Of nine letters, as Mistral's templates want an id; the same for a call and its answer.

@@ -1,4 +1,4 @@
-"""Load a tokenizer for samples, and settle its template, its end, its padding and the length of a sample."""
+"""Load a tokenizer for samples, and choose its template, end token, padding and maximum length."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def build_encoder(
     holds_instructions: Callable[[], bool],
     **settings: Any,  # noqa: ANN401 - those of Encoder
 ) -> Encoder:
-    """Load a tokenizer and settle what the data's settings leave open; each choice is told.
+    """Load a tokenizer and choose what the data's settings leave open; each choice is logged.
 
     Args:
         name: Hub name, folder or `pkg://` path of the tokenizer.
@@ -36,7 +36,7 @@ def build_encoder(
         saved_template: The chat template of the saved run whose model is used, as Jinja; None where there is none.
         max_length: Tokens after which a sample is too long; None means the usual number, or what the model takes.
         padding_side: `right` or `left`.
-        holds_instructions: Tells whether the data are instructions, which have a template of their own.
+        holds_instructions: Returns whether the data are instructions, which have a separate template.
         **settings: `too_long`, `train_on` and `template_arguments`; see `Encoder`.
 
     Raises:
@@ -79,7 +79,7 @@ def known_ids(tokenizer: Any, tokens: Sequence[str]) -> list[int]:  # noqa: ANN4
 
 
 def _settle_end(tokenizer: Any, name: str, facts: ModelFacts) -> list[int]:  # noqa: ANN401 - tokenizers share no public base class
-    """Make sure that there is an end token if the model has one; return the tokens at which the model stops."""
+    """Ensure that there is an end token if the model has one; return the tokens at which the model stops."""
     ids = [one for one in (tokenizer.eos_token_id, *facts.end_ids) if one is not None]
     if tokenizer.eos_token_id is None and ids:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[0])
@@ -110,7 +110,7 @@ def _settle_template(
     begins: bool,
     holds_instructions: Callable[[], bool],
 ) -> None:
-    """Give the tokenizer the template that is asked for, or the one that the data's shape stands for."""
+    """Give the tokenizer the template that the settings name, or the one of the data's format."""
     if isinstance(tokenizer.chat_template, dict):
         tokenizer.chat_template = tokenizer.get_chat_template()
     if wanted is None and not tokenizer.chat_template:

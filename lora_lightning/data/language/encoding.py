@@ -1,4 +1,4 @@
-"""Turn conversations, prompts and texts into token ids, and tell which of them are to be learnt."""
+"""Encode conversations, prompts and texts as token ids, with a mask of those to train on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Encoded:
 
     Args:
         ids: The token ids.
-        trained: For each of them, whether it is to be learnt.
+        trained: For each of them, whether it is trained on.
     """
 
     ids: list[int]
@@ -29,20 +29,19 @@ class Encoded:
 
     @property
     def num_trained(self) -> int:
-        """Number of tokens to be learnt; nothing stands before the first one, from which it could be predicted."""
+        """Number of tokens to train on; the first token of a row has no predecessor and does not count."""
         return sum(self.trained[1:])
 
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """What became of a sample.
+    """The encoding of a sample.
 
     Args:
-        pieces: Its token sequences, each with something to be learnt: one, or several where the template writes earlier
-            turns anew, or where what is too long is split.
+        pieces: Its token sequences, each with tokens to train on: one, or several if the template rewrites earlier
+            turns or a long text is split.
         cut: Whether one of its texts was longer than the maximum length.
-        num_lost: Number of texts, or of pieces of a text, that were left out: nothing of them is to be learnt, or they
-            are too long and dropped.
+        num_lost: Number of texts, or of pieces of a text, that were dropped: without tokens to train on, or too long.
         ignored: Names of fields that no text holds.
     """
 
@@ -58,20 +57,20 @@ class Encoder:
 
     Args:
         tokenizer: The tokenizer.
-        tokenizer_name: What messages call it.
-        template: The chat template as Jinja; None where there is none: prompts and completions are plainly joined.
-        max_length: Number of tokens that a piece has at most.
-        too_long: What becomes of a longer text: `cut` keeps its beginning, `split` makes consecutive pieces of it,
-            `drop` leaves it out.
-        train_on: `assistant` learns the assistant's words, with the token that ends its turn; `last` those of its last
-            turn; `all` learns all.
+        tokenizer_name: Its name in messages.
+        template: The chat template as Jinja; None concatenates prompts and completions.
+        max_length: Maximum number of tokens of a piece.
+        too_long: Treatment of a longer text: `cut` keeps its beginning, `split` makes consecutive pieces, `drop` drops
+            it.
+        train_on: `assistant` trains on the assistant's words and the token that ends its turn; `last` on those of its
+            last turn; `all` on all tokens.
         template_arguments: Further arguments of the template, such as `enable_thinking`.
-        begin: Tokens that stand before every text that no template frames.
-        end_id: The token that ends a text; None where there is none.
+        begin: Tokens before every text without a template.
+        end_id: The token that ends a text, or None.
         stop_ids: The tokens at which the model stops to generate, `end_id` among them.
         turn_end_ids: Tokens that end a turn, `stop_ids` among them.
-        join_plainly: Whether prompts and completions given as texts are joined even where there is a template.
-        vocabulary: Number of tokens that the model knows; None where that is not known.
+        join_plainly: Whether prompts and completions given as texts are concatenated even if there is a template.
+        vocabulary: Size of the model's vocabulary; None if unknown.
 
     Raises:
         ConfigError: The template does not read one of its arguments, or the data sets it.
@@ -99,8 +98,8 @@ class Encoder:
         """Return a sample's tokens; see `Encoder`.
 
         Raises:
-            DataError: A conversation has no template, or the template refuses it, hides where the answers are or leaves
-                something out, or a token lies beyond the model's vocabulary.
+            DataError: A conversation has no template, the template refuses it, hides the answers or omits something, or
+                a token is beyond the model's vocabulary.
         """
         is_joined = sample.plain and (self.template is None or self.join_plainly)
         if is_joined or not sample.messages:
@@ -114,13 +113,13 @@ class Encoder:
         return self._fitted(texts, frozenset(ignored))
 
     def encode_question(self, sample: Sample) -> list[int]:
-        """Return the tokens of a sample up to where the next words of the assistant begin.
+        """Return the tokens of a sample up to the begin of the assistant's next words.
 
         Args:
             sample: A conversation without its answer, a prompt, or a text to continue.
 
         Raises:
-            DataError: A conversation has no template, the template refuses it, or a token lies beyond the model's
+            DataError: A conversation has no template, the template refuses it, or a token is beyond the model's
                 vocabulary.
         """
         is_joined = sample.plain and (self.template is None or self.join_plainly)
@@ -133,7 +132,7 @@ class Encoder:
         return [*begin, *ids]
 
     def _views(self, sample: Sample) -> list[View]:
-        """Return a conversation's views; where an answer cannot be found, look first whether something is left out."""
+        """Return a conversation's views; if an answer is not found, check whether the template omits something."""
         try:
             return self._answers.views(sample)
         except DataError:
@@ -180,7 +179,7 @@ class Encoder:
     def _tokens(
         self, text: str, spans: Sequence[Span], place: str, *, begin: tuple[int, ...] = (), ends: bool = True
     ) -> Encoded:
-        """Return a text's tokens up to the last one to be learnt, and with `ends` a token at which the model stops."""
+        """Return a text's tokens up to the last one to train on, and with `ends` a token at which the model stops."""
         ids, trained = self._tokenize(_without_half_pairs(text), spans)
         last = max((index for index, is_trained in enumerate(trained) if is_trained), default=-1)
         if last >= 0:
@@ -192,10 +191,10 @@ class Encoder:
         return Encoded([*begin, *ids], [*(False for _ in begin), *trained])
 
     def _tokenize(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
-        """Return the tokens of a text, none of which reaches over the edge of a span.
+        """Return the tokens of a text, none of which crosses the edge of a span.
 
-        A token over such an edge would hold the end of a prompt and the begin of its answer; the model never gets it
-        when it answers, as its prompt ends there. The text is cut at these edges, and only at these.
+        A token across such an edge would hold the end of a prompt and the begin of its answer. It never occurs when the
+        model answers, since the prompt ends there. The text is split only at these edges before tokenization.
         """
         ids, ends = self._with_ends(text)
         edges = {edge for span in spans for edge in span if 0 < edge < len(text)}
@@ -209,7 +208,7 @@ class Encoder:
         return ids, [any(start < end <= last for start, last in spans) for end in ends]
 
     def _with_ends(self, text: str) -> tuple[list[int], list[int]]:
-        """Return a text's tokens and where each ends, in ascending order; a slow tokenizer's all end with the text."""
+        """Return tokens and their ascending end positions; with a slow tokenizer these are all the end of the text."""
         if not self.tokenizer.is_fast:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             return ids, [len(text)] * len(ids)
@@ -228,5 +227,5 @@ class Encoder:
 
 
 def _without_half_pairs(text: str) -> str:
-    """Replace halves of surrogate pairs, which JSON can carry: they are not characters, and tokenizers refuse them."""
+    """Replace lone surrogates, which JSON can hold: they are not characters, and tokenizers refuse them."""
     return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""Rows whose answers a model is going to write: everything up to where an answer begins."""
+"""Rows to answer by a model: everything before the answer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lora_lightning.data.sources import Record, read_records
 from lora_lightning.errors import DataError
 
 LOOKED_AT_FIRST = 100
-"""Records that are looked at before all are read."""
+"""Number of records that are examined before all are read."""
 _ANSWER = "answer"
 _TURN = {"role": "assistant", "content": _ANSWER}
 _TARGETS = ("completion", "output")
@@ -32,12 +32,12 @@ _TARGETS = ("completion", "output")
 
 
 def question_from(record: Record, columns: Mapping[str, str]) -> Sample:
-    """Turn a record into what the model is asked; where the record holds an answer, it is left out.
+    """Convert a record into a question without its answer, if it holds one.
 
     Args:
-        record: A record of the shapes that `sample_from` knows, but `completion`, `output` and the last turn of the
+        record: A record of the formats of `sample_from`, in which `completion`, `output` and the last turn of the
             assistant may be missing.
-        columns: As `sample_from` takes them.
+        columns: As for `sample_from`.
 
     Raises:
         DataError: There is no question, or the record is malformed.
@@ -56,7 +56,7 @@ def question_from(record: Record, columns: Mapping[str, str]) -> Sample:
 
 
 def without_answer(sample: Sample) -> Sample | None:
-    """Return a sample without the assistant's words at its end; None if nothing else is in it.
+    """Return a sample without the assistant's words at its end; None if it is otherwise empty.
 
     Example:
         >>> without_answer(Sample("a.jsonl, line 1", text="Once upon")).text
@@ -99,7 +99,7 @@ class QuestionBatch:
 
     Args:
         pad: Pads them.
-        most: Tokens of a question, at most; of a longer one the last are kept, since the answer follows them.
+        most: Maximum number of tokens of a question; of a longer one the last are kept, since the answer follows them.
     """
 
     pad: PadToLongest

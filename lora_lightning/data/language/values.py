@@ -1,4 +1,4 @@
-"""Values of a record: where one stands, and how texts, lists and JSON as a text are read."""
+"""Values of a record: their location, and how texts, lists and JSON strings are read."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lora_lightning.errors import DataError
 
 @dataclass(frozen=True)
 class Context:
-    """Where a value stands in a record, and what of the record is ignored.
+    """Location of a value in a record, and the fields of the record that are ignored.
 
     Args:
-        place: Where the value stands, as messages begin.
+        place: Location of the value, as messages begin.
         path: Its path in the record, such as `messages[]`; empty for the record itself.
         ignored: Takes the paths of fields that nothing uses. All contexts of a record share it.
     """
@@ -30,7 +30,7 @@ class Context:
         return replace(self, place=f"{self.place}, {part}", path=self._path_of(name))
 
     def ignore(self, names: Iterable[object]) -> None:
-        """Note fields of this value that nothing uses; one that holds nothing is no loss."""
+        """Note fields of this value that nothing uses; empty fields do not count."""
         if isinstance(names, Mapping):
             names = [name for name, value in names.items() if not is_empty(value)]
         self.ignored.update(map(self._path_of, names))

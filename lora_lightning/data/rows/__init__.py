@@ -1,1 +1,1 @@
-"""From records to divided rows: checked, without copies, in one file a split."""
+"""From records to rows in splits: checked, deduplicated, one file per split."""

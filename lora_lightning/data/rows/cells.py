@@ -21,9 +21,9 @@ class Cell(NamedTuple):
     """What a record holds in a column.
 
     Args:
-        value: What stands there; None if the record does not have the column.
+        value: The value; None if the record does not have the column.
         column: Name of the column.
-        place: Where the record stands, as messages begin.
+        place: Location of the record, as messages begin.
     """
 
     value: Any
@@ -32,7 +32,7 @@ class Cell(NamedTuple):
 
     @property
     def is_missing(self) -> bool:
-        """Whether it holds nothing, as `is_missing` has it."""
+        """Whether it is missing; see `is_missing`."""
         return is_missing(self.value)
 
     def entries(self) -> list[Cell]:
@@ -40,7 +40,7 @@ class Cell(NamedTuple):
         return [Cell(one, f"{self.column}[{index}]", self.place) for index, one in enumerate(self.value)]
 
     def refuse(self, expected: str) -> DataError:
-        """Return the error that says where the cell stands, what it holds, and what was expected instead."""
+        """Return the error with the location of the cell, its value, and what was expected."""
         return DataError(f"{self.place}: the column {self.column!r} holds {repr(self.value)[:60]}; {expected}")
 
 
@@ -112,12 +112,12 @@ def text_of(cell: Cell) -> str:
     if not isinstance(value, str) and not is_number:
         raise cell.refuse("expected a text. Correct this row, or take it out.")
     text = str(value)
-    # Half of a surrogate pair, which JSON can carry, is no character, and tokenizers refuse it.
+    # JSON can hold half of a surrogate pair, which is not a character and which tokenizers refuse.
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def number_of(value: object) -> float | None:
-    """Return the number that a value is or spells, infinity for one too large; None if it is no number.
+    """Return the number that a value is or spells, infinity for one too large; None if it is not a number.
 
     Example:
         >>> [number_of(value) for value in (3, " 4.5 ", "1e-3", True, "good", "1_000")]
@@ -134,12 +134,12 @@ def number_of(value: object) -> float | None:
 
 
 def is_bracketed(text: str) -> bool:
-    """Return whether a text stands in the brackets of a list."""
+    """Return whether a text is in the brackets of a list."""
     return text.startswith("[") and text.endswith("]")
 
 
 def parsed_list(text: str) -> list[Any] | None:
-    """Return the list that a text is, as JSON or Python writes it; None if it is none.
+    """Return the list that a text in JSON or Python syntax represents; None if it is not a list.
 
     Example:
         >>> parsed_list('["a", 1]'), parsed_list("['a' 'b']"), parsed_list("a")

@@ -1,4 +1,4 @@
-"""What records must have: columns, and cells that conditions can be applied to."""
+"""Checks of records: columns that must exist, and cells that conditions can be applied to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows beside the records that they were read from, for files of predictions."""
+"""Rows with the records that they were read from, for files of predictions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class InputRow(NamedTuple):
 
     Args:
         position: Its position in its source, from 0.
-        fields: All fields of its record, those that nothing reads too.
+        fields: All fields of its record, including those that nothing reads.
         content: What the data module read of it.
     """
 
@@ -49,7 +49,7 @@ def input_rows(rows: SplitRows, plan: Plan, split: str) -> Iterator[InputRow]:
 
 
 def _numbered_records(plan: Plan, split: str) -> Iterator[tuple[int, Record]]:
-    """Return the records of a split's own sources with their positions; broken ones count, and are passed over."""
+    """Return the records of a split's own sources with their positions; broken records count but are skipped."""
     num_broken = 0
 
     def pass_over(error: DataError, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Rows on disk: written as they are read, with what is known of them, and read back one by one."""
+"""Rows on disk: written as they are read, with statistics about them, and read back one by one."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ NO_CLASS = -1
 
 @dataclass
 class About:
-    """What is known of rows that were read.
+    """Statistics of the rows that were read.
 
     Args:
-        counts: What became of the rows.
+        counts: Number of rows by outcome.
         num_rows: Number of rows of each split.
-        labels: For each source, by the split that names it, and each label: how many rows have it, and where the first
-            of them stands.
+        labels: For each source, by the split that names it, and each label: the number of its rows and the location of
+            the first.
         train_labels: How many rows of `train` have each label.
         parts: How many rows of `train` come from each of its sources; these rows stand in the order of the sources.
         ignored: How many records hold each field that nothing reads.
         places: The files that rows come from, and what their numbers count.
-        bad: What was left out as broken: where it stands and why, and its text.
+        bad: Records skipped as broken: location and reason, and the text.
         fingerprint: SHA-256 of the rows and their splits.
     """
 
@@ -52,11 +52,11 @@ class About:
 
 
 class Pool:
-    """Rows on their way into a file; in memory stays what dividing them needs, about 30 bytes a row.
+    """Writes rows to a file; memory holds only what splitting needs, about 30 bytes a row.
 
     Args:
         path: The file.
-        about: Takes down the labels and the files.
+        about: Records the labels and the files.
         split: The split that names the source.
     """
 
@@ -75,7 +75,7 @@ class Pool:
         self._codes, self._num_codes = array("i"), array("i")  # of all labels, and how many each row has
 
     def add(self, row: Row, record: Record) -> None:
-        """Take a row."""
+        """Add a row."""
         content = json.dumps(row.content, sort_keys=True)
         place = self._places.setdefault((record.source, record.unit), len(self._places))
         self._waiting.append((content, place, record.number))
@@ -92,7 +92,7 @@ class Pool:
             self._write()
 
     def close(self) -> None:
-        """Write what waits, and finish the file."""
+        """Write buffered rows, and finish the file."""
         self._write()
         self._writer.close()
         self.about.places = list(self._places)
@@ -172,7 +172,7 @@ def split_file(folder: Path, split: str) -> Path:
 
 
 def save_about(about: About, folder: Path) -> None:
-    """Write what is known of rows beside them, and what was left out as broken in a file of its own."""
+    """Write the statistics of rows into their folder, and the broken records into a separate file."""
     text = json.dumps(vars(about))
     (folder / _ABOUT).write_text(text, "utf-8")
 

@@ -1,4 +1,4 @@
-"""Say what became of the records that were read, and keep those that were left out as broken."""
+"""Report the outcome of reading records, and keep those that were skipped as broken."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def read_message(counts: Mapping[str, int], needed: str) -> str:
 def bad_rows_file(trainer: Any) -> Path | None:  # noqa: ANN401 - a Trainer, or None
     """Return the file in the run's folder for rows that are left out as broken; None where this process writes none.
 
-    A logger that takes the run's folder for itself (`claim`) does so now, since rows are read before training starts.
+    A logger that claims the run's folder (`claim`) does so now, since rows are read before training starts.
 
-    All ranks must ask for it together: the main process tells the others where the run's folder is.
+    All ranks must call this together: the main process broadcasts the path of the run's folder.
     """
     folder = getattr(trainer, "log_dir", None) or getattr(trainer, "default_root_dir", None)
     if folder is None or not trainer.is_global_zero:
@@ -60,13 +60,13 @@ def write_bad_rows(bad: Sequence[tuple[str, str]], path: Path | None) -> None:
 
 
 def note(folder: Path | None, **entry: Any) -> None:  # noqa: ANN401 - whatever JSON takes
-    """Note something in a folder that several processes share; each appends to a file of its own."""
+    """Append a note in a folder that several processes share; each process writes a separate file."""
     if folder is not None:
         with (folder / f"{os.getpid()}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
 
 def noted(folder: Path) -> list[dict[str, Any]]:
-    """Return what all processes noted; what several of them noted alike, or one noted again, comes once."""
+    """Return the notes of all processes without repetitions."""
     lines = [line for path in sorted(folder.iterdir()) for line in path.read_text("utf-8").splitlines()]
     return [json.loads(line) for line in dict.fromkeys(lines)]

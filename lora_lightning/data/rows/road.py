@@ -1,4 +1,4 @@
-"""The road from sources to divided rows: read, checked, without copies, divided, and written to one file a split."""
+"""From sources to rows in splits: read, check, deduplicate, split, and write one file per split."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ _COUNTED = (
 
 
 class Rules(Protocol):
-    """What a data module says of its records."""
+    """How a data module reads its records."""
 
     def columns_read(self, split: str) -> Mapping[str, str]:
         """Return for each column that the records of a split must have the setting that names it."""
 
     def read_row(self, record: Record, split: str, ignored: Counter[str]) -> Row | None:
-        """Make a row of a record, None of one with nothing to learn from; count the fields that are ignored."""
+        """Return the row of a record, None if there is nothing to train on; count the fields that are ignored."""
 
     def check_labels(self, labels: Mapping[str, tuple[int, str]], num_rows: int) -> None:
         """Refuse labels of the training source that cannot be learnt."""
 
 
 def lay(plan: Plan, folder: Path, rules: Rules) -> About:
-    """Read every source and divide the rows; write each split's to a file of its own in a folder.
+    """Read every source and split the rows; write each split to a separate file in a folder.
 
     Args:
         plan: Where the rows come from and how they are divided.
@@ -137,7 +137,7 @@ def _no_rows(plan: Plan, name: str, num_read: int, bad: list[tuple[str, str]], *
 
 
 def _records(plan: Plan, source: Source, split: str, about: About) -> Iterator[Record]:
-    """Return the records of a source; note those that are broken, where they are to be skipped."""
+    """Return the records of a source; note broken ones if they are to be skipped."""
 
     def note(error: DataError, text: str) -> None:
         about.bad.append((str(error), text))
@@ -187,7 +187,7 @@ def _kept(plan: Plan, pool: Pool, counts: Counter[str]) -> Indices:
     first = np.sort(np.unique(copies, return_index=True)[1])
     kept = first
     if plan.stratified:
-        # Rows of one text that differ have different labels; which is right cannot be known.
+        # Different rows of the same text have different labels; the correct one is unknown.
         texts, times = np.unique(groups[first], return_counts=True)
         contradictory = texts[times > 1]
         kept = first[~np.isin(groups[first], contradictory)]

@@ -1,4 +1,4 @@
-"""What a data module makes of a record, and the view of an encoded row that users get."""
+"""Rows: a checked record, a stored row, and the view of an encoded row that users get."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ class Row(NamedTuple):
     """A checked record.
 
     Args:
-        content: All that the row says, in plain types: equal for copies.
+        content: The content of the row in plain types: equal for copies.
         group: What rows share that must stay in one split.
         labels: Names of the classes of the row.
     """
@@ -23,8 +23,8 @@ class StoredRow(NamedTuple):
     """A row as it is read back.
 
     Args:
-        content: All that it says.
-        place: Where it stands in its source, as messages begin.
+        content: Its content.
+        place: Its location in its source, as messages begin.
     """
 
     content: list[Any]
@@ -32,7 +32,7 @@ class StoredRow(NamedTuple):
 
 
 class Example(NamedTuple):
-    """An encoded row beside what stands in its source.
+    """An encoded row with its text and label in the source.
 
     Args:
         text: The text of the row; of a language model's row, its decoded tokens.

@@ -89,7 +89,7 @@ def stratified_split(
     Raises:
         DataError: A class has fewer rows than there are splits, or a split fewer rows than there are classes.
     """
-    # The draw goes through the classes by name, so that it does not depend on which stands first in a file.
+    # The draw iterates over the classes by name, so that it does not depend on their order in a file.
     by_name = sorted((names[index], index) for index in np.unique(classes).tolist())
     rows_of = {name: np.flatnonzero(classes == index) for name, index in by_name}
     _check_possible({name: len(rows) for name, rows in rows_of.items()}, counts)

@@ -1,4 +1,4 @@
-"""The one reader: every kind of source, as records in plain types with their places."""
+"""Reader of all kinds of sources: records in plain types with their locations."""
 
 from lora_lightning.data.sources.hub import is_hub_name
 from lora_lightning.data.sources.mixture import Part, is_mixture, parts_of

@@ -20,13 +20,13 @@ _FEWEST_COUNTED = 3
 def read_conll(path: Path, name: str, settings: ReadSettings) -> Iterator[Record | Broken]:
     """Read sentences, each from a line to the next empty one, as `tokens` and `tags`.
 
-    Fields are separated by a tab, or where a line has none by spaces. Lines that begin with `-DOCSTART-`, comments
+    Fields are separated by a tab, or by spaces if a line has no tab. Lines that begin with `-DOCSTART-`, comments
     before a sentence (`# text = ...`, or another number of fields than its words have), and in a `.conllu` file the
-    words that a contraction stands for twice (`3-4`), are left out. A line of one field has no tag; a sentence of such
-    lines alone has no `tags`.
+    lines of contractions (`3-4`) are skipped. A line of one field has no tag; a sentence of only such lines has no
+    `tags`.
 
     Raises:
-        ConfigError: A column is named by a text.
+        ConfigError: A column is given by a name.
         DataError: The first column numbers the words, and no setting names another.
     """
     is_universal = kind_of_file(path) == ".conllu"

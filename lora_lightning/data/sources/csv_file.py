@@ -1,4 +1,4 @@
-"""CSV and TSV files, read as text: every cell is what stands in the file."""
+"""CSV and TSV files, read as text: cells are not converted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_csv(path: Path, name: str, settings: ReadSettings) -> Iterator[Record |
     """Read the rows of a file one by one; `number` is the line in which a row begins.
 
     Raises:
-        ConfigError: The separator is no single character.
+        ConfigError: The separator is not a single character.
         DataError: The file is empty, is not in the encoding, or has a broken line of column names.
     """
     csv.field_size_limit(sys.maxsize)
@@ -99,7 +99,7 @@ def _rows(lines: Iterator[str], separator: str, name: str) -> Iterator[_Row | Br
 
 
 def _noted(lines: Iterator[str], ahead: deque[str], of_row: list[str]) -> Iterator[str]:
-    """Return the lines read ahead and then the others; note in `of_row` those of the row that is being read."""
+    """Return the lines read ahead and then the others; collect the lines of the current row in `of_row`."""
     length = 0
     while (line := ahead.popleft() if ahead else next(lines, None)) is not None:
         length = length + len(line) if of_row else len(line)

@@ -14,10 +14,10 @@ _MAX_DEPTH = 64
 
 
 def read_dialogues(path: Path, name: str, settings: ReadSettings) -> Iterator[Record]:
-    """Read chatterbot's dialogues: a list of lists of texts under `conversations`; scalars stay as they are written.
+    """Read chatterbot's dialogues: a list of lists of texts under `conversations`; scalars are not converted.
 
     Raises:
-        DataError: The file is no valid YAML, or holds no dialogues.
+        DataError: The file is not valid YAML, or holds no dialogues.
     """
     import yaml
 
@@ -28,7 +28,7 @@ def read_dialogues(path: Path, name: str, settings: ReadSettings) -> Iterator[Re
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise DataError(f"{name}{where}: this is no valid YAML ({reason}).") from error
+        raise DataError(f"{name}{where}: this is not valid YAML ({reason}).") from error
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     dialogues = next((value for key, value in pairs if key.value == "conversations"), None)
     if not isinstance(dialogues, yaml.SequenceNode):

@@ -1,4 +1,4 @@
-"""Which files a local source consists of, and what reads each."""
+"""The files of a local source, and their readers."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _READERS: dict[str, Callable[[Path, str, ReadSettings], Iterator[Found]]] = {
     ".yaml": read_dialogues,
 }
 SUFFIXES = tuple(_READERS)
-"""Ends of the names of files that every data module reads."""
+"""Suffixes of files that every data module reads."""
 CONLL = (".conll", ".conllu", ".iob", ".iob2", ".bio", ".txt")
-"""Ends of the names of files with one word and its tag a line."""
+"""Suffixes of files with one word and its tag a line."""
 _TEXT = ".txt"
 _SPLIT = re.compile(r"(train|val|valid|validation|dev|test)(?=[-_.]|$)", re.IGNORECASE)
 _PATTERN_SIGNS = ("*", "?", "[")
@@ -54,9 +54,9 @@ def is_pattern(source: str) -> bool:
 
 
 def matching(pattern: str) -> list[str]:
-    """Return the files and folders that a pattern stands for, named as the pattern is.
+    """Return the files and folders that match a pattern, named like the pattern.
 
-    A folder is left out if what it holds matches as well, as under `data/**`.
+    A folder is omitted if its content also matches, as for `data/**`.
 
     Raises:
         DataError: There are none.
@@ -76,7 +76,7 @@ def matching(pattern: str) -> list[str]:
 
 
 def files_of(source: str, settings: ReadSettings) -> list[tuple[Path, str]]:
-    """Return the files that a local source consists of, each with the name that messages give it.
+    """Return the files of a local source, each with its name in messages.
 
     Args:
         source: A file, or a folder with files; either may be inside a package (`pkg://package/folder`).
@@ -114,7 +114,7 @@ def read_file(path: Path, name: str, settings: ReadSettings) -> Iterator[Found]:
 
 
 def _read_text(path: Path, name: str, settings: ReadSettings) -> Iterator[Record]:
-    """Read a text whose folder names its class."""
+    """Read a text file in a folder that is named like its class."""
     text = "".join(checked(text_lines(path, name, settings.encoding)))
     yield Record(name, 1, "line", {settings.text_column: text, settings.label_column: path.parent.name})
 
@@ -175,10 +175,10 @@ def _files_in(folder: Path, kinds: Collection[str]) -> list[Path]:
 
 
 def _folders_in(folder: Path) -> list[Path]:
-    """Return the folders in a folder that may be looked into."""
+    """Return the sub-folders of a folder that are searched."""
     return [path for path in _shown(folder) if path.is_dir() and os.access(path, os.R_OK | os.X_OK)]
 
 
 def _shown(folder: Path) -> list[Path]:
-    """Return what stands in a folder in order of names, without hidden files."""
+    """Return the content of a folder in order of names, without hidden files."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))

@@ -11,7 +11,7 @@ from lora_lightning.errors import DataError
 from lora_lightning.paths import nearest_in_folder, resolve
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-# One of these stands in each folder that `datasets` saves.
+# Each folder that `datasets` saves contains one of these.
 _SAVED = ("state.json", "dataset_dict.json")
 # The names under which data sets keep the rows for each use, the usual one first.
 _SPLITS = {
@@ -23,7 +23,7 @@ _SPLITS = {
 
 
 def is_hub_name(source: object) -> bool:
-    """Return whether a source is meant as the name of a Hub data set: `name` or `owner/name`, and nothing local.
+    """Return whether a source is the name of a Hub data set: `name` or `owner/name`, without a local file of this name.
 
     Example:
         >>> is_hub_name("stanfordnlp/imdb"), is_hub_name("data/tweets.csv"), is_hub_name("./tweets")
@@ -36,15 +36,15 @@ def is_hub_name(source: object) -> bool:
 
 
 def hub_rows(name: str, subset: str | None, role: str) -> Any:  # noqa: ANN401 - a datasets.Dataset
-    """Load the rows of a Hub data set that are meant for a role.
+    """Load the rows of a Hub data set for a role.
 
     Args:
         name: The data set's name.
-        subset: Its configuration, where it has several.
+        subset: Its configuration, if it has several.
         role: `train`, `val`, `test` or `predict`.
 
     Raises:
-        DataError: It cannot be had, or has no rows for the role.
+        DataError: It cannot be loaded, or has no rows for the role.
     """
     import datasets
 

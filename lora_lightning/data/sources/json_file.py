@@ -15,10 +15,10 @@ from lora_lightning.errors import DataError
 
 
 def read_json(path: Path, name: str, settings: ReadSettings) -> Iterator[Found]:
-    """Read the objects of a file; only an array is read as a whole. Lines that are not wanted are not parsed.
+    """Read the objects of a file; only an array is read as a whole. Skipped lines are not parsed.
 
     Raises:
-        DataError: An array is no valid JSON.
+        DataError: An array is not valid JSON.
     """
     numbered = enumerate(text_lines(path, name, settings.encoding), start=1)
     filled = ((number, line) for number, line in numbered if line.strip())
@@ -54,7 +54,7 @@ def _record(value: object, name: str, number: int, unit: str) -> Record | Broken
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return an object; of a key that stands twice, one value would be lost."""
+    """Return an object; refuse duplicate keys, of which one value would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -68,7 +68,7 @@ def _parse(text: str, name: str, line: int) -> Any:  # noqa: ANN401 - whatever s
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{name}, line {line + error.lineno - 1}: this is no valid JSON ({error.msg}, column {error.colno}); "
+            f"{name}, line {line + error.lineno - 1}: this is not valid JSON ({error.msg}, column {error.colno}); "
             "expected one object a line."
         ) from error
     except RecursionError as error:

@@ -35,12 +35,12 @@ def is_mixture(source: Source) -> bool:
     are_like_parts = all(isinstance(one, Mapping) and one.keys() <= {"source", "weight"} for one in source)
     if are_like_parts and any("weight" in one for one in source):
         return True
-    # Where entries name files, a missing or mistyped weight is a mistake, and no row of data.
+    # If entries name files, a missing or mistyped weight is an error, not a row of data.
     return all(isinstance(one, Mapping) and "source" in one and _is_there(one["source"]) for one in source)
 
 
 def _is_there(name: object) -> bool:
-    """Return whether something of this name is here."""
+    """Return whether a local file of this name exists."""
     if not isinstance(name, str):
         return isinstance(name, list) and bool(name) and all(map(_is_there, name))
     try:
@@ -50,7 +50,7 @@ def _is_there(name: object) -> bool:
 
 
 def parts_of(source: Source) -> list[Part]:
-    """Return the parts of a mixture; another source is the only part of itself.
+    """Return the parts of a mixture; for another source only the source itself.
 
     Raises:
         ConfigError: A part has no source, or its weight is not a number above 0.

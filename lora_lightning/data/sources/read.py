@@ -27,14 +27,14 @@ def read_records(
     on_bad: OnBad | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> Iterator[Record]:
-    """Read the records of a source one by one; a file is never held as a whole, unless it is one JSON array or YAML.
+    """Read the records of a source one by one; only a JSON array or a YAML file is read into memory as a whole.
 
     Args:
         source: A file, a list of files, a glob, a folder, a Hub data set, or rows in memory.
         settings: How files are read.
-        role: `train`, `val`, `test` or `predict`: which split of a data set is meant.
-        on_bad: Takes the error of each broken record and its text, and reading continues behind it; None raises it.
-        share: Which of several equal shares of the records is read, and how many there are.
+        role: The split of a data set to read: `train`, `val`, `test` or `predict`.
+        on_bad: Called with the error and the text of each broken record, which is then skipped; None raises the error.
+        share: Index of the share of the records to read, and the number of equal shares.
 
     Raises:
         DataError: The source is not there, is malformed, or is empty.
@@ -57,7 +57,7 @@ def read_records(
 
 
 def describe(source: Source) -> str:
-    """Return how messages name a source.
+    """Return the name of a source for messages.
 
     Example:
         >>> describe("a.csv"), describe(["a.csv", "b.csv", "c.csv"]), describe([{"text": "a"}])
@@ -76,7 +76,7 @@ def describe(source: Source) -> str:
 
 
 def is_in_memory(source: Source) -> bool:
-    """Return whether a source is data itself, not the name of some; so is what no source can be."""
+    """Return whether a source is data in memory, not a name; also True for invalid sources."""
     if is_mixture(source):
         return any(is_in_memory(part.source) for part in parts_of(source))
     is_named = source is None or isinstance(source, str) or _is_list_of(str, source)
@@ -84,7 +84,7 @@ def is_in_memory(source: Source) -> bool:
 
 
 def source_files(source: Source, settings: ReadSettings) -> list[tuple[Path, str]]:
-    """Return the files that a source consists of, each with the name that messages give it; none for other sources.
+    """Return the files of a source, each with its name in messages; none for other sources.
 
     Raises:
         DataError: One is not there, or is of an unknown kind.
@@ -95,7 +95,7 @@ def source_files(source: Source, settings: ReadSettings) -> list[tuple[Path, str
 
 
 def source_fingerprint(source: Source, settings: ReadSettings, role: str = "train") -> str:
-    """Return a SHA-256 of what a source holds.
+    """Return the SHA-256 of the content of a source.
 
     Raises:
         DataError: It is not there.
@@ -116,16 +116,16 @@ def source_fingerprint(source: Source, settings: ReadSettings, role: str = "trai
 
 
 def download(source: Source, settings: ReadSettings, role: str = "train") -> None:
-    """Fetch a Hub data set, so that later calls find it here.
+    """Download a Hub data set, so that later calls find it in the cache.
 
     Raises:
-        DataError: It cannot be had.
+        DataError: It cannot be loaded.
     """
     hub_rows(source, settings.subset, role)
 
 
 def _singles(source: Source) -> list[Source]:
-    """Return the single sources that a mixture, a list of names or a pattern stands for."""
+    """Return the single sources of a mixture, a list of names or a pattern."""
     if is_mixture(source):
         return [single for part in parts_of(source) for single in _singles(part.source)]
     if _is_list_of(str, source):

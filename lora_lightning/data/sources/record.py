@@ -1,4 +1,4 @@
-"""A record as it stands in its source, and how files are read."""
+"""Records of sources, and settings for reading files."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lora_lightning.errors import DataError
 Source = Any
 """A path, a list of paths, a glob, a Hub name; a `pandas.DataFrame`, a `datasets.Dataset` or a list of dicts."""
 OnBad = Callable[[DataError, str], None]
-"""Takes the error of a broken record, and its text."""
+"""Called with the error of a broken record, and its text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record and where it stands.
+    """One record and its location.
 
     Args:
-        source: The file, as messages name it.
+        source: Name of the file in messages.
         number: Its line, row or entry, from 1.
-        unit: Which of these.
+        unit: What `number` counts.
         fields: Its fields, in plain types.
     """
 
@@ -32,7 +32,7 @@ class Record:
 
     @property
     def place(self) -> str:
-        """Where the record stands, as messages begin."""
+        """Location of the record, as messages begin."""
         return f"{self.source}, {self.unit} {self.number}"
 
 
@@ -41,8 +41,8 @@ class Broken:
     """A record that cannot be read.
 
     Args:
-        error: What is wrong with it, and where it stands.
-        text: What stands there.
+        error: The error with its location.
+        text: The text of the record.
     """
 
     error: DataError
@@ -50,19 +50,19 @@ class Broken:
 
 
 Found = Record | Broken | Callable[[], Record | Broken]
-"""What a reader gives for each record in turn; what is parsed only if it is called costs little if it is not wanted."""
+"""The result of a reader for each record; a function parses the record only if it is called."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadSettings:
-    """How sources are read.
+    """Settings for reading sources.
 
     Args:
         encoding: Encoding of text files.
         separator: What separates the fields of a CSV or TSV file; None means a comma and a tab.
         subset: The configuration of a Hub data set that has several.
-        text_column: The name that the texts of a folder are given.
-        label_column: The name that the classes of a folder are given.
+        text_column: Column name for the texts of a folder.
+        label_column: Column name for the classes of a folder.
         conll: Whether a `.txt` file has one word a line.
         token_column: Number of the column with the words of such a file; None means 0, and 1 in a `.conllu` file.
         tag_column: Number of the column with the tags; None means the last, and 3 in a `.conllu` file.

@@ -18,10 +18,10 @@ _READ_TOGETHER = 1000
 
 
 def read_parquet(path: Path, name: str, settings: ReadSettings) -> Iterator[Record]:  # noqa: ARG001 - as all readers
-    """Read the rows of a Parquet file; one that `datasets` wrote tells the names of its classes.
+    """Read the rows of a Parquet file; a file that `datasets` wrote contains the names of its classes.
 
     Raises:
-        DataError: It is none.
+        DataError: It is not a Parquet file.
     """
     import pyarrow as pa
     import pyarrow.parquet
@@ -62,9 +62,9 @@ def numbered(name: str, rows: Iterable[Mapping[str, Any]], *, drops_nulls: bool 
 
 
 def named_apart(columns: list[str]) -> list[str]:
-    """Return names of columns, those that stand there twice with their numbers, so that neither is taken unasked.
+    """Return names of columns; duplicates get their numbers, so that none is used by mistake.
 
-    One without a name has its number only.
+    A column without a name is named by its number.
 
     Example:
         >>> named_apart(["label", "text", "label", ""])
@@ -81,8 +81,7 @@ def plain(value: Any, *, drops_nulls: bool = True) -> Any:  # noqa: ANN401 - wha
 
     Args:
         value: What stands in the cell.
-        drops_nulls: Leave out keys that are null in a nested object: typed tables give each object the keys of all
-            others.
+        drops_nulls: Remove keys that are null in a nested object: typed tables give each object the keys of all others.
 
     Example:
         >>> plain([{"city": "Rome", "zone": None}])
@@ -103,7 +102,7 @@ def plain(value: Any, *, drops_nulls: bool = True) -> Any:  # noqa: ANN401 - wha
 
 
 def _seekable(path: Path, name: str) -> Path | io.BytesIO:
-    """Return what Arrow can read out of order; of a compressed file, its content."""
+    """Return a file that Arrow can read out of order; the decompressed content of a compressed file."""
     if path.suffix.lower() not in COMPRESSED:
         return path
     with open_bytes(path, name) as file:
@@ -116,7 +115,7 @@ def _classed(features: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _classed_in(schema: Any) -> dict[str, Any]:  # noqa: ANN401 - a pyarrow.Schema
-    """Return the features that hold classes, where `datasets` noted them in a schema."""
+    """Return the features that hold classes, if `datasets` stored them in a schema."""
     if b"ClassLabel" not in (schema.metadata or {}).get(b"huggingface", b""):
         return {}
     import datasets

@@ -32,7 +32,7 @@ _DAMAGE = (EOFError, OSError, lzma.LZMAError, zlib.error)
 
 
 def kind_of_file(path: Path) -> str:
-    """Return the suffix that tells what a file holds, without that of its compression.
+    """Return the suffix of a file's format, without that of its compression.
 
     Example:
         >>> kind_of_file(Path("a/train.CSV.gz")), kind_of_file(Path("train.jsonl"))
@@ -59,7 +59,7 @@ def open_bytes(path: Path, name: str) -> Iterator[IO[bytes]]:
 
 
 class Undecoded(str):
-    """A line that cannot be decoded, with marks in the place of its wrong bytes, and the error that says so."""
+    """A line that cannot be decoded, with replacement characters for invalid bytes, and its error."""
 
     error: DataError
 
@@ -77,12 +77,12 @@ def checked(lines: Iterable[str]) -> Iterator[str]:
 
 
 def text_lines(path: Path, name: str, encoding: str) -> Iterator[str]:
-    """Return the lines of a text file with their ends, decoded as they are read; a byte order mark is left out.
+    """Return the lines of a text file with their ends, decoded while reading, without a byte order mark.
 
-    One that cannot be decoded is `Undecoded`, where lines can be told apart without decoding them.
+    A line that cannot be decoded is `Undecoded`, if lines can be separated without decoding.
 
     Raises:
-        DataError: The encoding is unknown, or is not the file's; those to try stand in the message.
+        DataError: The encoding is unknown, or is not the file's; the message suggests others.
     """
     try:
         "a".encode(encoding)  # also refuses what is an encoding, but none of texts, such as hex

@@ -1,1 +1,1 @@
-"""The kinds of adapters of PEFT beside LoRA, one file each, both ways."""
+"""The types of adapters of PEFT besides LoRA, one file each, for import and export."""

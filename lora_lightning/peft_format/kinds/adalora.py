@@ -1,4 +1,4 @@
-"""AdaLoRA in PEFT's format: A, B and E of each host, of the ranks that are left."""
+"""AdaLoRA in PEFT's format: A, B and E of each host, with the remaining ranks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class AdaLoraConfig(TargetConfig):
         beta1: `beta1`.
         beta2: `beta2`.
         orthogonality_weight: `orth_reg_weight`.
-        kept: Which triplets of a host are left, by `<path>.lora_E`.
+        kept: Which triplets of a host remain, by `<path>.lora_E`.
         bias: `none`, or whose biases of the base were trained.
         token_indices: Rows trained of the input embeddings, or by the endings of embeddings' paths; None for none.
     """
@@ -92,7 +92,7 @@ def parse_adalora(data: Mapping[str, Any], source: str) -> AdaLoraConfig:
 
 
 def fit_adalora(model: nn.Module, config: AdaLoraConfig, tensors: Mapping[str, Tensor], source: str) -> FittedAdapter:
-    """Understand an AdaLoRA for one model; see `fit_to_model`."""
+    """Convert an AdaLoRA for one model; see `fit_to_model`."""
     modules = own_modules(model)
     saved = copied_paths(modules, config, tensors)
     found = sort_tensors(tensors, ADALORA, saved, base_state(model).keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
@@ -138,7 +138,7 @@ def _method(config: AdaLoraConfig, modules: Mapping[str, nn.Module], hosts: list
 
 
 def _padded(path: str, own: Mapping[str, Tensor], config: AdaLoraConfig, source: str) -> dict[str, Tensor]:
-    """Return A, B and E of a host at the rank of the start: a triplet that is gone has E = 0."""
+    """Return A, B and E of a host at the initial rank: a pruned triplet has E = 0."""
     names = [f"{path}.lora_{part}" for part in "ABE"]
     missing = [name for name in names if name not in own]
     if missing:

@@ -1,4 +1,4 @@
-"""Write the kinds of adapters that PEFT has beside LoRA."""
+"""Export to the types of adapters that PEFT has besides LoRA."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PROMPTS = (PromptTuning, PTuning)
 _PREFIXES = (PrefixTuning, PTuningV2)
 _RELATIVES = (AdaLoRA, VeRA)
 KIND_METHODS = (*_PROMPTS, *_PREFIXES, IA3, TrainableTokens)
-"""The methods that PEFT has as kinds of their own, and that are not LoRA."""
+"""The methods for which PEFT has a separate type, other than LoRA."""
 
 _Encoded = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -37,11 +37,11 @@ def encode_kind(model: nn.Module, state: Mapping[str, Tensor], *, relatives: boo
 
     Args:
         model: A model with adapters.
-        state: What `folded_state_dict` gives.
-        relatives: Whether AdaLoRA and VeRA, which can be written as the LoRA that computes the same too, are meant.
+        state: Result of `folded_state_dict`.
+        relatives: Whether to include AdaLoRA and VeRA, which can also be written as the equivalent LoRA.
 
     Returns:
-        Config and tensors; None where PEFT has no such kind, or computes something else (`why_no_kind` tells why).
+        Config and tensors; None if PEFT has no such type or computes something else (see `why_no_kind`).
     """
     method = _sole_method(model)
     if method is None or (isinstance(method, _RELATIVES) and not relatives) or why_no_kind(model) is not None:
@@ -137,9 +137,9 @@ def _encode(model: nn.Module, method: Method, state: Mapping[str, Tensor]) -> _E
 def _copies(
     model: nn.Module, state: Mapping[str, Tensor], config: dict[str, Any], hosts: Sequence[str], prefix: str
 ) -> dict[str, Tensor] | None:
-    """Return the tensors of copies by PEFT's keys, those that PEFT makes of its own accord too, and set `task_type`.
+    """Return the tensors of copies by PEFT's keys, including those that PEFT adds by itself, and set `task_type`.
 
-    None where PEFT's matching of their names would take adapted modules.
+    None if PEFT's matching of their names would match adapted modules.
     """
     heads = copies_of(model)
     paths = module_paths(model)

@@ -28,13 +28,13 @@ class Ia3Config(TargetConfig):
     """The part of PEFT's `IA3Config` that this library computes; for each field see there.
 
     Args:
-        feedforward_modules: Those of the targets whose input is scaled.
+        feedforward_modules: The targets whose input is scaled.
     """
 
     feedforward_modules: list[str] | str | None
 
     def scales_input(self, path: str) -> bool:
-        """Tell whether the input of a target is scaled, by PEFT's rule: a name may end in the middle of a part."""
+        """Return whether the input of a target is scaled, by PEFT's rule: a name may end in the middle of a part."""
         names = self.feedforward_modules
         if isinstance(names, str):
             return match(names, path, whole=True) is not None
@@ -61,7 +61,7 @@ def parse_ia3(data: Mapping[str, Any], source: str) -> Ia3Config:
 
 
 def fit_ia3(model: nn.Module, config: Ia3Config, tensors: Mapping[str, Tensor], source: str) -> FittedAdapter:
-    """Understand an IA3 for one model; see `fit_to_model`."""
+    """Convert an IA3 for one model; see `fit_to_model`."""
     modules, view = own_modules(model), view_of(model)
     saved = copied_paths(modules, config, tensors)
     found = sort_tensors(tensors, SPELLINGS, saved, base_state(model).keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
@@ -109,7 +109,7 @@ def encode_ia3(
 
 
 def _feedforward(inputs: list[str], hosts: list[str]) -> list[str] | str:
-    """Return the hosts whose input is scaled, named so that PEFT's loose rule for a list takes these alone."""
+    """Return the hosts whose input is scaled, with names that match only these by PEFT's loose rule for a list."""
     others = [host for host in hosts if host not in inputs]
     is_loose = any(host.endswith(tuple(inputs)) for host in others) if inputs else False
     return any_of(inputs) if is_loose else inputs

@@ -36,7 +36,7 @@ class PrefixConfig(PeftConfig):
     """The part of PEFT's `PrefixTuningConfig` that this library computes.
 
     Args:
-        num_virtual_tokens: How many keys and values in every layer.
+        num_virtual_tokens: Number of keys and values in every layer.
     """
 
     num_virtual_tokens: int
@@ -55,7 +55,7 @@ def parse_prefix(data: Mapping[str, Any], source: str) -> PrefixConfig:
 
 
 def fit_prefix(model: nn.Module, config: PrefixConfig, tensors: Mapping[str, Tensor], source: str) -> FittedAdapter:
-    """Understand a prefix for one model; see `fit_to_model`."""
+    """Convert a prefix for one model; see `fit_to_model`."""
     reason = why_another_prefix(model)
     if reason is not None:
         raise CheckpointError(f"{source} holds a prefix, and {reason}. Train it again with this library.")

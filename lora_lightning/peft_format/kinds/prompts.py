@@ -53,7 +53,7 @@ class PromptConfig(PeftConfig):
 
     Args:
         kind: `PROMPT_TUNING` or `P_TUNING`.
-        num_virtual_tokens: How many virtual tokens.
+        num_virtual_tokens: Number of virtual tokens.
         encoder: The encoder of P-tuning, `MLP` or `LSTM`.
         encoder_hidden_size: Its width, or None.
         encoder_num_layers: Its layers.
@@ -103,7 +103,7 @@ def parse_p_tuning(data: Mapping[str, Any], source: str) -> PromptConfig:
 
 
 def fit_prompt(model: nn.Module, config: PromptConfig, tensors: Mapping[str, Tensor], source: str) -> FittedAdapter:
-    """Understand virtual tokens for one model; see `fit_to_model`."""
+    """Convert virtual tokens for one model; see `fit_to_model`."""
     refuse_pooled(model, source)
     place = view_of(model).prompt_place()
     rows, copies = split_tensors(model, config, tensors, source)
@@ -178,7 +178,7 @@ def refuse_pooled(model: nn.Module, source: str) -> None:
 
 
 def why_other_pooling(model: nn.Module) -> str | None:
-    """Return why PEFT answers for a row from another token than this library, as the end of a sentence, or None."""
+    """Return why PEFT pools another token of a row than this library, as the end of a sentence, or None."""
     model = unwrap(model)
     names = [cls.__name__ for cls in type(model).__mro__]
     body: Any = getattr(model, getattr(model, "base_model_prefix", ""), model)
@@ -192,7 +192,7 @@ def why_other_pooling(model: nn.Module) -> str | None:
 
 
 def _reads_last_token(model: nn.Module) -> bool:
-    """Tell whether a classifier reads the last real token of each row, as decoders' do."""
+    """Return whether a classifier reads the last real token of each row, as decoders' do."""
     return isinstance(getattr(model, "score", None), nn.Linear) and not model.config.is_encoder_decoder  # type: ignore[union-attr]  # a config
 
 
@@ -205,7 +205,7 @@ def task_type_of_prompt(model: nn.Module) -> str | None:
 
 
 def why_no_wrapper(model: nn.Module) -> str | None:
-    """Return why PEFT has no place for prompt methods on a model, as the end of a sentence, or None."""
+    """Return why PEFT does not support prompt methods on a model, as the end of a sentence, or None."""
     if task_type_of_prompt(model) is not None:
         return None
     name = type(unwrap(model)).__name__
@@ -237,7 +237,7 @@ def encode_prompt(
 
 
 def sizes_of(model: nn.Module, num_virtual_tokens: int, width: int, **others: Any) -> dict[str, Any]:  # noqa: ANN401 - PEFT's own settings
-    """Return what PEFT's configs of prompt methods say of the model."""
+    """Return the model's entries in PEFT's configs of prompt methods."""
     text: Any = unwrap(model).config.get_text_config()  # type: ignore[union-attr, operator]  # a transformers model
     sizes = {
         "num_virtual_tokens": num_virtual_tokens,

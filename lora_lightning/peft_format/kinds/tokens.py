@@ -1,4 +1,4 @@
-"""Trainable tokens in PEFT's format: the rows themselves, and which tokens' they are."""
+"""Trainable tokens in PEFT's format: the rows, and the ids of their tokens."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def parse_tokens(data: Mapping[str, Any], source: str) -> TokensConfig:
 
 
 def fit_tokens(model: nn.Module, config: TokensConfig, tensors: Mapping[str, Tensor], source: str) -> FittedAdapter:
-    """Understand trained rows of embeddings for one model; see `fit_to_model`."""
+    """Convert trained rows of embeddings for one model; see `fit_to_model`."""
     modules = own_modules(model)
     saved = copied_paths(modules, config, tensors)
     found = sort_tensors(tensors, (), saved, base_state(model).keys(), f"{source}/{PEFT_WEIGHTS_NAME}")
@@ -85,17 +85,17 @@ def read_tokens(
     source: str,
     saved: list[str] | None = None,
 ) -> Beside:
-    """Return the rows of embeddings that were trained alone; what shares a weight shares its rows.
+    """Return the individually trained rows of embeddings; modules that share a weight share its rows.
 
     Args:
         model: The bare model.
         indices: The tokens of each embedding, by its path.
         found: The tensors.
         source: Where the adapter came from, for messages.
-        saved: Modules to train as copies beside.
+        saved: Modules that are also trained as copies.
 
     Raises:
-        CheckpointError: An embedding has other tokens than rows, or is none of this model.
+        CheckpointError: Tokens and rows of an embedding do not match, or the model has no such embedding.
     """
     beside, done = Beside(), set[str]()
     for path, rows in found.tokens.items():
@@ -136,7 +136,7 @@ def _refuse_other_rows(
 def read_listed_tokens(
     model: nn.Module, named: list[int] | dict[str, list[int]] | None, found: SortedTensors, source: str
 ) -> Beside:
-    """Return the rows of embeddings that were trained beside an adapter, by its `trainable_token_indices`."""
+    """Return the rows of embeddings that were trained with an adapter, by its `trainable_token_indices`."""
     indices: dict[str, list[int]] = {}
     for path in found.tokens:
         by_name = named if isinstance(named, dict) else {path: named or []}
@@ -145,7 +145,7 @@ def read_listed_tokens(
 
 
 def input_path(model: nn.Module) -> str | None:
-    """Return the path of a model's input embeddings, or None where it does not say."""
+    """Return the path of a model's input embeddings, or None if unknown."""
     embedding = input_embeddings(model)
     return next((path for path, module in own_modules(model).items() if module is embedding), None)
 

@@ -79,7 +79,7 @@ def parse_vera(data: Mapping[str, Any], source: str) -> VeraConfig:
 
 
 def fit_vera(model: nn.Module, config: VeraConfig, tensors: Mapping[str, Tensor], source: str) -> FittedAdapter:
-    """Understand a VeRA for one model; see `fit_to_model`."""
+    """Convert a VeRA for one model; see `fit_to_model`."""
     modules = own_modules(model)
     pair = {name: one for key, one in tensors.items() if (name := _pair_name(key)) is not None}
     rest = {key: one for key, one in tensors.items() if _pair_name(key) is None}
@@ -113,7 +113,7 @@ def fit_vera(model: nn.Module, config: VeraConfig, tensors: Mapping[str, Tensor]
 
 
 def _pair_name(key: str) -> str | None:
-    """Return which matrix of the shared pair a key means, if one."""
+    """Return which matrix of the shared pair a key names, if any."""
     path = key.removeprefix(_ROOT)
     return next((name for name in _PAIR if path == name or path.startswith(f"{name}.")), None)
 
@@ -133,7 +133,7 @@ def _projections(modules: Mapping[str, nn.Module], config: VeraConfig, hosts: li
 
 
 def _is_drawn(projections: SharedProjections, pair: Mapping[str, Tensor], source: str) -> bool:
-    """Tell whether the pair of the file is the one that is drawn here from its seed; without a pair, it is.
+    """Return whether the pair of the file equals the one drawn from its seed; True without a pair.
 
     Raises:
         CheckpointError: The file's has another shape.

@@ -1,1 +1,1 @@
-"""PEFT's LoRA and DoRA: what a config says, and how the tensors fit a model."""
+"""PEFT's LoRA and DoRA: their config, and the conversion of their tensors for a model."""

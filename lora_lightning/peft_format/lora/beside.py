@@ -1,4 +1,4 @@
-"""Write what PEFT keeps of the base beside a LoRA: shifted biases and trained rows of embeddings."""
+"""Export parts of the base that PEFT stores with a LoRA: shifted biases and trained rows of embeddings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def encode_beside(
     biases: Mapping[str, BiasAdapter],
     tokens: Mapping[str, TrainableTokensAdapter],
 ) -> PeftAdapter | None:
-    """Return what goes into config and tensors beside a LoRA; None where PEFT has no words for it (`why_not_beside`).
+    """Return the entries in config and tensors besides a LoRA; None if PEFT cannot express them (`why_not_beside`).
 
     Args:
         model: The model.
@@ -65,7 +65,7 @@ def _token_indices(model: nn.Module, tokens: Mapping[str, TrainableTokensAdapter
 
 
 def _are_taken(model: nn.Module, updates: Mapping[str, Update], biases: Mapping[str, BiasAdapter]) -> bool:
-    """Tell whether PEFT has a bias for every shift of a module without one."""
+    """Return whether PEFT has a bias for every shift of a module without one."""
     added = [path for path in biases if _bias(model, path) is None]
     if not added:
         return True
@@ -74,7 +74,7 @@ def _are_taken(model: nn.Module, updates: Mapping[str, Update], biases: Mapping[
 
 
 def why_not_beside(model: nn.Module) -> str | None:
-    """Return why PEFT has no words for what was trained beside a LoRA, as the end of a sentence, or None."""
+    """Return why PEFT cannot express what was trained with a LoRA, as the end of a sentence, or None."""
     for path, host, adapter in iter_adapters(model):
         if isinstance(adapter, TrainableTokensAdapter):
             reason = why_other_tokens(model, path)

@@ -1,4 +1,4 @@
-"""What an `adapter_config.json` of PEFT's LoRA says, checked against our own schema."""
+"""The `adapter_config.json` of PEFT's LoRA, checked against our schema."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LoraConfig(TargetConfig):
         bias: `none`, or whose biases of the base were trained: `all` or `lora_only`.
         lora_bias: Whether each B has a bias.
         token_indices: Rows trained of the input embeddings, or by the endings of embeddings' paths; None for none.
-        ties: Whether what shares a weight with a target or a copy was adapted or copied too.
+        ties: Whether modules that share a weight with a target or a copy were adapted or copied too.
     """
 
     r: int
@@ -81,7 +81,7 @@ def parse_lora(data: Mapping[str, Any], source: str) -> LoraConfig:
 
 
 def refuse_changed_base(data: Mapping[str, Any], source: str) -> None:
-    """Refuse an adapter whose start was taken out of the base's weights.
+    """Refuse an adapter whose initial update was subtracted from the base's weights.
 
     Raises:
         CheckpointError: It was.
@@ -95,11 +95,11 @@ def refuse_changed_base(data: Mapping[str, Any], source: str) -> None:
 
 
 def is_tokens(value: object) -> bool:
-    """Tell whether a value is a list of token ids, or lists of them by name."""
+    """Return whether a value is a list of token ids, or lists of them by name."""
     return is_wholes(value) if isinstance(value, list) else is_map_of(lambda ids: isinstance(ids, list))(value)
 
 
-# PEFT's name -> ours, what it must be, and what null or nothing means.
+# PEFT's name -> our name, expected type, and the meaning of null or a missing value.
 LORA_FIELDS = {
     **TARGETS,
     "r": Field("r", "a whole number from 1", is_count),

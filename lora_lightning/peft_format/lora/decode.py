@@ -1,4 +1,4 @@
-"""Turn what `to_peft` wrote back into this library's names and method."""
+"""Convert the result of `to_peft` back into our names and method."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lora_lightning.peft_format.names import PREFIX, exactly
 
 
 def from_peft(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Turn tensors in PEFT's naming back into those of `adapter_state_dict`.
+    """Convert tensors from PEFT's names to those of `adapter_state_dict`.
 
     Args:
         config: Content of `adapter_config.json`.
         state: Tensors by PEFT's key names.
 
     Returns:
-        Tensors by our names. Copies of modules that PEFT wraps only because their name ends like a saved one's are
-        left out.
+        Tensors by our names, without copies of modules that PEFT wraps only because their name has the suffix of a
+        saved one.
     """
     saved = config.get("modules_to_save") or []
     own = {}

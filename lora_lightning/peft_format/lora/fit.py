@@ -1,4 +1,4 @@
-"""Fit a LoRA or DoRA that PEFT wrote to a model."""
+"""Convert a LoRA or DoRA in PEFT's format for a model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _Numbers = dict[str, tuple[int, float]]
 
 
 def fit_lora(model: nn.Module, config: LoraConfig, tensors: Mapping[str, Tensor], source: str) -> FittedAdapter:
-    """Understand a LoRA or DoRA for one model; see `fit_to_model`."""
+    """Convert a LoRA or DoRA for one model; see `fit_to_model`."""
     modules = own_modules(model)
     saved = copied_paths(modules, config, tensors)
     saved += tied_to(modules, saved) if config.ties else []
@@ -111,7 +111,7 @@ def _beside(
     numbers: _Numbers,
     source: str,
 ) -> Beside:
-    """Return what was trained of the base beside the adapter."""
+    """Return what was trained of the base in addition to the adapter."""
     is_bias = {name: name == "bias" or name.endswith(".bias") for name in found.base}
     biases = {name: tensor for name, tensor in found.base.items() if is_bias[name] and config.bias != "none"}
     rest = {name: tensor for name, tensor in found.base.items() if name not in biases}
@@ -137,7 +137,7 @@ def _method(
     saved: list[str],
     source: str,
 ) -> LoRA:
-    """Build the method: with the config's own words for the targets where they mean the same here, else by paths."""
+    """Build the method: with the config's target names if they select the same modules here, else with paths."""
     cls = DoRA if config.use_dora else LoRA
     ranks = {f"^{_escape(path)}": r for path, r in _own_ranks(config, view, numbers).items()}
     alphas = {f"^{_escape(path)}": alpha for path, (_, alpha) in numbers.items() if alpha != config.alpha}
@@ -198,7 +198,7 @@ def _named(paths: Sequence[str], hosts: Sequence[str], source: str) -> list[str]
 
 
 def _selected(view: ModelView, method: TargetedMethod) -> list[str] | None:
-    """Return the hosts and single parameters that a method would take, or None where it would refuse or warn."""
+    """Return the hosts and single parameters that a method would select, or None if it would refuse or warn."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         try:

@@ -1,4 +1,4 @@
-"""How PEFT spells LoRA on single parameters, its `target_parameters`; written against PEFT 0.21.
+"""PEFT's format of LoRA on single parameters, its `target_parameters`; written against PEFT 0.21.
 
 PEFT wraps a module once for each of its parameters, one wrapper inside the other in the order in which the module lists
 its parameters, so that the last one is outermost. For a 3-D parameter a wrapper's A is `[experts * r, in]`, expert by
@@ -27,8 +27,8 @@ class AdaptedParameter:
 
     Args:
         path: Its path, the module's included.
-        target: What adapts it here: the path of its layer, or its own.
-        is_swapped: Whether our A and B are PEFT's B and A transposed: the two count rows and columns the other way.
+        target: Its target here: the path of its layer, or its own path.
+        is_swapped: Whether our A and B are PEFT's B and A transposed, because rows and columns are exchanged.
     """
 
     path: str
@@ -42,7 +42,7 @@ class AdaptedParameter:
 
 
 def parameters_of(modules: Mapping[str, nn.Module]) -> list[AdaptedParameter]:
-    """Return all parameters that can be adapted by their names, in the order in which PEFT comes across them."""
+    """Return all parameters that can be adapted by their names, in the order in which PEFT visits them."""
     found: list[AdaptedParameter] = []
     for path, module in modules.items():
         if _is_dense_layer(module):
@@ -60,14 +60,14 @@ def parameters_of(modules: Mapping[str, nn.Module]) -> list[AdaptedParameter]:
 
 
 def _is_dense_layer(module: nn.Module) -> bool:
-    """Tell whether a module is a layer with a 2-D weight that is stored as it is."""
+    """Return whether a module is a layer with an unquantized 2-D weight."""
     codec = find_codec(module)
     weight = module._parameters.get("weight")
     return codec is not None and codec.write is not None and weight is not None and weight.dim() == 2
 
 
 def _is_stored_transposed(module: nn.Module) -> bool:
-    """Tell whether a layer stores its weight `[in, out]`."""
+    """Return whether a layer stores its weight `[in, out]`."""
     return read_weight(module).stride() != module._parameters["weight"].stride()  # type: ignore[union-attr]  # it has one
 
 

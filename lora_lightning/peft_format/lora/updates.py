@@ -18,7 +18,7 @@ from lora_lightning.methods.parameter_lora import ParameterLoRAAdapter
 from lora_lightning.peft_format.differences import why_another_convolution
 from lora_lightning.peft_format.lora.parameters import parameters_of, swap
 
-# Merged as s B A of `factors()`, or as DoRA of it: what is merged so can be written so.
+# Merged as s B A of `factors()`, or as DoRA of it: these can also be exported in this form.
 _MERGES = (LowRankAdapter.merged_weight, DoRAAdapter.merged_weight)
 
 
@@ -73,16 +73,16 @@ def parameter_updates(
 
 
 def stored_update(path: str, host: nn.Module, adapter: Adapter, state: Mapping[str, Tensor]) -> Update | None:
-    """Return the update of a plain LoRA or DoRA adapter, whose own tensors are the whole of it.
+    """Return the update of a plain LoRA or DoRA adapter, which consists only of its own tensors.
 
     Args:
         path: The host's path.
         host: The host.
         adapter: One of its adapters.
-        state: What `adapter_state_dict` gives.
+        state: Result of `adapter_state_dict`.
 
     Returns:
-        The update; None for any other adapter, since its tensors would not come back from PEFT's names.
+        The update; None for any other adapter, since its tensors could not be restored from PEFT's names.
     """
     if type(adapter) not in (LowRankAdapter, DoRAAdapter) or why_no_update(host, adapter):
         return None
@@ -100,10 +100,10 @@ def stored_update(path: str, host: nn.Module, adapter: Adapter, state: Mapping[s
 
 @torch.no_grad()
 def computed_update(host: nn.Module, adapter: Adapter) -> Update | None:
-    """Return the update of any relative of LoRA, by its `factors()`; None for an adapter that is none.
+    """Return the update of any relative of LoRA, by its `factors()`; None for other adapters.
 
-    Components that are zero (as AdaLoRA prunes them) are left out, and a rank above the sides of the weight is brought
-    down to the smaller one, both without changing B A.
+    Components that are zero (pruned by AdaLoRA) are removed, and a rank above the sides of the weight is reduced to the
+    smaller side; both do not change B A.
     """
     if why_no_update(host, adapter):
         return None
@@ -121,7 +121,7 @@ def computed_update(host: nn.Module, adapter: Adapter) -> Update | None:
 
 
 def why_no_update(host: nn.Module, adapter: Adapter) -> str | None:
-    """Return why an adapter's update is none that PEFT's LoRA or DoRA computes, as the end of a sentence, or None."""
+    """Return why PEFT's LoRA or DoRA cannot compute an adapter's update, as the end of a sentence, or None."""
     if isinstance(adapter, ExpertLoRAAdapter | ParameterLoRAAdapter):
         return None
     if not isinstance(adapter, LowRankAdapter) or type(adapter).merged_weight not in _MERGES:

@@ -1,1 +1,1 @@
-"""What the configs of PEFT's adapters may say, and how it is checked."""
+"""Schema of the configs of PEFT's adapters."""

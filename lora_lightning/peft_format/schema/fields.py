@@ -1,4 +1,4 @@
-"""Read the values of an `adapter_config.json` with a check of each, before anything is built from them."""
+"""Read and check the values of an `adapter_config.json`, before anything is built from them."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Field:
     """One value of a config.
 
     Args:
-        name: What it is called here.
-        expected: What it must be, in words.
-        is_valid: The test for it.
-        default: What null, or nothing, means; left out, it must be there.
+        name: Its name here.
+        expected: Description of valid values.
+        is_valid: The test for valid values.
+        default: Meaning of null or a missing value; without a default, the value is required.
     """
 
     name: str
@@ -54,7 +54,7 @@ def read_fields(data: Mapping[str, Any], fields: Mapping[str, Field], source: st
 
     Args:
         data: The JSON object.
-        fields: What to read, by PEFT's names.
+        fields: The fields to read, by PEFT's names.
         source: Where it came from, for messages.
 
     Raises:
@@ -74,12 +74,12 @@ def read_fields(data: Mapping[str, Any], fields: Mapping[str, Field], source: st
 
 
 def refuse_unknown(data: Mapping[str, Any], known: Collection[str], what: str, source: str) -> None:
-    """Name the options that are set and not known here: they may change the result.
+    """Refuse options that are set but unknown here, since they may change the result.
 
     Args:
         data: The JSON object.
-        known: The names that are read or change nothing.
-        what: What this library computes instead, such as `plain LoRA, rsLoRA and DoRA`.
+        known: The names that are read or have no effect.
+        what: What this library computes, such as `plain LoRA, rsLoRA and DoRA`.
         source: Where it came from, for messages.
 
     Raises:
@@ -94,47 +94,47 @@ def refuse_unknown(data: Mapping[str, Any], known: Collection[str], what: str, s
 
 
 def is_flag(value: object) -> bool:
-    """Tell whether a value is true or false."""
+    """Return whether a value is true or false."""
     return isinstance(value, bool)
 
 
 def is_count(value: object) -> bool:
-    """Tell whether a value is a whole number from 1."""
+    """Return whether a value is a whole number from 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def is_whole(value: object) -> bool:
-    """Tell whether a value is a whole number from 0."""
+    """Return whether a value is a whole number from 0."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def is_number(value: object) -> bool:
-    """Tell whether a value is a finite number above 0."""
+    """Return whether a value is a finite number above 0."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def is_share(value: object) -> bool:
-    """Tell whether a value is a number from 0 and below 1."""
+    """Return whether a value is a number from 0 and below 1."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
 
 
 def is_text(value: object) -> bool:
-    """Tell whether a value is a text."""
+    """Return whether a value is a text."""
     return isinstance(value, str)
 
 
 def is_names(value: object) -> bool:
-    """Tell whether a value is a list of texts that are not empty."""
+    """Return whether a value is a list of texts that are not empty."""
     return isinstance(value, list) and all(isinstance(item, str) and item for item in value)
 
 
 def is_names_or_text(value: object) -> bool:
-    """Tell whether a value is a text or a list of texts."""
+    """Return whether a value is a text or a list of texts."""
     return is_text(value) or is_names(value)
 
 
 def is_wholes(value: object) -> bool:
-    """Tell whether a value is a list of whole numbers from 0, or one of them."""
+    """Return whether a value is a list of whole numbers from 0, or one of them."""
     items: Iterable[object] = value if isinstance(value, list) else [value]
     return all(is_whole(item) for item in items)
 

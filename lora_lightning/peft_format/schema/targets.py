@@ -1,4 +1,4 @@
-"""What the configs of PEFT's adapters have in common: their base, their copies, and which modules they take."""
+"""Common entries of the configs of PEFT's adapters: base, copies and target modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lora_lightning.peft_format.names import CONFIG_NAME
 
 @dataclass(frozen=True, kw_only=True)
 class PeftConfig:
-    """What the config of every kind of adapter says.
+    """Entries in the config of every type of adapter.
 
     Args:
         base: Name of the base model, or None.
@@ -30,12 +30,12 @@ class PeftConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetConfig(PeftConfig):
-    """What the config of a kind says that adapts modules by their names.
+    """Entries in the config of a type that adapts modules by their names.
 
     Args:
-        target_modules: Path suffixes, a regular expression for whole paths, `all-linear`, or None where the file does
-            not say.
-        exclude_modules: The same, for modules left out.
+        target_modules: Path suffixes, a regular expression for whole paths, `all-linear`, or None if the file does not
+            name them.
+        exclude_modules: The same, for excluded modules.
         layers_to_transform: Layer indices, or None for all.
         layers_pattern: Names of the lists of layers, or empty for any.
     """
@@ -46,7 +46,7 @@ class TargetConfig(PeftConfig):
     layers_pattern: list[str]
 
     def takes(self, path: str) -> bool:
-        """Tell whether a module is a target by PEFT's rules, for targets that are a list or a regular expression."""
+        """Return whether a module is a target by PEFT's rules, for targets that are a list or a regular expression."""
         if self.exclude_modules and matches(path, self.exclude_modules):
             return False
         if any(match(rf"(^|.*\.){name}($|\..*)", path) for name in self.modules_to_save):
@@ -94,7 +94,7 @@ def in_lists(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def match(pattern: str, path: str, *, whole: bool = False) -> regex.Match[str] | None:
-    """Match a pattern of a file at the start of a path; with a limit on the time, since anyone may have written it.
+    """Match a pattern of a file at the start of a path, with a time limit, since the file is not trusted.
 
     Raises:
         CheckpointError: It is malformed, or takes too long.
@@ -106,12 +106,12 @@ def match(pattern: str, path: str, *, whole: bool = False) -> regex.Match[str] |
 
 
 def ends_like(path: str, pattern: str) -> bool:
-    """Tell whether the last parts of a path are what a pattern says."""
+    """Return whether the last parts of a path match a pattern."""
     return match(rf"(.*\.)?({pattern})$", path) is not None
 
 
 def matches(path: str, targets: list[str] | str) -> bool:
-    """Tell whether a path ends with one of a list of names, or is wholly what a regular expression says."""
+    """Return whether a path ends with one of a list of names, or matches a regular expression as a whole."""
     if isinstance(targets, str):
         return match(targets, path, whole=True) is not None
     return any(path == target or path.endswith(f".{target}") for target in targets)

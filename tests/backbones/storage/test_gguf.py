@@ -185,7 +185,7 @@ def test_a_conversion_that_fails_leaves_nothing(original, monkeypatch, cache):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"no gguf", "is no GGUF file: it starts with b'no g'"), (b"GGUF" + b"\0" * 64, "transformers cannot read")],
+    [(b"no gguf", "is not a GGUF file: it starts with b'no g'"), (b"GGUF" + b"\0" * 64, "transformers cannot read")],
 )
 def test_a_damaged_file_is_a_sentence(tmp_path, content, words, cache):
     path = tmp_path / "x.gguf"

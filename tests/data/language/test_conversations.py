@@ -288,7 +288,7 @@ def test_files_are_read_alike(tmp_path):
 def test_lines_that_are_not_wanted_are_not_parsed(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, "{broken", {"text": "b"}])
     assert fields_of(path, share=(0, 2)) == [{"text": "a"}, {"text": "b"}]
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: this is no valid JSON \(.*\); expected one object a line"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: this is not valid JSON \(.*\); expected one object a line"):
         fields_of(path)
 
 
@@ -306,7 +306,7 @@ def test_yaml_dialogues_keep_texts_as_written(tmp_path):
         ("a.jsonl", b'{"text": "\xff"}\n', r"is not utf-8 \(byte 10, line 1\)"),
         ("a.jsonl", b"\n\n", "holds no rows"),
         ("a.parquet", b"no table", "cannot be read as Parquet"),
-        ("a.yml", b"conversations: [a\n", "line .*: this is no valid YAML"),
+        ("a.yml", b"conversations: [a\n", "line .*: this is not valid YAML"),
         ("a.yml", b"- a\n", "holds no dialogues"),
         # These two would crash the process inside libyaml.
         ("a.yml", b"conversations:\n- " + b"[" * 200_000, "line 2: nested more than 64 levels deep"),

@@ -193,7 +193,7 @@ BROKEN = '{"text": "a", "label": "0"}\n{oops\n{"text": "b", "label": "broken", "
 def test_broken_rows_are_refused_or_left_out(laid, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text(BROKEN)
-    with pytest.raises(DataError, match=r"a\.jsonl, line 2: this is no valid JSON"):
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: this is not valid JSON"):
         laid(str(path))
     found = laid(str(path), bad_rows="skip")
     assert found.rows() == [("a", "0"), ("c", "1")]
@@ -210,7 +210,7 @@ def test_only_broken_rows_are_refused(laid, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("{oops\n" * 3)
     with pytest.raises(
-        DataError, match=r"a\.jsonl: no row can be used: 3 are broken; the first: .* line 1: this is no valid"
+        DataError, match=r"a\.jsonl: no row can be used: 3 are broken; the first: .* line 1: this is not valid"
     ):
         laid(str(path), bad_rows="skip")
 

@@ -29,12 +29,12 @@ def test_arrays(write, name, content):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("bad.jsonl", '{"text": "a"}\n\n{"text": oops}\n', r"bad\.jsonl, line 3: this is no valid JSON"),
-        ("cut.jsonl", '{"a": 1}\n{"a": 2}\n{"prompt": "x", "completion": \n', r"cut\.jsonl, line 3: this is no valid"),
-        ("cut.jsonl", '{"a": 1}\n{"prompt": "x", "completion": \r\n{"a": 1}', r"cut\.jsonl, line 2: this is no valid"),
-        ("bad.json", '[{"text": "a"},\n {"text": oops}]', r"bad\.json, line 2: this is no valid JSON"),
-        ("bad.json", '\n\n[{"text": "a"},\n\n {"text": oops}]', r"bad\.json, line 5: this is no valid JSON"),
-        ("more.json", '[{"text": "a"}]\n{"text": 1}', r"more\.json, line 2: this is no valid JSON \(Extra data"),
+        ("bad.jsonl", '{"text": "a"}\n\n{"text": oops}\n', r"bad\.jsonl, line 3: this is not valid JSON"),
+        ("cut.jsonl", '{"a": 1}\n{"a": 2}\n{"prompt": "x", "completion": \n', r"cut\.jsonl, line 3: this is not valid"),
+        ("cut.jsonl", '{"a": 1}\n{"prompt": "x", "completion": \r\n{"a": 1}', r"cut\.jsonl, line 2: this is not valid"),
+        ("bad.json", '[{"text": "a"},\n {"text": oops}]', r"bad\.json, line 2: this is not valid JSON"),
+        ("bad.json", '\n\n[{"text": "a"},\n\n {"text": oops}]', r"bad\.json, line 5: this is not valid JSON"),
+        ("more.json", '[{"text": "a"}]\n{"text": 1}', r"more\.json, line 2: this is not valid JSON \(Extra data"),
         ("list.jsonl", '{"text": "a"}\n["b", 1]\n', r"list\.jsonl, line 2: expected an object such as .* got"),
         ("list.json", '[{"text": "a"}, 7]', r"list\.json, entry 2: expected an object"),
         (
@@ -61,7 +61,7 @@ def test_malformed_files_are_refused_with_their_line(write, name, content, messa
 def test_lines_of_others_shares_are_not_parsed(write):
     path = write("a.jsonl", b'{"text": "a"}\n{broken\n\n{"text": "b"}\n')
     assert fields_of(path, share=(0, 2)) == [{"text": "a"}, {"text": "b"}]
-    with pytest.raises(DataError, match="line 2: this is no valid JSON"):
+    with pytest.raises(DataError, match="line 2: this is not valid JSON"):
         fields_of(path, share=(1, 2))
 
 

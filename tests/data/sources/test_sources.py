@@ -87,8 +87,8 @@ def test_yaml_dialogues_keep_texts_as_written(write):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"conversations: [a\n", "line .*: this is no valid YAML"),
-        (b"conversations: \x00\n", "this is no valid YAML"),
+        (b"conversations: [a\n", "line .*: this is not valid YAML"),
+        (b"conversations: \x00\n", "this is not valid YAML"),
         (b"- a\n", "holds no dialogues"),
         (b"conversations: []\n", "holds no rows"),
         (b"a: b\nc: \xff\n", "is not utf-8 .byte 8, line 2"),

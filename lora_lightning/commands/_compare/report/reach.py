@@ -1,4 +1,4 @@
-"""How soon a method reaches the validation loss at which a reference ends."""
+"""Number of steps until a method reaches the final validation loss of a reference."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lora_lightning.commands._compare.records import Result
 
 
 def first_step(validations: list[dict[str, Any]], loss: float) -> int | None:
-    """Return the first step whose validation loss is at most `loss`, None where there is none.
+    """Return the first step whose validation loss is at most `loss`, or None.
 
     Example:
         >>> first_step([{"step": 10, "loss": 0.9}, {"step": 20, "loss": 0.5}], 0.6)
@@ -28,7 +28,7 @@ def steps_to_reach(finals: Mapping[int, Result], reference: Mapping[int, Result]
 
 
 def speed_ups(steps: Mapping[int, int | None], reference: Mapping[int, int | None]) -> dict[int, float | None]:
-    """Return, by seed, how many times sooner than the reference a method got there; None where it did not.
+    """Return, by seed, the speed-up over the reference in steps; None if a method did not reach its loss.
 
     Example:
         >>> speed_ups({0: 50, 1: None}, {0: 100, 1: 100})

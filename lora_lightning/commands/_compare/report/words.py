@@ -1,4 +1,4 @@
-"""What no trial measures: the principle of each method, what it suits, and how hard it is to use."""
+"""Descriptions of the methods that no trial measures: principle, suitable uses and difficulty."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _NO_METHODS = {
     ),
     LORA_PLUS: LORA_PLUS_WORDS,
 }
-"""The rows of a comparison that have no class of their own."""
+"""The rows of a comparison without a class."""
 
 
 def words_of(name: str) -> About:
-    """Return what is said about a row of a comparison: a method by its class's name, LoRA+, or an end.
+    """Return the description of a row of a comparison: a method by its class's name, LoRA+, or an extreme.
 
     Example:
         >>> words_of("LoRA").suits, words_of("NobodysMethod").suits

@@ -1,4 +1,4 @@
-"""The comparison as Markdown and as one HTML page that needs nothing beside itself."""
+"""The comparison as Markdown and as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from html import escape
 
 from lora_lightning import page
 from lora_lightning.checkpoint.manifest import library_versions
-from lora_lightning.commands._compare.charts import COSTS
+from lora_lightning.commands._compare.report.charts import COSTS
+from lora_lightning.commands._compare.report.table import Column, Row, cell, to_markdown
 from lora_lightning.commands._compare.study import Study
-from lora_lightning.commands._compare.table import Column, Row, cell, to_markdown
 
 _STYLE = """
 th button { all: unset; cursor: pointer; }
@@ -49,7 +49,7 @@ _CAPTIONS = {
 def markdown(
     study: Study, rows: Sequence[Row], columns: Sequence[Column], command: str, pictures: Sequence[str]
 ) -> str:
-    """Return the comparison as Markdown: the table, the notes, and how it was made."""
+    """Return the comparison as Markdown: the table, the notes, and its settings."""
     notes = [f"- {row.label}: {'; '.join(row.notes)}." for row in rows if row.notes]
     shown = [column for column in columns if column.key != "notes"]
     parts = [
@@ -68,7 +68,7 @@ def markdown(
 def html(
     study: Study, rows: Sequence[Row], columns: Sequence[Column], command: str, pictures: Mapping[str, bytes]
 ) -> str:
-    """Return the comparison as one HTML page with everything inside."""
+    """Return the comparison as one self-contained HTML page."""
     head = "".join(
         f'<th scope="col"{_text(column)}><button type="button">{escape(column.title)}</button></th>'
         for column in columns

@@ -1,4 +1,4 @@
-"""The comparison as rows of figures, and as Markdown and a table for the terminal."""
+"""The comparison as rows of values, as Markdown and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
-from lora_lightning.commands._compare.reach import speed_ups, steps_to_reach
 from lora_lightning.commands._compare.records import Result
+from lora_lightning.commands._compare.report.reach import speed_ups, steps_to_reach
+from lora_lightning.commands._compare.report.words import words_of
 from lora_lightning.commands._compare.runner import Outcome
-from lora_lightning.commands._compare.words import words_of
 
 _NOT_ON_TERMINAL = (
     *("share", "val_loss", "optimizer_bytes", "train_seconds"),
@@ -28,8 +28,8 @@ class Column:
     Args:
         key: Its name in CSV.
         title: Its heading.
-        show: Writes a value for people.
-        is_measured: Whether it holds figures of the runs, so that a spread over seeds makes sense.
+        show: Formats a value.
+        is_measured: Whether it holds measurements of the runs, which have a standard deviation over seeds.
     """
 
     key: str
@@ -40,14 +40,14 @@ class Column:
 
 @dataclass(kw_only=True)
 class Row:
-    """A row: values by the keys of the columns, None where there is none.
+    """A row: values by the keys of the columns, None if missing.
 
     Args:
-        label: What it is called.
+        label: Its name.
         kind: `method`, `frozen` or `full`.
-        values: The values; means where there are several seeds.
-        spreads: Standard deviations over the seeds, where there are several.
-        notes: What is to be said about it.
+        values: The values; means over several seeds.
+        spreads: Standard deviations over several seeds.
+        notes: Remarks.
     """
 
     label: str
@@ -58,11 +58,11 @@ class Row:
 
 
 def rows_of(outcomes: Sequence[Outcome], reference: str | None) -> list[Row]:
-    """Return a row for each outcome that was worked on.
+    """Return a row for each complete outcome.
 
     Args:
         outcomes: The outcomes.
-        reference: Label of the method whose final validation loss the others shall reach, or None.
+        reference: Label of the method whose final validation loss is the goal for the others, or None.
     """
     finals = next((one.finals for one in outcomes if one.entry.label == reference), {})
     return [_row(one, finals if reference else None) for one in outcomes if one.is_complete]
@@ -104,7 +104,7 @@ def columns_of(rows: Sequence[Row], reference: str | None) -> list[Column]:
 
 
 def cell(row: Row, column: Column) -> str:
-    """Return a value as people read it, with its spread over the seeds where there is one."""
+    """Return a formatted value, with its standard deviation over the seeds if there is one."""
     if column.key == "notes":
         return "; ".join(row.notes)
     value = row.values.get(column.key)
@@ -167,7 +167,7 @@ def _row(outcome: Outcome, reference: dict[int, Result] | None) -> Row:
 
 
 def _add_means(row: Row, results: Sequence[Result]) -> None:
-    """Average the figures over the seeds."""
+    """Average the values over the seeds."""
     measured = (
         *("peak_memory", "saved_bytes", "optimizer_bytes", "step_seconds", "train_seconds"),
         *("checkpoint_bytes", "inference_overhead"),
@@ -191,7 +191,7 @@ def _add_means(row: Row, results: Sequence[Result]) -> None:
 
 
 def _add_reach(row: Row, finals: dict[int, Result], reference: dict[int, Result]) -> None:
-    """Add how soon the row has the reference's final loss, and how many times sooner than the reference itself."""
+    """Add the steps until the row reaches the reference's final loss, and the speed-up over the reference."""
     steps = steps_to_reach(finals, reference)
     ratios = speed_ups(steps, steps_to_reach(reference, reference))
     row.values["steps_to_reach"] = ", ".join("never" if step is None else str(step) for step in steps.values())
@@ -207,7 +207,7 @@ def _add_reach(row: Row, finals: dict[int, Result], reference: dict[int, Result]
         row.notes.append(f"reached that loss with {len(known)} of {len(ratios)} seeds")
 
 
-# How values are written for people.
+# Formats of values.
 
 
 def _count(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The comparison as pictures: a test metric against what it costs, and the learning curves."""
+"""Charts of the comparison: a test metric against its cost, and the learning curves."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_lightning.commands._compare.report.table import Row
 from lora_lightning.commands._compare.runner import Outcome
-from lora_lightning.commands._compare.table import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 _MARKERS = "osD^vP*X<>ph"
 _DPI = 140
 _REACHES = (8, 16, 26, 38, 52, 70)
-"""How far from its point a label may stand, in points; the nearest free place is taken."""
+"""Distances of a label from its point, in points; the nearest free position is used."""
 _SMOOTHING = 0.1
 """Weight of each new training loss in the running mean that is drawn."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the horizontal axis of a chart shows.
+    """The horizontal axis of a chart.
 
     Args:
-        name: Name of the file, without its ending.
+        name: Name of the file, without its suffix.
         key: Column of the table.
-        title: What the axis says.
-        unit: What one unit of the axis is in the table's unit.
+        title: Label of the axis.
+        unit: One unit of the axis in the table's unit.
         is_log: Whether the axis is logarithmic.
     """
 
@@ -58,7 +58,7 @@ def draw_all(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> dict[str, byte
     """Draw every chart for which there are figures.
 
     Returns:
-        PNG images by the name of their file, without its ending.
+        PNG images by the name of their file, without its suffix.
     """
     metric = main_metric(rows)
     if metric is None:
@@ -70,7 +70,7 @@ def draw_all(rows: Sequence[Row], outcomes: Sequence[Outcome]) -> dict[str, byte
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Give each row a colour and a marker of its own, the same in every chart."""
+    """Assign a colour and a marker to each row, the same in every chart."""
     from matplotlib import colormaps
 
     palette = [colormaps["tab20"](index) for index in (*range(0, 20, 2), *range(1, 20, 2))]
@@ -112,7 +112,7 @@ def _scatter(rows: Sequence[Row], cost: Cost, metric: str, styles: dict[str, dic
 
 
 def _label(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write each point's name where it covers no point and no other name."""
+    """Label each point such that its name covers no point and no other name."""
     figure: Any = axes.figure
     figure.draw_without_rendering()
     renderer = figure.canvas.get_renderer()
@@ -153,7 +153,7 @@ def _label(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
 
 
 def _places() -> list[tuple[int, int, Any, Any]]:
-    """Return where a label may stand around its point, the nearest first: offsets and alignments."""
+    """Return the positions of a label around its point, the nearest first: offsets and alignments."""
     places = []
     for reach in _REACHES:
         slanted = round(0.75 * reach)
@@ -222,7 +222,7 @@ def _smoothed(losses: Sequence[Sequence[float | None]]) -> tuple[list[float], li
 
 
 def _figure(width: float, height: float) -> Any:  # noqa: ANN401 - matplotlib publishes no types
-    """Return a figure that is drawn into memory, whatever backend the user has; sizes in inches."""
+    """Return a figure that is drawn into memory, independent of the user's backend; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

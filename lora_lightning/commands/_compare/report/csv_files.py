@@ -7,12 +7,12 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from lora_lightning.commands._compare.report.table import Column, Row
 from lora_lightning.commands._compare.runner import Outcome
-from lora_lightning.commands._compare.table import Column, Row
 
 
 def to_csv(rows: Sequence[Row], columns: Sequence[Column]) -> str:
-    """Return the rows as CSV: plain numbers in bytes and seconds, spreads in columns of their own."""
+    """Return the rows as CSV: plain numbers in bytes and seconds, standard deviations in separate columns."""
     spread = [column.key for column in columns if any(column.key in row.spreads for row in rows)]
     head = [*(column.key for column in columns), *(f"{key}_sd" for key in spread)]
     lines = [
@@ -45,7 +45,7 @@ def search_csv(outcomes: Sequence[Outcome]) -> str:
 
 
 def curves_csv(outcomes: Sequence[Outcome]) -> str:
-    """Return the learning curves as CSV: training loss at each step, validation where there was one."""
+    """Return the learning curves as CSV: training loss at each step, validation metrics if there are any."""
     runs = [(one.entry.label, seed, result) for one in outcomes for seed, result in one.finals.items()]
     names = list(
         dict.fromkeys(key for _, _, result in runs for at in result["validations"] for key in at if key != "step")

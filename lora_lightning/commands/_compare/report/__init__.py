@@ -1,0 +1,1 @@
+"""What a comparison writes: tables, CSV, charts, a page, and the words beside the figures."""
