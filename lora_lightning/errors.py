@@ -9,6 +9,10 @@ _OF_THE_DISK = {
     errno.EROFS: "the disk is read-only",
     errno.EACCES: "permission is denied",
     errno.EPERM: "permission is denied",
+    errno.ENOTDIR: "a file is there where a folder is needed",
+    errno.EEXIST: "a file is there where a folder is needed",
+    errno.EISDIR: "a folder is there where a file is needed",
+    errno.ENAMETOOLONG: "the name is too long",
     errno.EIO: "the disk reports an input/output error",
 }
 

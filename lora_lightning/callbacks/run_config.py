@@ -33,10 +33,11 @@ class RunConfig(SaveConfigCallback):
         folder = run_folder(trainer)  # on all ranks
         if not trainer.is_global_zero:
             return
-        if isinstance(trainer.logger, RunLogger):
-            trainer.logger.claim()
-        path = free_name(folder / self.config_filename)
+        path = folder / self.config_filename
         try:
+            if isinstance(trainer.logger, RunLogger):
+                trainer.logger.claim()
+            path = free_name(path)
             folder.mkdir(parents=True, exist_ok=True)
             self.parser.save(self.config, str(path), skip_unset=False, multifile=False)
         except OSError as error:

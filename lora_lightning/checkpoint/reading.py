@@ -21,6 +21,8 @@ from lora_lightning.checkpoint.manifest import FileRecord, Manifest
 from lora_lightning.errors import CheckpointError
 
 _WANTED = ("state_dict", "hyper_parameters")
+_NUM_BYTES_SHOWN = 512
+"""How many of the first bytes of a file tell its kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,8 @@ def read_file(path: Path, map_location: Any = "cpu", *, weights_only: bool = Tru
     Raises:
         CheckpointError: The file is missing, damaged, differs from its manifest, or holds more than plain data.
     """
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder; {_file_meant(path)}.")
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint {path}{_others_beside(path)}.")
     while True:
@@ -75,8 +79,6 @@ def read_checkpoint(path: Path) -> CheckpointFile:
     Raises:
         CheckpointError: It cannot be read safely, or is not a checkpoint of a task of this library.
     """
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; name the .ckpt file that stands beside it.")
     file = read_file(path)
     content = file.content
     missing = [key for key in _WANTED if not isinstance(content, dict) or not isinstance(content.get(key), dict)]
@@ -132,6 +134,7 @@ def _load(stream: IO[bytes], path: Path, map_location: Any, weights_only: bool) 
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if isinstance(error, pickle.UnpicklingError):  # torch recommends to run the code
             reason = "it holds more than numbers, texts and tensors, and to read that could run code"
+        reason = _other_kind(stream) or reason
         raise CheckpointError(
             f"{path} is not a checkpoint that can be read safely ({reason:.120}); it is damaged or of another kind. "
             f"{instead_of(path)}"
@@ -145,6 +148,33 @@ def _refuse_packed(stream: IO[bytes]) -> None:
         with zipfile.ZipFile(stream) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise ValueError("it is packed, which torch never does")
+
+
+def _other_kind(stream: IO[bytes]) -> str | None:
+    """Say what kind of file a stream is, where its first bytes show that `torch.save` did not write it."""
+    stream.seek(0)
+    start = stream.read(_NUM_BYTES_SHOWN)
+    if not start:
+        return "it is empty"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 32:  # the length of a header in JSON
+        return "it is a safetensors file, which holds weights alone"
+    if start.startswith(b"GGUF"):
+        return "it is a GGUF file"
+    characters = start.decode(errors="replace").rstrip("\ufffd")  # the last one may be cut
+    is_text = all(one.isprintable() or one in "\r\n\t" for one in characters) and "\ufffd" not in characters
+    return "it is a text file" if characters and is_text else None
+
+
+def _file_meant(folder: Path) -> str:
+    """Say which `.ckpt` file belongs to a folder that was named in its place."""
+    beside = folder.with_name(f"{folder.name}.ckpt")
+    if beside.is_file():
+        return f"name the .ckpt file that stands beside it, {beside}"
+    found = sorted([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
+    if found:
+        last = next((file for file in found if file.name == "last.ckpt"), found[-1])
+        return f"name a .ckpt file inside, such as {last}"
+    return "name a .ckpt file, such as runs/version_0/checkpoints/last.ckpt"
 
 
 def _others_beside(path: Path) -> str:

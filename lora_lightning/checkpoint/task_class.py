@@ -75,32 +75,30 @@ def find_task_class(stored: str | None, name: str | None, path: Path) -> type[L.
         raise CheckpointError(f"The task {wanted} of {path} cannot be used: {error}") from error
 
 
-def argument_names(cls: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
-    """Return the names of the arguments that a constructor was called with, those inside `*args` and `**kwargs` too.
+def arguments_given(cls: type[Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that a constructor was called with by name, those inside `*args` and `**kwargs` too.
 
     Arguments in `*args` are assumed to be passed to the next class's constructor.
 
     Example:
         >>> class Task:
         ...     def __init__(self, width, **kwargs): ...
-        >>> argument_names(Task, (3,), {"dtype": "auto"})
-        ['dtype', 'width']
+        >>> arguments_given(Task, (3,), {"dtype": "auto"})
+        {'width': 3, 'dtype': 'auto'}
     """
     try:
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)
     except (TypeError, ValueError):  # the constructor itself says what is wrong
-        return []
-    names = set(list(bound.arguments)[1:])  # the first is the object itself
+        return {}
+    given = dict(list(bound.arguments.items())[1:])  # the first is the object itself
     for parameter in bound.signature.parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
-            names |= set(bound.arguments.get(parameter.name, {}))
-            names.discard(parameter.name)
+            given |= given.pop(parameter.name, {})
         elif parameter.kind is parameter.VAR_POSITIONAL:
-            names.discard(parameter.name)
-            rest = bound.arguments.get(parameter.name, ())
+            rest = given.pop(parameter.name, ())
             above = next((base for base in cls.__mro__[1:] if "__init__" in vars(base)), object)
-            names |= set(argument_names(above, rest, {})) if rest else set()
-    return sorted(names)
+            given |= arguments_given(above, rest, {}) if rest else {}
+    return given
 
 
 def constructor_arguments(
@@ -150,7 +148,9 @@ def build_task(
             f"{path} was written with AdapterFinetuning. Load it with lora_lightning.load_finetuned, and merge it with "
             "lora_lightning.merge_finetuned."
         )
-    arguments = {**constructor_arguments(cls, settings_in(content), given_in(content)), **changes}
+    settings = settings_in(content)
+    arguments = {**constructor_arguments(cls, settings, given_in(content)), **changes}
+    _warn_of_lost(cls, set(given_in(content) or ()) - settings.keys() - changes.keys(), path)
     try:
         task = cls(**arguments)
     except TypeError as error:
@@ -163,3 +163,16 @@ def build_task(
     task.on_load_checkpoint(content)
     task.load_state_dict(content["state_dict"], strict=task.strict_loading)
     return task
+
+
+def _warn_of_lost(cls: type[Any], lost: set[str], path: Path) -> None:
+    """Warn that a task was built with arguments that its checkpoint does not hold: the defaults may act otherwise."""
+    from lightning.pytorch.utilities import rank_zero_warn
+
+    if not lost:
+        return
+    rank_zero_warn(
+        f"{path} does not hold the arguments {', '.join(sorted(lost))} that its {cls.__name__} was built with, since "
+        "they are not plain types; their defaults are used. Pass them to load_from_checkpoint, or keep a plain form "
+        "with self.keep_settings(...) in __init__."
+    )

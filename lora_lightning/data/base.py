@@ -115,7 +115,7 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
         for kind in self._kinds_of(stage):
             splits = self._splits_of(kind)
             if not splits and stage in ("validate", "test", "predict"):
-                raise self._no_rows(stage, kind)
+                raise self._no_rows(kind)
             for split in splits:
                 if split not in self._encoded:
                     self._encoded[split] = self._encode(split)
@@ -134,7 +134,7 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
             self._read()
         for kind in kinds:
             if not self._splits_of(kind):
-                raise self._no_rows({"val": "validate"}.get(kind, kind), kind)
+                raise self._no_rows(kind)
 
     def train_dataloader(self) -> Batches:
         """Return the training batches of this rank; each epoch has a different order."""
@@ -183,8 +183,9 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
         """Return the splits of a kind that have rows: several where a kind has more than one."""
         return [split for split in self._splits_read if kind_of(split) == kind]
 
-    def _no_rows(self, stage: str, kind: str) -> DataError:
-        """Return the error for a stage that has no rows."""
+    def _no_rows(self, kind: str) -> DataError:
+        """Return the error for a kind of split that has no rows."""
+        stage = "validate" if kind == "val" else kind
         size = "val_size" if kind == "val" else "test_size"
         return DataError(f"There are no rows to {stage}: {size} is 0. Set it, or give a file as {kind}.")
 

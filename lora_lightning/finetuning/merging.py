@@ -15,7 +15,7 @@ from lora_lightning.adapters.merge import check_mergeable
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.backbones.attach import merge
 from lora_lightning.checkpoint.files import make_parents, write_atomically
-from lora_lightning.errors import CheckpointError, ConfigError, NotMergeable
+from lora_lightning.errors import CheckpointError, ConfigError, NotMergeable, trouble_of_disk
 from lora_lightning.finetuning.loading import build_finetuned, read_finetuned
 from lora_lightning.finetuning.module_class import Finetuned
 from lora_lightning.finetuning.record import ENTRY, attached_parts, prefix_of
@@ -128,4 +128,4 @@ def _write(output: Path, content: dict[str, Any]) -> None:
         make_parents(output.parent)
         write_atomically(output, buffer.getvalue())
     except OSError as error:
-        raise CheckpointError(f"{output} could not be written ({error}).") from error
+        raise CheckpointError(f"{output} could not be written: {trouble_of_disk(error) or error.strerror}.") from error

@@ -21,7 +21,7 @@ from lora_lightning.checkpoint.fingerprint import fingerprint
 from lora_lightning.checkpoint.manifest import Manifest, class_config
 from lora_lightning.checkpoint.own_state import warn_of_own_file
 from lora_lightning.checkpoint.saved_run import SavedRun, generation_settings_of
-from lora_lightning.errors import BackboneError, CheckpointError, NotMergeable
+from lora_lightning.errors import BackboneError, CheckpointError, NotMergeable, trouble_of_disk
 from lora_lightning.merging.check import check_written
 from lora_lightning.merging.dense import dequantize as dequantize_base
 from lora_lightning.merging.precision import dtype_of, final_dtypes, name_of, narrow, round_to, widen
@@ -121,7 +121,9 @@ def merge_checkpoint(
                 check_written(folder, model, batch, WEIGHTS_NAME)
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
-        raise CheckpointError(f"{output_dir} could not be written ({error}); nothing was left there.") from error
+        raise CheckpointError(
+            f"{output_dir} could not be written: {trouble_of_disk(error) or error.strerror}; nothing was left there."
+        ) from error
     if hasattr(model, "save_pretrained"):
         warn_of_own_file(task, run.own_state, output_dir)
     return MergeReport(output_dir=output_dir, loss=loss, num_bytes=num_bytes, has_tokenizer=tokenizer is not None)

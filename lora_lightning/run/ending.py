@@ -39,25 +39,31 @@ def ending(trainer: L.Trainer, *, is_language_model: bool) -> list[str]:
     if chosen is None:
         return lines
     merged = any(isinstance(one, MergeAtEnd) and one.merged_dir for one in trainer.callbacks)  # type: ignore[attr-defined]  # set by Lightning's callback connector
-    return [*lines, "Next:", *(f"  {one}" for one in next_commands(folder, chosen, is_language_model, merged))]
+    has_test = getattr(trainer.datamodule, "counts", {}).get("test") != 0  # type: ignore[attr-defined]  # set by Lightning's data connector
+    commands = next_commands(folder, chosen, is_language_model, merged, has_test=has_test)
+    return [*lines, "Next:", *(f"  {one}" for one in commands)]
 
 
-def next_commands(folder: Path, checkpoint: Path, is_language_model: bool, is_merged: bool) -> list[str]:
-    """Return three commands that use a checkpoint.
+def next_commands(
+    folder: Path, checkpoint: Path, is_language_model: bool, is_merged: bool, *, has_test: bool = True
+) -> list[str]:
+    """Return commands that use a checkpoint.
 
     Args:
         folder: The run's folder.
         checkpoint: The checkpoint.
         is_language_model: Whether the model generates text.
         is_merged: Whether the run has merged it already.
+        has_test: Whether the data have rows to test on, which `predict` takes too unless it is given others.
     """
     path = f"--ckpt_path {shlex.quote(str(checkpoint))}"
     config = f"--config {shlex.quote(str(folder / 'config.yaml'))}"
     test = f"{PROG} test {config} {path}"
-    use = f'{PROG} generate {path} --prompt "Hello"' if is_language_model else f"{PROG} predict {config} {path}"
+    predict = f"{PROG} predict {config} {path}" if has_test else f"{PROG} predict {path} --data.predict FILE"
+    use = f'{PROG} generate {path} --prompt "Hello"' if is_language_model else predict
     adapter = f"{PROG} export --to peft {path} --output_dir {shlex.quote(str(folder / 'adapter'))}"
     merge = f"{PROG} merge {path} --output_dir {shlex.quote(str(folder / 'merged'))}"
-    return [test, use, adapter if is_merged else merge]
+    return [*([test] if has_test else []), use, adapter if is_merged else merge]
 
 
 def _existing(path: str) -> Path | None:

@@ -27,6 +27,12 @@ HIDDEN_WARNINGS = {
 }
 """Regular expressions of warnings, with the reason to hide each."""
 
+HIDDEN_IN_EVALUATIONS = {
+    "The dirpath has changed from": "said of a run's checkpoints, which an evaluation does not continue",
+    "Be aware that when using `ckpt_path`": "the callbacks of the training do nothing in an evaluation",
+}
+"""Beginnings of warnings that only a fit needs, with the reason to hide each."""
+
 _LOGGERS = ("lightning", "lightning.pytorch", "lightning.fabric")
 _BAR_SWITCHES = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS")
 
@@ -53,8 +59,8 @@ def tidy_output(*, is_fit: bool) -> Iterator[None]:
     with _tidy_log(), warnings.catch_warnings():
         for pattern in HIDDEN_WARNINGS:
             warnings.filterwarnings("ignore", message=pattern)
-        if not is_fit:  # said of a run's checkpoints, which an evaluation does not continue
-            warnings.filterwarnings("ignore", message="The dirpath has changed from")
+        for pattern in () if is_fit else HIDDEN_IN_EVALUATIONS:
+            warnings.filterwarnings("ignore", message=pattern)
         yield
 
 

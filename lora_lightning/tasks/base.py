@@ -47,7 +47,7 @@ from lora_lightning.tasks.log_pace import LogPace
 from lora_lightning.tasks.prediction_columns import columns_of
 from lora_lightning.tasks.quantized import check_quantization, refuse_unfit_trainer
 from lora_lightning.tasks.settings import Recomputing, is_plain, labels, methods_from, plain, refuse_packing
-from lora_lightning.tasks.step_output import StepOutput, batch_size_of
+from lora_lightning.tasks.step_output import StepOutput, batch_size_of, require_output
 
 __all__ = ["AdapterTask"]
 
@@ -122,6 +122,8 @@ class AdapterTask(EvaluatedTask):
         self._is_calibrated = False
         self._log_pace = LogPace()
         specs = [class_config(one) for one in self.methods]
+        # Arguments of a subclass are kept without its doing; what it passes to `keep_settings` replaces them.
+        self.keep_settings(**vars(self).pop("_plain_arguments"))
         self.keep_settings(
             backbone=backbone,
             method=None if self._takes_method_of_adapter else specs[0] if len(specs) == 1 else specs,
@@ -136,7 +138,11 @@ class AdapterTask(EvaluatedTask):
         )
 
     def keep_settings(self, **settings: Any) -> None:  # noqa: ANN401 - checked to be plain
-        """Store arguments of `__init__` as plain types, for checkpoints; a subclass adds its own here."""
+        """Store arguments of `__init__` as plain types, for checkpoints.
+
+        Those that the class was called with are stored already if they are plain types. A subclass adds a plain form of
+        its others here, or replaces what differs from the argument.
+        """
         self.save_hyperparameters({name: plain(value) for name, value in settings.items()})
 
     # What a subclass defines or overrides.
@@ -240,6 +246,9 @@ class AdapterTask(EvaluatedTask):
         if self.quantization is not None and self._trainer is not None:
             refuse_unfit_trainer(self._trainer)  # before minutes go into loading
         model: Any = self.configure_backbone()
+        if not isinstance(model, nn.Module):
+            returned = f"configure_backbone of {type(self).__name__} returned {type(model).__name__}"
+            raise ConfigError(f"{returned}; return the model to adapt, a torch.nn.Module.")
         self.check_trained(self._new_modules)
         if is_attached(model):
             raise ConfigError("configure_backbone returned a model with adapters; return the bare model.")
@@ -280,7 +289,8 @@ class AdapterTask(EvaluatedTask):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401 - the data module's own type
         """Return the loss of a batch, with the methods' penalties, and log it at logging steps."""
         del batch_idx
-        values = {"loss": self._checked("train", self.compute_loss, batch).loss}
+        output = self._checked("train", self.compute_loss, batch)
+        values = {"loss": require_output(output, type(self).__name__, trains=True).loss}
         for method, label in zip(self.methods, labels(self.methods), strict=True):
             penalty = method.extra_loss(self.adapted)
             if penalty is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lora_lightning.checks.monitors import Direction
 from lora_lightning.tasks.checkpoint_state import CheckpointState
 from lora_lightning.tasks.evaluation import EvaluationSets, Measures, measured, sets_of
-from lora_lightning.tasks.step_output import StepOutput, batch_size_of
+from lora_lightning.tasks.step_output import StepOutput, batch_size_of, require_output
 
 if TYPE_CHECKING:
     from torchmetrics import MetricCollection
@@ -83,6 +83,7 @@ class EvaluatedTask(CheckpointState, abc.ABC):
     def _evaluate(self, batch: Any, sets: EvaluationSets, index: int) -> None:  # noqa: ANN401 - the data module's own type
         """Update the metrics of a batch's set, by the index of its loader, and those of all sets together."""
         output = self._checked(sets.stage, self.compute_loss, batch)
+        require_output(output, type(self).__name__, trains=False)
         for prefix in sets.prefixes_of(index):
             self._measures(prefix).update(output, batch_size_of(batch))
         if not sets.names:

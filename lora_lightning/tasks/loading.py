@@ -17,10 +17,11 @@ from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint, t
 from lora_lightning.checkpoint.base_sample import base_sample_of
 from lora_lightning.checkpoint.own_state import own_entries
 from lora_lightning.checkpoint.reading import read_file
-from lora_lightning.checkpoint.task_class import argument_names, build_task, class_path_of
+from lora_lightning.checkpoint.task_class import arguments_given, build_task, class_path_of
 from lora_lightning.errors import CheckpointError
 from lora_lightning.keywords import ForwardsSettings
 from lora_lightning.optim import Optim, param_groups
+from lora_lightning.tasks.settings import plain_ones
 from lora_lightning.texts.saved_tokenizer import SavedTokenizer
 
 _CLASS_PATH = "_class_path"
@@ -30,11 +31,14 @@ class CheckedLoading(ForwardsSettings, L.LightningModule):
     """A LightningModule whose `load_from_checkpoint` reads the file once, safely, and compares it with its manifest."""
 
     _arguments: list[str]
+    _plain_arguments: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:  # noqa: ANN401 - those of __init__
         """Record the arguments of the constructor, since a subclass may take them through `**kwargs`."""
         task = super().__new__(cls, *args, **kwargs)
-        object.__setattr__(task, "_arguments", argument_names(cls, args, kwargs))
+        given = arguments_given(cls, args, kwargs)
+        object.__setattr__(task, "_arguments", sorted(given))
+        object.__setattr__(task, "_plain_arguments", plain_ones(given))
         return task
 
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from inspect import isabstract
 from typing import Any, Literal, TypeAlias
 
@@ -87,6 +88,20 @@ def plain(value: Any) -> Any:  # noqa: ANN401 - nested containers of any depth
     if isinstance(value, Sequence | set | frozenset):
         return [plain(item) for item in value]
     raise ConfigError(f"Settings must be plain types, so that a checkpoint can hold them; got {type(value).__name__}.")
+
+
+def plain_ones(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of some settings that have a plain form, in that form.
+
+    Example:
+        >>> plain_ones({"width": 3, "sizes": (1, 2), "activation": abs})
+        {'width': 3, 'sizes': [1, 2]}
+    """
+    found = {}
+    for name, value in settings.items():
+        with suppress(ConfigError):
+            found[name] = plain(value)
+    return found
 
 
 def _method_from_plain(spec: Mapping[str, Any]) -> Method:

@@ -159,4 +159,36 @@ def test_the_first_error_is_told() -> None:
     full.__context__ = CheckpointError("Step 3 could not be saved.")
     assert _mistake(full) == "Step 3 could not be saved."
     assert _mistake(OSError(errno.ENOENT, "No such file", "x")) is None
+
+
+def test_a_file_where_a_folder_is_needed(tmp_path: Path) -> None:
+    """Folders are made in many places; wherever one cannot be, the command says so."""
+    taken = tmp_path / "reviews.csv"
+    taken.touch()
+    for folder in (taken, taken / "version_0", taken / "a" / "b"):
+        with pytest.raises(OSError, match=r"exists|Not a directory") as caught:
+            folder.mkdir(parents=True, exist_ok=True)
+        assert _mistake(caught.value) == (
+            f"{caught.value.filename} could not be read or written: a file is there where a folder is needed."
+        )
+    with pytest.raises(OSError, match="Is a directory") as caught:
+        tmp_path.open("w")
+    assert (
+        _mistake(caught.value) == f"{tmp_path} could not be read or written: a folder is there where a file is needed."
+    )
+    (tmp_path / "free" / "version_0").mkdir(parents=True)
+
+
+def test_a_run_below_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(CONFIG.format(folder=tmp_path / "runs", kind="full", at_step=99))
+    words = ["fit", "--config", str(config), "--trainer.max_steps", "1"]
+    assert main([*words, "--trainer.default_root_dir", str(config)]) == 2
+    error = f"{config}/version_0/config.yaml could not be written: a file is there where a folder is needed"
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert main(words) == 0
+
+
+def test_other_errors_are_no_trouble_of_the_disk() -> None:
     assert trouble_of_disk(ValueError("x")) is None

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from lora_lightning.checkpoint.reading import read_checkpoint
 from lora_lightning.errors import CheckpointError
@@ -26,15 +27,42 @@ def test_missing_file_names_the_others(ckpt: Path) -> None:
 
 
 def test_folder(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is a folder; name the \.ckpt file"):
-        read_checkpoint(tmp_path)
+    """The message names the file that is meant, where there is one."""
+    inside = tmp_path / "run" / "checkpoints"
+    (inside / "last").mkdir(parents=True)
+    example = r"name a \.ckpt file, such as runs/version_0/checkpoints/last\.ckpt\.$"
+    for folder in (tmp_path / "run", inside, inside / "last"):
+        with pytest.raises(CheckpointError, match=f"is a folder; {example}"):
+            read_checkpoint(folder)
+    for name in ("epoch=1.ckpt", "last.ckpt"):
+        (inside / name).touch()
+        for folder in (tmp_path / "run", inside):
+            with pytest.raises(CheckpointError, match=rf"is a folder; name a \.ckpt file inside, such as .*/{name}\.$"):
+                read_checkpoint(folder)
+    with pytest.raises(
+        CheckpointError, match=r"is a folder; name the \.ckpt file that stands beside it, .*last\.ckpt\.$"
+    ):
+        read_checkpoint(inside / "last")
 
 
-@pytest.mark.parametrize("data", [b"", b"text", b"PK\x03\x04 half a zip"])
-def test_not_a_checkpoint(tmp_path: Path, data: bytes) -> None:
+SAFETENSORS = save({"lora_A": torch.zeros(2)})
+KINDS = [
+    (b"", "it is empty"),
+    (b"text,label\n", "it is a text file"),
+    ("schön".encode(), "it is a text file"),
+    (("x" * 511 + "ö").encode(), "it is a text file"),
+    (SAFETENSORS, "it is a safetensors file, which holds weights alone"),
+    (b"GGUF\x03\x00", "it is a GGUF file"),
+    (b"PK\x03\x04 half a zip", "(?!it is a|it is empty)"),
+    (b"\x80\x04", "(?!it is a|it is empty)"),
+]
+
+
+@pytest.mark.parametrize(("data", "kind"), KINDS)
+def test_not_a_checkpoint(tmp_path: Path, data: bytes, kind: str) -> None:
     path = tmp_path / "x.ckpt"
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match="not a checkpoint that can be read safely"):
+    with pytest.raises(CheckpointError, match=rf"not a checkpoint that can be read safely \({kind}"):
         read_checkpoint(path)
 
 

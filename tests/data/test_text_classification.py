@@ -5,6 +5,7 @@ from collections import Counter
 from unittest.mock import Mock
 
 import pytest
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lora_lightning.data import TextClassificationData
 from lora_lightning.errors import ConfigError, DataError
@@ -211,8 +212,12 @@ def test_stages_without_rows(build_texts):
     assert data.val_dataloader() == []
     assert data.test_dataloader() == []
     assert data.counts["train"] == 100
+    of_trainer = [TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING]
     for stage, name in {"validate": "val", "test": "test", "predict": "test"}.items():
         with pytest.raises(DataError, match=f"no rows to {stage}: {name}_size is 0"):
+            data.setup(stage)
+    for stage, name in zip(of_trainer, ["val", "test", "test"], strict=True):
+        with pytest.raises(DataError, match=f"no rows to {stage.value}: {name}_size is 0"):
             data.setup(stage)
 
 

@@ -8,16 +8,20 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning
+import lightning as L
 import pytest
 import torch
 import yaml
 from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.__main__ import main
-from lora_lightning.run.quiet import HIDDEN_MESSAGES, hide_bars, tidy_output
+from lora_lightning.run.ending import ending
+from lora_lightning.run.quiet import HIDDEN_IN_EVALUATIONS, HIDDEN_MESSAGES, hide_bars, tidy_output
 from lora_lightning.run.trainer import auto_interval
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
@@ -105,7 +109,7 @@ def test_hidden_messages_are_lightnings():
         "Restored all states from": "Restored all states",
         "Loaded model weights from": "Loaded model weights",
     }
-    for message, reason in HIDDEN_MESSAGES.items():
+    for message, reason in (HIDDEN_MESSAGES | HIDDEN_IN_EVALUATIONS).items():
         start = " ".join(message.split()[:4])
         assert put_together.get(start, message) in sources, f"Lightning no longer says {message!r}"
         assert reason
@@ -124,6 +128,27 @@ def test_other_messages_stay(capsys):
         assert "GPU available: False, used: False" in capsys.readouterr().err
     finally:
         logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("beginning", HIDDEN_IN_EVALUATIONS)
+def test_warnings_of_checkpoints_are_hidden_in_evaluations_alone(beginning):
+    with warnings.catch_warnings(record=True) as seen, tidy_output(is_fit=False):
+        warnings.warn(f"{beginning} this and that.", stacklevel=1)
+    assert not seen
+    with pytest.warns(UserWarning, match=re.escape(beginning)), tidy_output(is_fit=True):
+        warnings.warn(f"{beginning} this and that.", stacklevel=1)
+
+
+@pytest.mark.parametrize(("counts", "first"), [({"test": 0}, "predict"), ({"test": 3}, "test"), ({}, "test")])
+def test_commands_without_test_rows(tmp_path, counts, first):
+    trainer = L.Trainer(max_steps=1, accelerator="cpu", default_root_dir=tmp_path, logger=False, barebones=False)
+    trainer.checkpoint_callback.last_model_path = str(tmp_path)  # any path that exists
+    trainer.datamodule = SimpleNamespace(counts=counts)
+    lines = ending(trainer, is_language_model=False)
+    commands = [line.split()[1] for line in lines[lines.index("Next:") + 1 :]]
+    assert commands == ["test", "predict", "merge"][0 if first == "test" else 1 :]
+    (predict,) = [line for line in lines if " predict " in line]
+    assert ("--data.predict FILE" in predict) == (first == "predict")
 
 
 def test_bars_are_hidden_in_a_pipe_alone(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,8 +70,10 @@ class Scaled(SequenceClassification):
 
 
 class Forgetful(Projected):
-    """Does not keep an argument that it cannot do without."""
+    """Keeps none of its arguments itself, and cannot do without the first."""
 
-    def __init__(self, needed: int, **kwargs: Any) -> None:
+    def __init__(
+        self, needed: int, temperature: float = 1.0, rename: Callable[[str], str] = str, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        self.needed = needed
+        self.needed, self.temperature, self.rename = needed, temperature, rename

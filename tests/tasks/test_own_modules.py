@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,9 +64,42 @@ def test_checkpoints_of_version_0_1_load(tmp_path: Path) -> None:
         assert torch.equal(loaded(X), task(X))
 
 
-def test_an_argument_that_is_not_kept_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("given", [{"temperature": 0.5}, {}], ids=["given", "left out"])
+def test_plain_arguments_are_kept_without_its_doing(tmp_path: Path, given: dict[str, float]) -> None:
+    path = saved(task := Forgetful(3, method=METHOD, width=5, **given), tmp_path / "x.ckpt")
+    for loaded in (Forgetful.load_from_checkpoint(path), SavedRun.of_checkpoint(path).build()):
+        assert (loaded.needed, loaded.temperature) == (3, task.temperature) == (3, given.get("temperature", 1.0))
+        assert loaded.hparams == task.hparams
+    assert Forgetful.load_from_checkpoint(path, temperature=2.0).temperature == 2
+
+
+def test_what_a_task_keeps_itself_replaces_the_argument() -> None:
+    class Rounding(Projected):
+        def __init__(self, size: float = 1.0, **kwargs: Any) -> None:
+            super().__init__(**kwargs)
+            self.keep_settings(size=round(size))
+
+    assert Rounding(size=2.6).hparams["size"] == 3
+    assert Forgetful(needed=2).hparams["needed"] == 2
+
+
+def test_an_argument_that_has_no_plain_form_is_named(tmp_path: Path) -> None:
+    path = saved(Forgetful(needed=3, rename=str.upper, method=METHOD), tmp_path / "x.ckpt")
+    with pytest.warns(UserWarning, match=r"the arguments rename .*Forgetful.*self\.keep_settings"):
+        assert Forgetful.load_from_checkpoint(path).rename is str
+    # warnings are errors: to pass it on is enough
+    assert Forgetful.load_from_checkpoint(path, rename=str.upper).rename is str.upper
+
+
+def test_a_required_argument_that_is_not_there_is_named(tmp_path: Path) -> None:
     path = saved(Forgetful(needed=3, method=METHOD), tmp_path / "x.ckpt")
-    with pytest.raises(CheckpointError, match=r"needed.*call self\.keep_settings"):
+    content = torch.load(path, weights_only=True)
+    del content["hyper_parameters"]["needed"]
+    torch.save(content, path)
+    with (
+        pytest.warns(UserWarning, match="the arguments needed"),
+        pytest.raises(CheckpointError, match=r"needed.*call self\.keep_settings"),
+    ):
         Forgetful.load_from_checkpoint(path)
     assert Forgetful.load_from_checkpoint(path, needed=3).needed == 3
 

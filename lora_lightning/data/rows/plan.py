@@ -57,7 +57,10 @@ class Plan:
         for split, size in self.sizes.items():
             check_size(f"{split}_size", size, zero=split != "train")
             if split != "train" and size and self.has_own_source(split):
-                raise ConfigError(f"{split}_size is {size}, but {split} names rows of its own; give one of the two.")
+                raise ConfigError(
+                    f"{split}_size is {size}, but {split} names rows of its own; give one of the two "
+                    f"({split}_size: null takes the size back)."
+                )
 
     def check_trains(self) -> None:
         """Refuse a plan without a source to train on.
