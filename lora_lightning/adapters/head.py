@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lora_lightning.adapters.base import ForwardAdapter, Role
 from lora_lightning.errors import TargetError
@@ -37,7 +37,7 @@ class HeadAdapter(ForwardAdapter):
                 f"A copy of this {type(host).__name__} cannot train, since {packed[0]!r} is stored quantized; take it "
                 "out of modules_to_save, or load it in full precision."
             )
-        self.module = copy.deepcopy(host).requires_grad_()
+        self.module = copied(host).requires_grad_()
         if _dtype(host) is not torch.float64:
             self.module.float()
 
@@ -71,6 +71,31 @@ class HeadAdapter(ForwardAdapter):
             return tree_map(lambda value: _cast(value, host_dtype) if _is_of(value, own_dtype) else value, output)
         args, kwargs = tree_map(lambda value: _cast(value, own_dtype), (args, kwargs))
         return tree_map(lambda value: _cast(value, host_dtype), self.module(*args, **kwargs))
+
+
+def copied(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return a deep copy of a module, which may have been called with gradients before.
+
+    `copy.deepcopy` refuses tensors with a history, and some modules keep one after a call: the weights that
+    `nn.utils.weight_norm` and `nn.utils.spectral_norm` compute, and running values that were not detached. The copy
+    gets their values.
+
+    Args:
+        module: The module.
+        memo: What not to copy, by `id`, as `copy.deepcopy` takes it.
+
+    Example:
+        >>> module = nn.utils.spectral_norm(nn.Linear(2, 2))
+        >>> _ = module(torch.ones(1, 2))
+        >>> module.weight.requires_grad, copied(module).weight.requires_grad
+        (True, False)
+    """
+    memo = {} if memo is None else memo
+    for inner in module.modules():
+        for value in tree_leaves(vars(inner)):
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
 
 
 def _is_packed(parameter: nn.Parameter) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from torch import nn
 
 from lora_lightning.adapters.base import ForwardAdapter, Role
+from lora_lightning.adapters.head import copied
 from lora_lightning.adapters.host import _Adapted, _adapted_class
 from lora_lightning.adapters.weights import RESERVED, original_class
 from lora_lightning.errors import TargetError
@@ -128,7 +128,7 @@ class NormStatistics(ForwardAdapter):
     def __init__(self, host: nn.Module) -> None:
         super().__init__()
         shared = {id(parameter): parameter for parameter in host.parameters()}
-        self.module = copy.deepcopy(host, memo=dict(shared))  # copies buffers alone
+        self.module = copied(host, memo=dict(shared))  # copies buffers alone
         self.lent = [(path, name) for path, inner in self.module.named_modules() for name in inner._parameters]
         self.borrow(host)
 
