@@ -141,7 +141,7 @@ def route(model: Any) -> Callable[[nn.Module], None]:  # noqa: ANN401 - a transf
         What undoes it; it can be pickled.
     """
     before = _implementation(model)
-    _register(ROUTED, attend)
+    register(ROUTED, attend)
     model.set_attn_implementation(ROUTED)
     return partial(restore, implementation=before)
 
@@ -173,7 +173,7 @@ def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a tran
         found[module] = (key.shape[1], key.shape[3], value.shape[3])
         return attend(module, query, key, value, *args, **kwargs)
 
-    _register(_PROBED, probe)
+    register(_PROBED, probe)
     with quiet(model):
         plain = trial.call(model, trial.rows(with_front=True, with_mask=False))
         model.set_attn_implementation(_PROBED)
@@ -229,7 +229,8 @@ def _unsupported(model: Any, problem: str = "") -> TargetError:  # noqa: ANN401 
     )
 
 
-def _register(name: str, function: Callable[..., Any]) -> None:
+def register(name: str, function: Callable[..., Any]) -> None:
+    """Give transformers an attention function by its name, with the masks of `sdpa`."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 

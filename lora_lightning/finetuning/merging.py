@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.adapters.head import copied
 from lora_lightning.adapters.merge import check_mergeable
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.backbones.attach import merge
@@ -114,11 +114,11 @@ def refuse_taken_file(output: Path) -> None:
 
 def _plain_copy(submodule: nn.Module) -> nn.Module:
     """Return a copy on the CPU whose loading and saving is plain torch's."""
-    copied: Any = copy.deepcopy(submodule)
-    if issubclass(type(copied), Finetuned):
-        copied.__class__ = copied._lora_lightning_class
-    plain: nn.Module = copied.cpu()
-    return plain
+    plain: Any = copied(submodule)  # right after training, so that some weights have a history
+    if issubclass(type(plain), Finetuned):
+        plain.__class__ = plain._lora_lightning_class
+    on_cpu: nn.Module = plain.cpu()
+    return on_cpu
 
 
 def _write(output: Path, content: dict[str, Any]) -> None:

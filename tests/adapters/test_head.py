@@ -15,6 +15,7 @@ from lora_lightning.adapters import (
     iter_roles,
     merge,
 )
+from lora_lightning.adapters.head import copied
 from lora_lightning.errors import TargetError
 from lora_lightning.methods import LoRA
 from tests.adapters.toys import Bias, Model, ids
@@ -181,3 +182,44 @@ def test_a_quantized_module_is_refused():
     with pytest.raises(TargetError, match="copy of this Linear4bit cannot train, since 'weight' is stored quantized"):
         attach(model, LoRA(r=2, target_modules=["0"]), modules_to_save=["1"])
     assert type(model[0]) is nn.Linear
+
+
+class History(nn.BatchNorm1d):
+    """A norm whose running mean keeps the history of what it saw, as hand-written ones may."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = super().forward(x)
+        if self.training:
+            self.running_mean = self.running_mean * 0.9 + 0.1 * x.mean(0)
+        return output
+
+
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_a_module_that_was_called_with_gradients_is_copied(norm):
+    model = nn.Sequential(nn.Sequential(norm(nn.Linear(4, 4))), nn.Linear(4, 3))
+    x = torch.randn(2, 4)
+    model(x).sum().backward()
+    with pytest.raises(RuntimeError, match="graph leaves"):
+        copy.deepcopy(model)
+    model.eval()
+    base = model(x).detach()
+    attach(model, LoRA(r=2, target_modules=["1"]), modules_to_save=["0"])
+    assert torch.equal(model(x), base)
+    perturb(model)
+    assert gap(model(x), base) > 1e-3
+    trained = model(x).detach()
+    clone = copied(model)
+    merge(clone)
+    assert gap(clone(x), trained) <= 1e-5
+
+
+def test_a_norm_whose_statistics_have_a_history_is_copied():
+    model = nn.Sequential(nn.Linear(4, 4), History(4), nn.Linear(4, 3))
+    model(torch.randn(5, 4)).sum().backward()
+    with pytest.raises(RuntimeError, match="graph leaves"):
+        copy.deepcopy(model)
+    mean = model[1].running_mean.detach().clone()
+    attach(model, LoRA(r=2, target_modules=["0"]), train_norm_statistics=True)
+    assert torch.equal(adapter_state_dict(model)["1.running_mean"], mean)
+    assert gap(mean, torch.zeros(4)) > 1e-4

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import lightning as L
 import pytest
 import torch
@@ -147,3 +149,23 @@ def test_norm_statistics_and_teachers_are_merged(tmp_path):
     assert torch.equal(merged.teacher.weight, state["teacher.weight"])
     assert not torch.equal(merged.teacher.weight, SelfSupervised().teacher.weight)
     del module
+
+
+class Normed(ImageClassifier):
+    """Has a weight norm of the old kind: a weight that trains keeps the history of the last step."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__(**settings)
+        self.backbone.append(nn.Sequential(nn.utils.weight_norm(nn.Linear(16, 16))))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_a_module_is_merged_right_after_its_last_step(tmp_path):
+    changes = {"modules_to_save": ["4"], "merge_to": tmp_path / "merged.ckpt", "merge_which": "last"}
+    run, module = trainer(finetuning(Normed, **changes), max_epochs=1), Normed()
+    run.fit(module, loader(ImageClassifier))
+    with pytest.raises(RuntimeError, match="graph leaves"):
+        copy.deepcopy(module.backbone)
+    merged = Normed.load_from_checkpoint(tmp_path / "merged.ckpt")
+    assert torch.allclose(answers(merged), answers(module), atol=1e-5)
+    assert not torch.allclose(answers(Normed()), answers(module), atol=1e-3)

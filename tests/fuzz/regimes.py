@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from tests.fuzz.world import Fault, World, answers, distance
 
 def recompute(world: World) -> None:
     """Gradients with gradient checkpointing are those without."""
-    model = copy.deepcopy(world.model)
+    model = world.duplicate()
     if not getattr(model, "supports_gradient_checkpointing", False) or not base_trains(world):
         return
     plain, same = gradients(model, world), gradients(model, world)
@@ -64,9 +63,9 @@ def cast(world: World) -> None:
         return
     if not all(bool(one.isfinite().all()) for one in want):
         return
-    model = copy.deepcopy(world.model).to(dtype)
+    model = world.duplicate().to(dtype)
     with disabled(model):
-        world.expect_equal("disabled in another dtype", answers(model, batch), want, 16 * torch.finfo(dtype).eps)
+        world.expect_equal("disabled in another dtype", answers(model, batch), want, world.eps(dtype=dtype))
     is_other = distance(answers(model, batch), want) > 0  # what is small may vanish in bfloat16
     world.controls["adapted in another dtype"] = world.controls.get("adapted in another dtype", 0) + is_other
 
@@ -86,7 +85,7 @@ def autocast(world: World) -> None:
         world.expect_equal("disabled under autocast", under(world.model), want, 4 * torch.finfo(torch.bfloat16).eps)
     is_other = distance(under(world.model), want) > 0
     world.controls["adapted under autocast"] = world.controls.get("adapted under autocast", 0) + is_other
-    if base_trains(world):
+    if base_trains(world, torch.bfloat16):
         world.model.train()
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(world.model, world.batch)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters import iter_adapters
+from lora_lightning.backbones.attention import ROUTED
 from tests.fuzz.architectures import Architecture, Batch, outputs
 from tests.fuzz.draws import Setting
 
@@ -72,13 +73,41 @@ class World:
         """Seed torch by a draw."""
         torch.manual_seed(self.rng.randrange(1 << 30))
 
-    def eps(self) -> float:
-        """Return how far other kernels, which torch chooses by what needs a gradient, may lie: a few last bits."""
-        dtype = next(self.base.parameters()).dtype
-        is_eager = getattr(getattr(self.base, "config", None), "_attn_implementation", None) == "eager"
-        if is_eager and dtype is torch.float64:
-            dtype = torch.float32  # of its softmax, which prefixes replace by torch's own attention
+    def eps(self, model: Any = None, dtype: torch.dtype | None = None) -> float:
+        """Return how far other kernels, which torch chooses by what needs a gradient, may lie: a few last bits.
+
+        Args:
+            model: The model that is compared with the base; None for the adapted one.
+            dtype: The dtype that both compute in; None for the base's own.
+        """
+        dtype = next(self.base.parameters()).dtype if dtype is None else dtype
+        is_eager = _attention(self.base) == "eager"
+        is_routed = _attention(self.model if model is None else model) == ROUTED
+        if is_eager and is_routed and dtype is torch.float64:
+            dtype = torch.float32  # of the eager softmax, which prefixes replace by torch's own attention
         return 16 * torch.finfo(dtype).eps
+
+    def duplicate(self) -> Any:
+        """Return a deep copy of the model; torch copies no tensor with a history, which some bases keep after a call.
+
+        Where the base does so too (the old weight and spectral norms), the model first answers without gradients.
+        """
+        try:
+            return copy.deepcopy(self.model)
+        except RuntimeError:
+            if self._base_copies_after_training():
+                raise
+        answers(self.model, self.batch)
+        return copy.deepcopy(self.model)
+
+    def _base_copies_after_training(self) -> bool:
+        base = self.copy_of_base().train().requires_grad_()
+        outputs(base, self.batch)
+        try:
+            copy.deepcopy(base)
+        except RuntimeError:
+            return False
+        return True
 
     def tolerance(self) -> float:
         """Return how far an equal computation in another order may lie from the model's, relative."""
@@ -95,6 +124,10 @@ class World:
         if distance(got, other) == 0.0:
             raise Fault(f"control: {what} does not differ")
         self.controls[what] = self.controls.get(what, 0) + 1
+
+
+def _attention(model: Any) -> str | None:
+    return getattr(getattr(model, "config", None), "_attn_implementation", None)
 
 
 @torch.no_grad()
@@ -138,8 +171,8 @@ def tolerance(model: nn.Module, batch: Batch) -> float:
         for parameter in other.parameters():
             if parameter.is_floating_point():
                 noise = torch.rand(parameter.shape, generator=generator) - 0.5
-                wide = parameter.double() * (1 + eps * noise)
-                parameter.copy_(wide)
+                wide = parameter.double()
+                parameter.copy_(wide + wide * (eps * noise))  # 1 + eps * noise would itself be rounded, to 1 in float64
         moved += [distance(answers(other, batch), want), eps]
     return ROUNDING_FACTOR * max(moved)
 

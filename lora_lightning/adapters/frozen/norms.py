@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lora_lightning.adapters.base import ForwardAdapter, Role
 from lora_lightning.adapters.host import _Adapted, _adapted_class, unhang
@@ -73,12 +73,28 @@ def release_modes(model: nn.Module) -> None:
 
 
 def bare_copy(host: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """Copy a module as it is without the adapters on it and in it, and with norms that follow its mode.
+    """Copy a module without the adapters on it and in it, and with norms that follow its mode.
+
+    `copy.deepcopy` refuses tensors with a history, and some modules keep one after a call: the weights that
+    `nn.utils.weight_norm` and `nn.utils.spectral_norm` compute, and running values that were not detached. The copy
+    gets their values.
 
     Args:
-        host: The module; stays as it is.
-        memo: What the copy shares, as for `copy.deepcopy`.
+        host: The module, which stays as it is.
+        memo: What the copy shares, by `id`, as `copy.deepcopy` takes it.
+
+    Example:
+        >>> import torch
+        >>> module = nn.utils.spectral_norm(nn.Linear(2, 2))
+        >>> _ = module(torch.ones(1, 2))
+        >>> module.weight.requires_grad, bare_copy(module).weight.requires_grad
+        (True, False)
     """
+    memo = {} if memo is None else memo
+    for module in host.modules():
+        for value in tree_leaves(vars(module)):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
     copied = copy.deepcopy(host, memo)
     release_modes(copied)
     for module in list(copied.modules()):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lora_lightning.adapters import folded_state_dict
 from lora_lightning.adapters.walk import unwrap
 from lora_lightning.adapters.weights import original_class
+from lora_lightning.backbones.trials.cached_keys import why_cache_is_changed
 from lora_lightning.backbones.view import view_of
 from lora_lightning.errors import CheckpointError
 from lora_lightning.methods import PTuningV2
@@ -94,7 +95,8 @@ def why_another_prefix(model: nn.Module) -> str | None:
         return "PEFT lets layers with a sliding window lose sight of it, which this library does not"
     if layers and set(layers) != {"full_attention"}:
         return "PEFT counts layers without attention too"
-    return None
+    changed = why_cache_is_changed(model)
+    return None if changed is None else f"PEFT puts it into a cache, {changed} (on {type(model).__name__})"
 
 
 def encode_prefix(
@@ -121,4 +123,23 @@ def why_no_prefix(model: nn.Module) -> str | None:
     shapes = {tensor.shape for name, tensor in folded_state_dict(model).items() if name.endswith(".prefix_keys")}
     if len(shapes) > 1:
         return "PEFT has keys and values of one size for all layers, and those of this model differ"
-    return why_another_prefix(model) or why_no_wrapper(model)
+    return why_another_prefix(model) or _why_other_size(model, *shapes) or why_no_wrapper(model)
+
+
+def _why_other_size(model: nn.Module, shape: torch.Size) -> str | None:
+    """Return why PEFT would make keys of another size than `[heads, num, head size]`, or None.
+
+    Where a model's config has `num_key_value_heads`, PEFT goes by the config and not by the adapter's own sizes.
+    """
+    config: Any = unwrap(model).config
+    settings = config.get_text_config().to_dict()
+    heads, _, head_size = shape
+    if "num_key_value_heads" not in settings:
+        return None
+    theirs = settings["num_key_value_heads"], settings.get("head_dim") or head_size
+    if theirs == (heads, head_size):
+        return None
+    return (
+        f"PEFT takes the size of keys from the config (num_key_value_heads={theirs[0]}, head_dim={theirs[1]}), and the "
+        f"attention of this model has {heads} of {head_size}"
+    )

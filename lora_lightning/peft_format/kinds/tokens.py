@@ -18,7 +18,7 @@ from lora_lightning.methods.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.peft_format.adapter import FittedAdapter
 from lora_lightning.peft_format.hosts import copied_paths, own_modules, refuse_different, tied_to
 from lora_lightning.peft_format.keys import SortedTensors, sort_tensors
-from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, base_state
+from lora_lightning.peft_format.names import PEFT_WEIGHTS_NAME, PREFIX, base_state, module_paths, target_modules
 from lora_lightning.peft_format.schema.fields import (
     COMMON,
     Field,
@@ -170,14 +170,30 @@ def why_other_tokens(model: nn.Module, path: str) -> str | None:
     return None
 
 
+def namesakes(model: nn.Module, path: str) -> list[str]:
+    """Return the other modules that PEFT wraps beside a LoRA for the rows of an embedding.
+
+    It compares ends of paths, dot or no dot: `word_embeddings` names `encoder.word_embeddings` too.
+    """
+    holder = named_holder(model, path)
+    return [other for other in module_paths(model) if other != holder and other.endswith(holder)]
+
+
+def tied_namesakes(model: nn.Module, path: str) -> list[str]:
+    """Return the namesakes that share the embedding's weight, for each of which PEFT reads the rows again."""
+    tied = tied_to(own_modules(model), [named_holder(model, path)])
+    return [other for other in namesakes(model, path) if other in tied]
+
+
 def encode_tokens(
     model: nn.Module, method: TrainableTokens, adapters: Mapping[str, TrainableTokensAdapter]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return config and tensors of trained rows, by the paths of the modules that have them; see `encode`."""
+    holders = list(dict.fromkeys(named_holder(model, path) for path in adapters))
     config = {
         "peft_type": "TRAINABLE_TOKENS",
         "token_indices": sorted(method.token_indices),
-        "target_modules": list(dict.fromkeys(named_holder(model, path) for path in adapters)),
+        "target_modules": target_modules(module_paths(model), holders),
     }
     names = {path: join(f"{PREFIX}{path}", "trainable_tokens_delta") for path in adapters}
     return config, {names[path]: adapter.rows.tokens.detach() for path, adapter in adapters.items()}

@@ -14,7 +14,7 @@ from lora_lightning.adapters.weights import HostKind
 from lora_lightning.methods.bitfit import BiasAdapter
 from lora_lightning.methods.trainable_tokens import TrainableTokensAdapter
 from lora_lightning.peft_format.adapter import PeftAdapter
-from lora_lightning.peft_format.kinds.tokens import named_holder, why_other_tokens
+from lora_lightning.peft_format.kinds.tokens import named_holder, namesakes, tied_namesakes, why_other_tokens
 from lora_lightning.peft_format.lora.updates import Update
 from lora_lightning.peft_format.names import PREFIX
 
@@ -54,8 +54,9 @@ def encode_beside(
     if tokens:
         config |= _token_indices(model, tokens)
         for path in {named_holder(model, path): None for path in tokens}:
-            name = join(f"{PREFIX}{path}", "token_adapter.trainable_tokens_delta")
-            state[name] = tokens[path].rows.tokens.detach()
+            for one in (path, *tied_namesakes(model, path)):
+                name = join(f"{PREFIX}{one}", "token_adapter.trainable_tokens_delta")
+                state[name] = tokens[path].rows.tokens.detach()
     return PeftAdapter(config=config, state=state)
 
 
@@ -78,10 +79,23 @@ def why_not_beside(model: nn.Module) -> str | None:
     for path, host, adapter in iter_adapters(model):
         if isinstance(adapter, TrainableTokensAdapter):
             reason = why_other_tokens(model, path)
+            reason = reason or _why_no_name(model, path, adapter)
             if reason is not None:
                 return f"{reason} (at {path!r})"
         if isinstance(adapter, BiasAdapter) and getattr(host, "bias", None) is None and not _has_lora(model, path):
             return f"PEFT adds a bias to layers of a LoRA alone, and {path!r} is none"
+    return None
+
+
+def _why_no_name(model: nn.Module, path: str, adapter: TrainableTokensAdapter) -> str | None:
+    """Return why PEFT cannot name an embedding without naming one that has other rows, or None."""
+    others = {other: one for other, _, one in iter_adapters(model) if isinstance(one, TrainableTokensAdapter)}
+    tied = tied_namesakes(model, path)
+    for other in namesakes(model, path):
+        own = others.get(other)
+        has_same_tokens = own is not None and own.rows.token_indices == adapter.rows.token_indices
+        if other not in tied and not has_same_tokens:
+            return f"PEFT finds embeddings by the ends of their paths, and would train the same rows of {other!r}"
     return None
 
 
