@@ -76,8 +76,8 @@ def _refuse_cache(given: Arguments, path: str, adapters: Sequence[ForwardAdapter
     if has_cache and computed_anew:
         raise ConfigError(
             f"The adapter {computed_anew[0].name!r} cannot act on some rows of a batch: {path!r} writes keys and "
-            "values of all rows into one cache. Leave it out of the targets, call the model with use_cache=False, or give "
-            "the adapter batches of its own, inside active(model, name)."
+            "values of all rows into one cache. Leave it out of the targets, call the model with use_cache=False, or "
+            "give the adapter batches of its own, inside active(model, name)."
         )
 
 
