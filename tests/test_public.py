@@ -19,7 +19,7 @@ from lora_lightning.commands import all_commands, load_command
 from lora_lightning.commands._compare.entries import known_names
 from lora_lightning.commands._compare.report.words import words_of
 from lora_lightning.public import classes_of, table
-from tests.test_contract import concrete_methods
+from tests.contract.examples import concrete_methods
 
 ROOT = Path(__file__).parent.parent
 NEW_METHOD = '''"""LoRA of half the rank."""
@@ -133,14 +133,15 @@ def test_a_new_method_is_one_file_one_line_and_one_example(copied):
     assert added_lines(copied, "lora_lightning/__init__.pyi") == ([line], 0)
     assert added_lines(copied, "README.md") == (["| `HalfLoRA` | half of `W` | linear layers |"], 0)
 
-    contract = copied / "tests" / "test_contract.py"
+    contract = copied / "tests" / "contract"
+    examples = contract / "examples.py"
     forgotten = "test_every_method_has_an_example"
     command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", str(contract), "-k")
     without = run(copied, *command, forgotten)
     assert without.returncode == 1
     assert "add settings of {'HalfLoRA'} to EXAMPLES" in without.stdout
     start = "EXAMPLES: dict[type[Method], dict[str, Example]] = {\n"
-    contract.write_text(contract.read_text().replace(start, start + EXAMPLE))
+    examples.write_text(examples.read_text().replace(start, start + EXAMPLE))
     with_example = run(copied, *command, f"{forgotten} or (half and first_forward)")
     assert with_example.returncode == 0, with_example.stdout
     assert int(with_example.stdout.split(" passed")[0].split()[-1]) >= 3

@@ -28,8 +28,8 @@ from lora_lightning.methods.prompt_tuning import SoftPrompt
 from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
 from lora_lightning.peft_format.export import for_peft
 from tests.adapters.toys import Bias, Model, Scale
+from tests.contract.examples import CASES as CONTRACT_CASES
 from tests.models import build, perturb
-from tests.test_contract import CASES as CONTRACT_CASES
 
 
 class FromStart(LowRankAdapter):

@@ -47,11 +47,15 @@ def mixed_forward(host: nn.Module, stack: Any, rows: Rows, adapters: Sequence[Fo
         rows: The rows of each.
         adapters: Those that act.
         given: The host's arguments.
+
+    Raises:
+        ConfigError: The host writes into a cache that holds all rows, or returns what cannot be put together by row.
     """
     total = first_size(given)
     count = rows.count_in(total, stack.path)
     if adapters[0].mixes_itself:
         return adapters[0].mixed(host, Mixture(adapters, rows, count), *given)
+    _refuse_cache(given, stack.path, adapters)
     output = stack.host_class.forward(host, *given[0], **given[1])
     output = _with_updates(host, output, Mixture([one for one in adapters if one.adds_to_base], rows, count), given)
     for adapter in adapters:
@@ -67,6 +71,18 @@ def mixed_forward(host: nn.Module, stack: Any, rows: Rows, adapters: Sequence[Fo
             own = _call_alone(stack, adapter, host, args, kwargs)
         output = put_rows(output, own, index, total, stack.path)
     return output
+
+
+def _refuse_cache(given: Arguments, path: str, adapters: Sequence[ForwardAdapter]) -> None:
+    """Raise ConfigError if a host, computed anew for some rows, would write them into the cache of all rows."""
+    has_cache = any("Cache" in type(value).__name__ for value in (*given[0], *given[1].values()))
+    computed_anew = [adapter for adapter in adapters if not adapter.extends_base]
+    if has_cache and computed_anew:
+        raise ConfigError(
+            f"The adapter {computed_anew[0].name!r} cannot act on some rows of a batch: {path!r} writes keys and "
+            "values of all rows into one cache. Leave it out of the targets, call the model with use_cache=False, or "
+            "give the adapter batches of its own, inside active(model, name)."
+        )
 
 
 def mixed_input(

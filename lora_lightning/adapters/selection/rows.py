@@ -70,11 +70,7 @@ class Rows:
 
     def index_of(self, name: str, count: int) -> Tensor:
         """Return where the rows of one name stand, each of which stands `count` times in succession."""
-        index = self.indices[self.names.index(name)]
-        if count == 1:
-            return index
-        inside = torch.arange(count, device=index.device)
-        return (index[:, None] * count + inside).flatten()
+        return _repeated(self.indices[self.names.index(name)], count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,20 +130,55 @@ def put_rows(tree: Any, rows: Any, index: Tensor, total: int, path: str) -> Any:
         path: The module, for the message.
 
     Raises:
-        ConfigError: The rows have other shapes than the output, such as heads of several widths.
+        ConfigError: The rows have other shapes than the output, such as heads of several widths, or the output has a
+            tensor that does not hold each row.
     """
 
     def put(leaf: Any, own: Any) -> Any:  # noqa: ANN401 - leaves of any type
-        if not _holds(leaf, total):
+        if not isinstance(leaf, Tensor) or own is leaf:  # handed through
             return leaf
+        own_index = _index_in(leaf, own, index, total)
+        if own_index is None:
+            raise ConfigError(
+                f"{path!r} returns a tensor of shape {list(leaf.shape)}, which has no entry for each of {total} rows, "
+                "so adapters cannot act on some rows of a batch there; leave it out of the targets, or give each "
+                "adapter batches of its own, inside active(model, name)."
+            )
         if leaf.shape[1:] != own.shape[1:]:
             raise ConfigError(
                 f"The outputs of {path!r} have shapes {list(leaf.shape[1:])} and {list(own.shape[1:])} by row, which "
                 "no batch can hold together; use adapters whose heads have the same size, or one batch for each."
             )
-        return leaf.index_copy(0, index, own.to(leaf.dtype))
+        return leaf.index_copy(0, own_index, own.to(leaf.dtype))
 
     return tree_map(put, tree, rows)
+
+
+def _index_in(leaf: Tensor, own: Tensor, index: Tensor, total: int) -> Tensor | None:
+    """Return where some rows stand in an output, into whose first dimension further ones may be folded.
+
+    Routers of experts fold the length: of `[rows, length, width]` they return `[rows * length, experts]`.
+
+    Args:
+        leaf: The output for all rows.
+        own: The output for these rows.
+        index: Which they are.
+        total: How many rows there are.
+    """
+    if not leaf.dim() or leaf.shape[0] % total:
+        return None
+    count = leaf.shape[0] // total
+    if own.shape[0] != index.shape[0] * count:
+        return None
+    return _repeated(index, count)
+
+
+def _repeated(index: Tensor, count: int) -> Tensor:
+    """Return the index of rows each of which stands `count` times in succession."""
+    if count == 1:
+        return index
+    inside = torch.arange(count, device=index.device)
+    return (index[:, None] * count + inside).flatten()
 
 
 def _has_rows(leaf: Any) -> bool:  # noqa: ANN401 - leaves of any type

@@ -18,7 +18,8 @@ from lora_lightning.adapters.selection.checkpointing import SelectionCheckpoint,
 from lora_lightning.methods import LoRA, PrefixTuning, PromptTuning
 from lora_lightning.methods.recompute import recompute_activations
 from tests import models
-from tests.test_contract import CASES, Example, adapted, largest_gap, step
+from tests.contract.examples import CASES, Example
+from tests.contract.steps import adapted, largest_gap, step
 
 Backward = Callable[[nn.Module, Tensor], None]
 
