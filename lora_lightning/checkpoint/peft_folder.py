@@ -137,7 +137,7 @@ def load_peft(model: nn.Module, folder: str | Path) -> AttachReport:
     report = attach(model, fitted.methods)
     try:
         load_adapter_state_dict(model, fitted.state)
-        if found.base_fingerprint is not None:
+        if found.base_fingerprint is not None or found.base_sample is not None:
             check_base(model, found.base_fingerprint, found.base_sample, str(folder))
     except CheckpointError as error:
         detach(model)
