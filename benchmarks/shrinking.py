@@ -13,7 +13,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ DIRECT, WHOLE, DEALT, WEIGHTED, UNIFORM = "rank 8 trained", "rank 64", "dealt ou
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, cut, measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=4000)
+    parser.add_argument("--rows", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(QUANTILES))
     options = parser.parse_args(arguments)
@@ -51,23 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[str, list[Mapping[str, float]]] = {}
     for seed in range(options.seeds):
         started = time.perf_counter()
-        for name, figures in measure(seed, options.rows, options.epochs).items():
+        for name, figures in measure(seed, options.rows, options.epochs):
             found.setdefault(name, []).append(figures)
             print(f"seed {seed}, {name}: {dict(figures)}", flush=True)
         print(f"seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
     print("\n".join(table(found)))
 
 
-def measure(seed: int, num_rows: int, num_epochs: int) -> dict[str, Mapping[str, float]]:
-    """Return the figures of one seed by the way in which an adapter came to be."""
-    found: dict[str, Mapping[str, float]] = {}
+def measure(seed: int, num_rows: int, num_epochs: int) -> Iterator[tuple[str, Mapping[str, float]]]:
+    """Iterate over the ways in which an adapter came to be, with the figures of one seed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         narrow, data = _train(NARROW, seed, num_rows, num_epochs, folder)
-        found[DIRECT] = _test(narrow, data, folder) | {"parameters": _num_parameters(narrow)}
-        budget = int(found[DIRECT]["parameters"])
+        budget = _num_parameters(narrow)
+        yield DIRECT, _test(narrow, data, folder) | {"parameters": budget}
         wide, data = _train(WIDE, seed, num_rows, num_epochs, folder)
-        found[WHOLE] = _test(wide, data, folder) | {"parameters": _num_parameters(wide)}
+        yield WHOLE, _test(wide, data, folder) | {"parameters": _num_parameters(wide)}
         export_peft(wide.adapted, folder / "wide")
         moments = _moments(wide, data, folder / "wide")
         cuts: dict[str, dict[str, Any]] = {
@@ -75,12 +74,12 @@ def measure(seed: int, num_rows: int, num_epochs: int) -> dict[str, Mapping[str,
             WEIGHTED: {"num_parameters": budget, "moments": moments},
             UNIFORM: {"rank": NARROW},
         }
-        for index, (name, settings) in enumerate(cuts.items()):
+        for index, (way, settings) in enumerate(cuts.items()):
             report = shrink(folder / "wide", output_dir=folder / str(index), **settings)
             detach(wide.adapted)
             load_peft(wide.adapted, folder / str(index))
-            found[name] = _test(wide, data, folder) | {"parameters": report.num_parameters, "error": report.error}
-    return found
+            figures = _test(wide, data, folder)
+            yield way, figures | {"parameters": report.num_parameters, "error": report.error}
 
 
 def _train(r: int, seed: int, num_rows: int, num_epochs: int, folder: Path) -> tuple[Any, TextClassificationData]:
@@ -97,8 +96,8 @@ def _train(r: int, seed: int, num_rows: int, num_epochs: int, folder: Path) -> t
         label_column="sentiment",
         where=["confidence >= 0.6"],
         train_size=num_rows,
-        val_size=500,
-        test_size=2000,
+        val_size=100,
+        test_size=1500,
         batch_size=32,
         seed=0,
     )

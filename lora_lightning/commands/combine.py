@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lora_lightning.arithmetic.combine import CombineMethod
 from lora_lightning.arithmetic.combine import combine as combine_adapters
+from lora_lightning.checkpoint.folder import refuse_taken
+from lora_lightning.commands._measure import Measurement
 from lora_lightning.errors import ConfigError
 
 
@@ -16,6 +20,7 @@ def combine(
     density: float | None = None,
     seed: int | None = None,
     heads: str | None = None,
+    ckpt_path: str | None = None,
 ) -> None:
     """Add, subtract or mix adapters of one base into a new adapter, and tell the error.
 
@@ -31,8 +36,11 @@ def combine(
         density: For ties, dare and dare_ties: share of the elements of each update that is kept; 0.2 by default.
         seed: For dare and dare_ties: seed of the draws; 0 by default.
         heads: Name of the adapter whose trained head is kept, where several have one.
+        ckpt_path: A checkpoint whose task and validation data measure the result, beside its own adapter.
     """
     adapters = _parse(adapter)
+    refuse_taken(Path(output_dir))
+    measurement = None if ckpt_path is None else Measurement(ckpt_path)
     report = combine_adapters(
         adapters,
         output_dir=output_dir,
@@ -45,6 +53,8 @@ def combine(
     )
     print(f"Combined {', '.join(adapters)} into {report.output_dir}.")
     print("\n".join(report.lines()))
+    if measurement is not None:
+        print("\n".join(measurement.lines(report.output_dir)))
 
 
 def _parse(texts: list[str]) -> dict[str, tuple[str, float]]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lora_lightning.arithmetic.shrink import shrink as shrink_adapter
+from lora_lightning.checkpoint.folder import refuse_taken
+from lora_lightning.commands._measure import Measurement
 from lora_lightning.errors import ConfigError
 
 
@@ -13,6 +17,8 @@ def shrink(
     max_error: float | None = None,
     rank: int | None = None,
     nested: list[int] | str | None = None,
+    ckpt_path: str | None = None,
+    weigh_inputs: bool = False,
 ) -> None:
     """Cut an adapter to a budget of parameters, an error or a rank, and tell the error.
 
@@ -26,7 +32,15 @@ def shrink(
         rank: Rank of every layer.
         nested: Ranks to serve at, such as 4,8,16,32; the largest is written, the first k components being the best
             adapter of rank k.
+        ckpt_path: A checkpoint whose task and validation data measure what the cut costs, usually the one that the
+            adapter comes from.
+        weigh_inputs: Weigh each layer by what it is fed on the first training batches of --ckpt_path, so that errors
+            are those of the layers' outputs.
     """
+    if weigh_inputs and ckpt_path is None:
+        raise ConfigError("--weigh_inputs needs data: name the checkpoint whose training data weigh (--ckpt_path).")
+    refuse_taken(Path(output_dir))
+    measurement = None if ckpt_path is None else Measurement(ckpt_path)
     report = shrink_adapter(
         adapter_dir,
         output_dir=output_dir,
@@ -34,9 +48,12 @@ def shrink(
         max_error=max_error,
         rank=rank,
         nested=_parse_ranks(nested) if isinstance(nested, str) else nested,
+        moments=measurement.moments(adapter_dir) if measurement is not None and weigh_inputs else None,
     )
     print(f"Cut {adapter_dir} into {report.output_dir}.")
     print("\n".join(report.lines()))
+    if measurement is not None:
+        print("\n".join(measurement.lines(report.output_dir)))
 
 
 def _parse_ranks(text: str) -> list[int]:
