@@ -63,6 +63,7 @@ class LowRankAdapters:
         base_sample: A few values of the base, or None.
         facts: What is known of the run.
         files: Further files by name, such as the tokenizer's.
+        corrects_quantization: Whether the update started at LoftQ's correction of the error of quantizing.
     """
 
     source: str
@@ -74,6 +75,7 @@ class LowRankAdapters:
     base_sample: BaseSample | None = None
     facts: RunFacts = field(default_factory=RunFacts)
     files: Mapping[str, bytes] = field(default_factory=dict)
+    corrects_quantization: bool = False
 
 
 def read_layers(config: PeftConfig, tensors: Mapping[str, Tensor], source: str, **known: Any) -> LowRankAdapters:  # noqa: ANN401 - fields of the result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -42,6 +43,22 @@ def check_agreement(adapters: Named) -> None:
                     f"{name} adapts {path!r}, and {copies[inside]} trained a copy of {inside!r}: an update of the base "
                     "does not add to a copy. Combine adapters that train the same modules in the same way."
                 )
+
+
+def check_corrections(adapters: Named, weights: Mapping[str, float]) -> None:
+    """Refuse a sum that counts LoftQ's correction of the error of quantizing other than once.
+
+    Raises:
+        CheckpointError: It does.
+    """
+    correcting = [name for name, one in adapters.items() if one.corrects_quantization]
+    total = sum(weights[name] for name in correcting)
+    if correcting and not math.isclose(total, 1, rel_tol=1e-6):
+        raise CheckpointError(
+            f"{' and '.join(correcting)} started at LoftQ's correction of the quantized base, which is part of the "
+            f"update: with weights that add up to {total:g} the correction would count {total:g} times. Choose weights "
+            "that add up to 1, or train from another init."
+        )
 
 
 def _check_bases(first_name: str, first: LowRankAdapters, name: str, adapter: LowRankAdapters) -> None:

@@ -127,12 +127,13 @@ class _Plan:
     def of(cls, spectra: Sequence[Spectrum]) -> _Plan:
         costs = sorted({spectrum.cost for spectrum in spectra})
         classes = [_class_of(spectra, cost) for cost in costs]
+        classes.sort(key=lambda one: -len(one.order))  # the first needs no search, so let it be the largest
         noise = sum(float(one.squares[one.rank :].sum()) for one in spectra)
         return cls(classes, math.gcd(*costs), len(spectra), noise)
 
     def num_steps(self, room: int) -> int:
         """Return how many numbers the tables take."""
-        return (room // self.unit + 1) * sum(len(one.order) for one in self.classes) if len(self.classes) > 1 else 0
+        return (room // self.unit + 1) * sum(len(one.order) for one in self.classes[1:])
 
     def spend(self, room: int) -> list[_Table]:
         """Return a table for the first class, for the first two, and so on."""

@@ -13,6 +13,7 @@ import torch
 from lora_lightning.arithmetic.adapter import Layer, LowRankAdapters
 from lora_lightning.arithmetic.agreement import (
     check_agreement,
+    check_corrections,
     common_facts,
     common_files,
     common_fingerprint,
@@ -97,19 +98,15 @@ def combine(
     """
     sources = {name: _source(name, value) for name, value in adapters.items()}
     weights = {name: weight for name, (_, weight) in sources.items()}
-    settings = _Settings.of(method, rank, max_error, density, seed, weights)
+    settings = CombineSettings.of(method, rank, max_error, density, seed, weights)
     output_dir = Path(output_dir)
     refuse_taken(output_dir)
     found = {name: read_adapter(source, model) for name, (source, _) in sources.items()}
     check_agreement(found)
+    check_corrections(found, weights)
     rest = kept_tensors(found, weights, heads)
     facts, files = common_facts(found, weights, heads), common_files(found, weights, heads)
-    layout = {path: layer for one in found.values() for path, layer in one.layers.items()}
-    updates: dict[str, Factors] = {}
-    cuts: list[LayerCut] = []
-    for path in layout:
-        updates[path], cut = _combine_layer(path, found, weights, settings)
-        cuts.append(cut)
+    updates, cuts = combine_updates(found, weights, settings)
     operation = {
         "operation": "combine",
         **settings.plain(),
@@ -117,7 +114,7 @@ def combine(
     }
     computed = Computed(
         updates=updates,
-        layout=layout,
+        layout={path: layer for one in found.values() for path, layer in one.layers.items()},
         targets=[one.targets for one in found.values()],
         rest=rest,
         copies=copies_in(list(found.values()), rest),
@@ -131,7 +128,7 @@ def combine(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Settings:
+class CombineSettings:
     """How to combine; for each see `combine`."""
 
     method: CombineMethod
@@ -149,7 +146,7 @@ class _Settings:
         density: float | None,
         seed: int | None,
         weights: Mapping[str, float],
-    ) -> _Settings:
+    ) -> CombineSettings:
         """Check the settings.
 
         Raises:
@@ -234,8 +231,23 @@ def _source(name: str, value: Any) -> tuple[str | Path, float]:  # noqa: ANN401 
     return name, value
 
 
+def combine_updates(
+    adapters: Mapping[str, LowRankAdapters], weights: Mapping[str, float], settings: CombineSettings
+) -> tuple[dict[str, Factors], list[LayerCut]]:
+    """Return the combined update of every layer by its path, and what each cost.
+
+    Args:
+        adapters: Adapters of one base, by name.
+        weights: Their weights, by name.
+        settings: How to combine.
+    """
+    paths = dict.fromkeys(path for one in adapters.values() for path in one.layers)
+    found = {path: _combine_layer(path, adapters, weights, settings) for path in paths}
+    return {path: factors for path, (factors, _) in found.items()}, [cut for _, cut in found.values()]
+
+
 def _combine_layer(
-    path: str, adapters: Mapping[str, LowRankAdapters], weights: Mapping[str, float], settings: _Settings
+    path: str, adapters: Mapping[str, LowRankAdapters], weights: Mapping[str, float], settings: CombineSettings
 ) -> tuple[Factors, LayerCut]:
     """Return the combined update of one layer, and what it cost."""
     layers = {name: one.layers[path] for name, one in adapters.items() if path in one.layers}

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_lightning.adapters import detach, is_attached, load_adapter_state_dict
+from lora_lightning.adapters import attached_methods, detach, is_attached, load_adapter_state_dict
 from lora_lightning.arithmetic.adapter import LowRankAdapters, read_layers
 from lora_lightning.backbones.attach import attach
 from lora_lightning.checkpoint.base_sample import BASE_SAMPLE_NAME, read_base_sample
 from lora_lightning.checkpoint.complete import folder_at
 from lora_lightning.checkpoint.folder import RunFacts, is_adapter_folder
-from lora_lightning.checkpoint.manifest import Manifest, check_files, read_manifest
+from lora_lightning.checkpoint.manifest import Manifest, check_files, class_config, read_manifest
 from lora_lightning.checkpoint.pair import SUFFIX
 from lora_lightning.checkpoint.peft_folder import read_peft_files
 from lora_lightning.checkpoint.saved_run import SavedRun, facts_of_manifest
@@ -26,7 +26,7 @@ from lora_lightning.peft_format.schema.targets import PeftConfig
 from lora_lightning.public import import_classes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from lora_lightning.adapters import Method
 
@@ -103,7 +103,12 @@ def _known_of_folder(folder: Path, config: PeftConfig) -> dict[str, Any]:
         "base_fingerprint": manifest.base_fingerprint,
         "base_sample": read_base_sample(folder),
         "files": _further_files(folder, manifest),
+        "corrects_quantization": _is_corrected(manifest.methods),
     }
+
+
+def _is_corrected(methods: Iterable[Mapping[str, Any]]) -> bool:
+    return any(one["init_args"].get("init") == "loftq" for one in methods)
 
 
 def _further_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
@@ -135,6 +140,7 @@ def _of_checkpoint(path: Path) -> LowRankAdapters:
         base_fingerprint=run.base_fingerprint,
         base_sample=run.base_sample,
         files=files,
+        corrects_quantization=_is_corrected(map(class_config, attached_methods(model))),
     )
 
 
@@ -159,6 +165,7 @@ def _on_model(folder: Path, model: nn.Module) -> LowRankAdapters:
             base_fingerprint=run.base_fingerprint,
             base_sample=run.base_sample,
             files={} if run.manifest is None else _further_files(folder, run.manifest),
+            corrects_quantization=_is_corrected(methods),
         )
     finally:
         detach(model)

@@ -128,22 +128,22 @@ def _config(adapter: Computed) -> dict[str, Any]:
 
 def _targets(targets: Sequence[TargetConfig], paths: list[str]) -> dict[str, Any]:
     """Return which modules PEFT takes: as the sources say it, where all say the same, else by their whole paths."""
-    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-    said = [{name: _in_order(getattr(one, name)) for name in names} for one in targets]
-    is_list = bool(paths) and isinstance(said[0]["target_modules"], list) and bool(said[0]["target_modules"])
-    if is_list and all(one == said[0] for one in said):
-        return {**said[0], "layers_pattern": said[0]["layers_pattern"] or None}
+    names = [_names(one) for one in targets]
+    is_alike = bool(names[0]) and all(one == names[0] for one in names)
+    whole = any_of(paths) if paths else []  # for null PEFT takes its own usual ones
     return {
-        "target_modules": any_of(paths) if paths else [],
+        "target_modules": names[0] if is_alike and paths else whole,
         "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
     }
 
 
-def _in_order(value: Any) -> Any:  # noqa: ANN401 - a list, a text or None
-    """Return lists of names sorted: PEFT keeps sets, whose order means nothing."""
-    return sorted(value) if isinstance(value, list) else value
+def _names(targets: TargetConfig) -> list[str]:
+    """Return the names of the targets, where names alone say which they are; PEFT's order means nothing."""
+    is_narrowed = targets.exclude_modules or targets.layers_to_transform
+    found = targets.target_modules
+    return sorted(found) if isinstance(found, list) and not is_narrowed else []
 
 
 def _parameters(adapter: Computed) -> list[str]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from lora_lightning.arithmetic.combine import CombineMethod
 from lora_lightning.arithmetic.combine import combine as combine_adapters
 from lora_lightning.checkpoint.folder import refuse_taken
-from lora_lightning.commands._measure import Measurement
 from lora_lightning.errors import ConfigError
 
 
@@ -40,7 +39,11 @@ def combine(
     """
     adapters = _parse(adapter)
     refuse_taken(Path(output_dir))
-    measurement = None if ckpt_path is None else Measurement(ckpt_path)
+    measurement = None
+    if ckpt_path is not None:
+        from lora_lightning.commands._measure import Measurement  # takes seconds to import
+
+        measurement = Measurement(ckpt_path)
     report = combine_adapters(
         adapters,
         output_dir=output_dir,

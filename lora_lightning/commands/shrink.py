@@ -6,7 +6,6 @@ from pathlib import Path
 
 from lora_lightning.arithmetic.shrink import shrink as shrink_adapter
 from lora_lightning.checkpoint.folder import refuse_taken
-from lora_lightning.commands._measure import Measurement
 from lora_lightning.errors import ConfigError
 
 
@@ -40,7 +39,11 @@ def shrink(
     if weigh_inputs and ckpt_path is None:
         raise ConfigError("--weigh_inputs needs data: name the checkpoint whose training data weigh (--ckpt_path).")
     refuse_taken(Path(output_dir))
-    measurement = None if ckpt_path is None else Measurement(ckpt_path)
+    measurement = None
+    if ckpt_path is not None:
+        from lora_lightning.commands._measure import Measurement  # takes seconds to import
+
+        measurement = Measurement(ckpt_path)
     report = shrink_adapter(
         adapter_dir,
         output_dir=output_dir,

@@ -87,6 +87,52 @@ def test_folders_of_peft_are_added_and_read_back_by_peft(tmp_path):
     assert (start - answers(ours)).abs().max() > 1e-2
 
 
+NARROWED = {
+    "excluded": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["model.layers.0.self_attn.v_proj"]},
+    "layers": {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "pattern": {"target_modules": r".*layers\.1\..*_proj"},
+    "all-linear": {"target_modules": "all-linear", "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3}},
+}
+
+
+@pytest.mark.parametrize("case", NARROWED)
+def test_targets_of_peft_are_those_of_the_result(case, tmp_path):
+    theirs = _peft_pair(**NARROWED[case])
+    combine(_write_pair(theirs, tmp_path), output_dir=tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "cat", combination_type="cat")
+        back = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "out").eval()
+    theirs.set_adapter("cat")
+    ours = build("llama")
+    report = load_peft(ours, tmp_path / "out")
+    with torch.no_grad():
+        expected = theirs(**inputs(ours)).logits
+        torch.testing.assert_close(answers(ours), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(back(**inputs(ours)).logits, expected, atol=1e-5, rtol=0)
+        assert (answers(build("llama")) - expected).abs().max() > 1e-2  # control
+    again = build("llama")
+    attach(again, LoRA(**read_manifest(tmp_path / "out").methods[0]["init_args"]))
+    load_adapter(again, tmp_path / "out")
+    torch.testing.assert_close(answers(again), answers(ours), atol=0, rtol=0)
+    assert report.num_trainable > 0
+
+
+def test_peft_computes_the_same_on_a_model_of_any_class(tmp_path):
+    """On an embedding, a convolution and linear layers at once."""
+    layout = Layout(LoRA(r=3, alpha=5, target_modules=["first", "conv", "table"]), 6)
+    combine({str(write(layout, tmp_path / "in")): -0.7}, output_dir=tmp_path / "out", rank=2)
+    ids = torch.arange(12).view(2, 6)
+    ours = base()
+    before = ours(ids)
+    load_peft(ours, tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.PeftModel.from_pretrained(base(), tmp_path / "out").eval()
+    torch.testing.assert_close(theirs(ids), ours(ids), atol=1e-4, rtol=1e-5)
+    assert (before - ours(ids)).abs().max() > 1e-2  # control
+
+
 @pytest.mark.parametrize("rank", [1, 2, 4, 6])
 def test_a_cut_is_at_most_as_far_off_as_svd_of_peft(tmp_path, rank):
     theirs = _peft_pair(target_modules=["q_proj", "down_proj"])

@@ -3,14 +3,16 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import peft
 import pytest
 import torch
 
 from lora_lightning import LoRA, attach, combine, export_peft, load_peft, shrink
-from lora_lightning.checkpoint import read_manifest
+from lora_lightning.checkpoint import read_manifest, write_adapter_folder
 from lora_lightning.checkpoint.folder import RunFacts
+from lora_lightning.checkpoint.manifest import write_manifest
 from lora_lightning.errors import CheckpointError, ConfigError, UserError
 from lora_lightning.methods import IA3, DoRA
 from tests.arithmetic.layouts import Layout, base, write
@@ -239,3 +241,43 @@ def test_a_changed_result_is_noticed(plain, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 7}))
     with pytest.raises(UserError, match=r"its manifest says|differs from what was written"):
         load_peft(base(), tmp_path / "out")
+
+
+def test_corrections_of_quantizing_count_once(plain, tmp_path):
+    """An adapter that LoftQ started holds the correction of its base."""
+    for name in ("one", "other"):
+        shutil.copytree(plain, tmp_path / name)
+        manifest = read_manifest(plain)
+        settings = {**manifest.methods[0]["init_args"], "init": "loftq"}
+        methods = [{**manifest.methods[0], "init_args": settings}]
+        write_manifest(tmp_path / name, replace(manifest, methods=methods))
+    pair = {str(tmp_path / "one"): 1.0, str(tmp_path / "other"): 1.0}
+    with pytest.raises(CheckpointError, match="would count 2 times"):
+        combine(pair, output_dir=tmp_path / "out")
+    combine(dict.fromkeys(pair, 0.5), output_dir=tmp_path / "mean")
+    combine({str(tmp_path / "one"): 1.0, str(plain): 3.0}, output_dir=tmp_path / "with-another")
+
+
+def test_what_belongs_to_a_run_agrees(plain, tmp_path):
+    """Vocabularies and tensors beside the model must be the same; of other files the first is kept."""
+    facts = {"one": "a" * 64, "other": "b" * 64}
+    for name, vocabulary in facts.items():
+        model = base()
+        attach(model, PLAIN.method)
+        extra = {"chat_template.jinja": name.encode(), "task.safetensors": b"same"}
+        write_adapter_folder(tmp_path / name, model, RunFacts(tokenizer_fingerprint=vocabulary), extra=extra)
+    pair = {str(tmp_path / name): 1.0 for name in facts}
+    with pytest.raises(CheckpointError, match="different vocabularies"):
+        combine(pair, output_dir=tmp_path / "out")
+    manifest = read_manifest(tmp_path / "other")
+    write_manifest(tmp_path / "other", replace(manifest, tokenizer_fingerprint="a" * 64))
+    with pytest.warns(UserWarning, match=r"another chat_template\.jinja"):
+        combine(pair, output_dir=tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "one"
+    assert (tmp_path / "out" / "task.safetensors").read_bytes() == b"same"
+    model = base()
+    attach(model, PLAIN.method)
+    vocabulary = RunFacts(tokenizer_fingerprint="a" * 64)
+    write_adapter_folder(tmp_path / "other", model, vocabulary, extra={"task.safetensors": b"other"})
+    with pytest.raises(CheckpointError, match="other tensors of its task"):
+        combine(pair, output_dir=tmp_path / "third")
