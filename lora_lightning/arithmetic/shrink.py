@@ -64,9 +64,6 @@ def shrink(
             pay one rank a layer.
         CheckpointError: The adapter cannot be read or is not a low-rank update (DoRA), or the folder is taken. Nothing
             is written then.
-
-    Example:
-        >>> shrink("runs/wide", output_dir="runs/narrow", num_parameters=100_000)  # doctest: +SKIP
     """
     ranks_nested = _check_budgets(num_parameters, max_error, rank, nested)
     output_dir = Path(output_dir)
