@@ -9,6 +9,10 @@ from lora_lightning.adapters.state import adapter_state_dict as adapter_state_di
 from lora_lightning.adapters.state import load_adapter_state_dict as load_adapter_state_dict
 from lora_lightning.adapters.state import refresh as refresh
 from lora_lightning.adapters.walk import adapter_names as adapter_names
+from lora_lightning.arithmetic.combine import combine as combine
+from lora_lightning.arithmetic.moments import input_moments as input_moments
+from lora_lightning.arithmetic.nested import at_rank as at_rank
+from lora_lightning.arithmetic.shrink import shrink as shrink
 from lora_lightning.backbones.attach import attach as attach
 from lora_lightning.backbones.attach import merge as merge
 from lora_lightning.backbones.quantization import Quantization as Quantization
@@ -77,6 +81,7 @@ __version__: str
 
 # command cache: List or clear the rows and tokens that data modules keep between runs.
 # command chat: Chat with a fine-tuned language model; Ctrl-D exits.
+# command combine: Add, subtract or mix adapters of one base into a new adapter, and tell the error.
 # command compare: Train several methods on one task within one budget, and compare them.
 # command completion: Print the completion script of a shell, for commands, settings, classes and files.
 # command export: Write a checkpoint's adapter for other tools, in PEFT's format or merged into its base.
@@ -85,3 +90,4 @@ __version__: str
 # command merge: Merge a checkpoint's adapter into its base and write a plain Hugging Face folder.
 # command plan: Report the memory that a config needs, part by part, and whether it fits a GPU.
 # command schema: Write the JSON Schema of config files, with which editors complete and check them.
+# command shrink: Cut an adapter to a budget of parameters, an error or a rank, and tell the error.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,13 @@ class BaseSample:
     def is_quantized(self) -> bool:
         """Whether some values are those of a quantized weight."""
         return bool(self.quantized)
+
+    def of(self, paths: Collection[str]) -> BaseSample:
+        """Return the values of some weights alone."""
+        return BaseSample(
+            values={path: one for path, one in self.values.items() if path in paths},
+            quantized={path: bits for path, bits in self.quantized.items() if path in paths},
+        )
 
     def add(self, path: str, values: Tensor, bits: int | None) -> None:
         """Add evenly strided values of a weight's larger sample, with the bits of their quantization, if any."""

@@ -73,7 +73,7 @@ def check_fingerprint(found: str, expected: str, source: str) -> None:
 
 
 def check_base(
-    model: nn.Module, expected: str, theirs: BaseSample | None, source: str, *, found: str | None = None
+    model: nn.Module, expected: str | None, theirs: BaseSample | None, source: str, *, found: str | None = None
 ) -> None:
     """Refuse a base model that differs from the one an adapter was trained on.
 
@@ -82,7 +82,8 @@ def check_base(
 
     Args:
         model: The model at hand, with the adapters attached.
-        expected: The fingerprint that was stored with the adapter.
+        expected: The fingerprint that was stored with the adapter; None if it was computed from others without a base:
+            then the values are compared, as far as there are some.
         theirs: The sample that was stored with it; None in a folder of an older version.
         source: Name of the checkpoint or folder, for the message.
         found: The model's fingerprint, if known: it cannot be computed for a sharded base.
@@ -92,6 +93,10 @@ def check_base(
     """
     found = found or fingerprint(model)
     mine = base_sample_of(model)
+    if expected is None:
+        if mine is not None and theirs is not None:  # of some layers there may be no values
+            _check_values(mine.of(theirs.values), theirs, source)
+        return
     if found == expected or mine is None or not (mine.is_quantized or (theirs is not None and theirs.is_quantized)):
         check_fingerprint(found, expected, source)
         return
@@ -102,6 +107,15 @@ def check_base(
             stacklevel=3,
         )
         return
+    _check_values(mine, theirs, source)
+
+
+def _check_values(mine: BaseSample, theirs: BaseSample, source: str) -> None:
+    """Refuse a base whose values differ from those of an adapter's base.
+
+    Raises:
+        CheckpointError: They differ.
+    """
     reason = why_another_base(mine, theirs)
     if reason is not None:
         raise CheckpointError(

@@ -133,7 +133,7 @@ def fill_adapter_folder(
     if not reads_back:
         save_tensors(folder / OWN_WEIGHTS_NAME, state)
     if peft is not None:
-        _write_peft(folder, peft, facts)
+        write_peft_files(folder, peft, facts)
     base_fingerprint = base_fingerprint or fingerprint(model)
     sampled = base_sample_of(model)
     if sampled is not None:
@@ -186,7 +186,8 @@ def write_card(
     (folder / CARD_NAME).write_bytes(model_card(facts))
 
 
-def _write_peft(folder: Path, peft: PeftAdapter, facts: RunFacts | None) -> None:
+def write_peft_files(folder: Path, peft: PeftAdapter, facts: RunFacts | None) -> None:
+    """Write config and tensors of an adapter in PEFT's format."""
     config = {**peft.config, "base_model_name_or_path": _public_base(peft.config, facts)}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
@@ -207,6 +208,14 @@ def refuse_foreign(folder: Path) -> None:
     """
     if folder.exists() and not is_adapter_folder(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise CheckpointError(f"{folder} is there and holds no adapter; move it away or save elsewhere.")
+
+
+def refuse_taken(folder: Path) -> None:
+    """Raise CheckpointError unless a path is free: absent, or an empty folder."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() or folder.is_symlink():
+        raise CheckpointError(f"{folder} exists already; name a folder that does not, or remove it.")
 
 
 def read_adapter_folder(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:

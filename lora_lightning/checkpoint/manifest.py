@@ -57,7 +57,8 @@ class Manifest:
             model, with its adapter folded in).
         methods: Each attached method as `{"class_path": ..., "init_args": {...}}`.
         base: Name or folder of the base model, or None if there is none.
-        base_fingerprint: Digest of the base weights under the adapters.
+        base_fingerprint: Digest of the base weights under the adapters; None if the folder was computed from others
+            and no base was at hand to digest.
         data_fingerprint: Digest of the training data, or None if the data module has none.
         tokenizer_fingerprint: Digest of the vocabulary of the data's tokenizer, or None without one.
         tokenizer: The data's tokenizer as the training used it, see `SavedTokenizer`; None without one.
@@ -68,6 +69,7 @@ class Manifest:
         step: Optimizer steps taken.
         files: Every other file of the folder by its name.
         checkpoint: The `.ckpt` that the folder belongs to or was merged from, or None without one.
+        derived: How the adapter was computed from others (`combine`, `shrink`), with its errors, or None.
         versions: Versions of the libraries that wrote it.
         format_version: Version of this format.
     """
@@ -75,7 +77,7 @@ class Manifest:
     adapter_format: str
     methods: list[dict[str, Any]]
     base: str | None
-    base_fingerprint: str
+    base_fingerprint: str | None
     data_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None
     tokenizer: dict[str, Any] | None = None
@@ -86,6 +88,7 @@ class Manifest:
     step: int = 0
     files: dict[str, FileRecord] = field(default_factory=dict)
     checkpoint: FileRecord | None = None
+    derived: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: library_versions())
     format_version: int = FORMAT_VERSION
 
@@ -313,7 +316,7 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "adapter_format": (f"one of {', '.join(FORMATS)}", lambda value: value in FORMATS),
     "methods": ("a list of {class_path, init_args}", _is_methods),
     "base": ("a text or null", _is_optional_text),
-    "base_fingerprint": ("64 hexadecimal digits", _is_digest),
+    "base_fingerprint": ("64 hexadecimal digits or null", lambda value: value is None or _is_digest(value)),
     "data_fingerprint": ("a text or null", _is_optional_text),
     "tokenizer_fingerprint": ("64 hexadecimal digits or null", lambda value: value is None or _is_digest(value)),
     "tokenizer": ("a tokenizer as this library keeps it, or null", _is_tokenizer),
@@ -324,13 +327,14 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "step": ("a whole number from 0", _is_count),
     "files": ("an object of plain file names with sha256 and num_bytes", _is_files),
     "checkpoint": ("sha256 and num_bytes, or null", lambda value: value is None or _is_record(value)),
+    "derived": ("an object or null", lambda value: value is None or isinstance(value, dict)),
     "versions": ("an object of texts", _is_versions),
     "format_version": ("a whole number from 0", _is_count),
 }
 
 
 # Manifests of older versions have none of these.
-_NEWER = {"checkpoint", "tokenizer", "tokenizer_fingerprint"}
+_NEWER = {"checkpoint", "derived", "tokenizer", "tokenizer_fingerprint"}
 
 
 def _check_fields(data: dict[str, Any], source: str) -> None:

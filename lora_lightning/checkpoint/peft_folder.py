@@ -148,7 +148,7 @@ def load_peft(model: nn.Module, folder: str | Path, name: str | None = None) -> 
     report = attach(model, fitted.methods, name=name)
     try:
         load_adapter_state_dict(model, fitted.state, name)
-        if found.base_fingerprint is not None:
+        if found.base_fingerprint is not None or found.base_sample is not None:
             with only(model, name):
                 check_base(model, found.base_fingerprint, found.base_sample, str(folder))
     except CheckpointError as error:

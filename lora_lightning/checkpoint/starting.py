@@ -66,7 +66,7 @@ class StartingAdapter:
             CheckpointError: Methods, base, vocabulary, keys or shapes differ.
         """
         check_methods(methods, self.methods, self.folder)
-        if self.base_fingerprint is not None:
+        if self.base_fingerprint is not None or self.base_sample is not None:
             check_base(model, self.base_fingerprint, self.base_sample, str(self.folder))
         check_tokenizer(tokenizer, self.tokenizer_fingerprint, str(self.folder))
         fresh = self._fresh_copies(model)

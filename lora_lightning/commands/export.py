@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lightning.adapters.walk import unwrap
+from lora_lightning.checkpoint.folder import refuse_taken
 from lora_lightning.checkpoint.own_state import own_file, warn_of_own_file
 from lora_lightning.checkpoint.peft_folder import export_peft
 from lora_lightning.checkpoint.saved_run import SavedRun, generation_settings_of
 from lora_lightning.commands._push import Target, push
 from lora_lightning.errors import BackboneError, CheckpointError, ConfigError
-from lora_lightning.merging.merge import merge_checkpoint, refuse_taken
+from lora_lightning.merging.merge import merge_checkpoint
 from lora_lightning.merging.report import UpdateLost
 from lora_lightning.peft_format.config import CONFIG_NAME, PEFT_WEIGHTS_NAME
 from lora_lightning.peft_format.preflight import TOOLS, preflight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -57,7 +57,8 @@ def call_from_arguments(prog: str, function: Callable[..., Any], arguments: Sequ
 def plain_flags(arguments: Sequence[str], parameters: Parameters) -> list[str]:
     """Return a command line with flags as the parser takes them: `--compare-base` becomes `--compare_base=true`.
 
-    Hyphens in a known flag's name count as underscores, and a flag that is true or false may stand alone.
+    Hyphens in a known flag's name count as underscores, a flag that is true or false may stand alone, and a flag that
+    takes a list may be given once for each item.
 
     Args:
         arguments: The command line.
@@ -66,6 +67,8 @@ def plain_flags(arguments: Sequence[str], parameters: Parameters) -> list[str]:
     Example:
         >>> plain_flags(["--dry-run", "--num", "3"], Parameters({"dry_run": bool, "num": int}))
         ['--dry_run=true', '--num', '3']
+        >>> plain_flags(["--adapter", "a", "--adapter=b"], Parameters({"adapter": list[str]}))
+        ['--adapter+', 'a', '--adapter+=b']
     """
     plain: list[str] = []
     for position, argument in enumerate(arguments):
@@ -77,8 +80,13 @@ def plain_flags(arguments: Sequence[str], parameters: Parameters) -> list[str]:
         following = arguments[position + 1] if position + 1 < len(arguments) else "--"
         if not has_value and bool in alternatives(parameters.types[name]) and following.startswith("--"):
             has_value, value = "=", "true"
-        plain.append(f"--{name}{has_value}{value}")
+        is_one_more = _takes_lists_alone(parameters.types[name]) and not (value or following).startswith("[")
+        plain.append(f"--{name}{'+' if is_one_more else ''}{has_value}{value}")
     return plain
+
+
+def _takes_lists_alone(annotation: Any) -> bool:  # noqa: ANN401 - any type
+    return [get_origin(one) for one in alternatives(annotation)] == [list]
 
 
 def _explain(error: Exception, function: Callable[..., Any], arguments: Sequence[str]) -> str:

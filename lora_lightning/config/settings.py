@@ -55,6 +55,8 @@ def collect(arguments: Sequence[str]) -> Settings:
             # A text such as that of `--output config.yaml` only names a file.
             is_section = name in SECTIONS and is_file_name(value)
             setting = read_document(value).data if is_section else parse_value(value)
+            if name.endswith("+") and "." not in name:  # one more item of a list that a command takes
+                setting = [*settings.tree.get(name.removesuffix("+"), []), setting]
             path = set_flag(settings.tree, name.removesuffix("+").split("."), setting)
             for origin in [key for key in settings.origins if key[: len(path)] == path]:
                 del settings.origins[origin]

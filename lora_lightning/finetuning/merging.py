@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.adapters.head import copied
+from lora_lightning.adapters.frozen.copies import copied
 from lora_lightning.adapters.merge import check_mergeable
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.backbones.attach import merge

@@ -18,6 +18,7 @@ from lora_lightning.backbones.attach import merge
 from lora_lightning.backbones.storage.quantized import is_quantized
 from lora_lightning.checkpoint.files import atomic_folder
 from lora_lightning.checkpoint.fingerprint import fingerprint
+from lora_lightning.checkpoint.folder import refuse_taken as refuse_taken
 from lora_lightning.checkpoint.manifest import Manifest, class_config
 from lora_lightning.checkpoint.own_state import warn_of_own_file
 from lora_lightning.checkpoint.saved_run import SavedRun, generation_settings_of
@@ -127,14 +128,6 @@ def merge_checkpoint(
     if hasattr(model, "save_pretrained"):
         warn_of_own_file(task, run.own_state, output_dir)
     return MergeReport(output_dir=output_dir, loss=loss, num_bytes=num_bytes, has_tokenizer=tokenizer is not None)
-
-
-def refuse_taken(output_dir: Path) -> None:
-    """Raise CheckpointError unless a path is free: absent, or an empty folder."""
-    if output_dir.is_dir() and not any(output_dir.iterdir()):
-        return
-    if output_dir.exists() or output_dir.is_symlink():
-        raise CheckpointError(f"{output_dir} exists already; name a folder that does not, or remove it.")
 
 
 def _load(

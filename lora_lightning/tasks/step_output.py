@@ -35,7 +35,7 @@ def require_output(output: Any, task: str, *, trains: bool) -> StepOutput:  # no
         trains: Whether the loss is going to be minimized.
 
     Raises:
-        ConfigError: It is no `StepOutput`, or its loss is not one number, or depends on no parameter that trains.
+        ConfigError: It is not a `StepOutput`, or its loss is not one number, or depends on no parameter that trains.
     """
     where = f"compute_loss of {task}"
     if not isinstance(output, StepOutput):

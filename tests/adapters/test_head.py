@@ -15,7 +15,7 @@ from lora_lightning.adapters import (
     iter_roles,
     merge,
 )
-from lora_lightning.adapters.head import copied
+from lora_lightning.adapters.frozen.copies import copied
 from lora_lightning.errors import TargetError
 from lora_lightning.methods import LoRA
 from tests.adapters.toys import Bias, Model, ids

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from lora_lightning.adapters.base import ForwardAdapter, Role
+from lora_lightning.adapters.frozen.copies import copied
 from lora_lightning.adapters.host import _Adapted, _adapted_class, unhang
 from lora_lightning.adapters.weights import RESERVED, original_class
 from lora_lightning.errors import TargetError
@@ -75,32 +75,16 @@ def release_modes(model: nn.Module) -> None:
 def bare_copy(host: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """Copy a module without the adapters on it and in it, and with norms that follow its mode.
 
-    `copy.deepcopy` refuses tensors with a history, and some modules keep one after a call: the weights that
-    `nn.utils.weight_norm` and `nn.utils.spectral_norm` compute, and running values that were not detached. The copy
-    gets their values.
-
     Args:
         host: The module, which stays as it is.
         memo: What the copy shares, by `id`, as `copy.deepcopy` takes it.
-
-    Example:
-        >>> import torch
-        >>> module = nn.utils.spectral_norm(nn.Linear(2, 2))
-        >>> _ = module(torch.ones(1, 2))
-        >>> module.weight.requires_grad, bare_copy(module).weight.requires_grad
-        (True, False)
     """
-    memo = {} if memo is None else memo
-    for module in host.modules():
-        for value in tree_leaves(vars(module)):
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    copied = copy.deepcopy(host, memo)
-    release_modes(copied)
-    for module in list(copied.modules()):
+    bare = copied(host, memo)
+    release_modes(bare)
+    for module in list(bare.modules()):
         if RESERVED in module._modules:
             unhang(module)
-    return copied
+    return bare
 
 
 def stays_evaluating(module: nn.Module) -> bool:

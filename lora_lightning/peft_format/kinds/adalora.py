@@ -39,7 +39,7 @@ from lora_lightning.peft_format.schema.fields import (
 from lora_lightning.peft_format.schema.targets import TargetConfig, in_lists
 from lora_lightning.peft_format.trained_base import Beside, read_base, read_biases
 
-_EPSILON = 1e-5  # what PEFT adds to the rank that it divides by
+EPSILON = 1e-5  # what PEFT adds to the rank that it divides by
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def _padded(path: str, own: Mapping[str, Tensor], config: AdaLoraConfig, source:
     full_a, full_b = a.new_zeros(config.init_r, a.shape[1]), b.new_zeros(len(b), config.init_r)
     full_e = e.new_zeros(config.init_r)
     full_a[index], full_b[:, index] = a, b
-    full_e[index] = e * (config.init_r / (config.init_r + _EPSILON))
+    full_e[index] = e * (config.init_r / (config.init_r + EPSILON))
     return dict(zip(names, (full_a, full_b, full_e), strict=True))
 
 
@@ -186,7 +186,7 @@ def encode_adalora(model: nn.Module, method: AdaLoRA, adapters: Mapping[str, Ada
         missing = r - adapter.r
         tensors[f"{PREFIX}{path}.lora_A"] = F.pad(adapter.lora_A, (0, 0, 0, missing))
         tensors[f"{PREFIX}{path}.lora_B"] = F.pad(adapter.lora_B, (0, missing))
-        tensors[f"{PREFIX}{path}.lora_E"] = F.pad(adapter.lora_E, (0, missing))[:, None] * ((r + _EPSILON) / r)
+        tensors[f"{PREFIX}{path}.lora_E"] = F.pad(adapter.lora_E, (0, missing))[:, None] * ((r + EPSILON) / r)
     return config, {name: tensor.detach() for name, tensor in tensors.items()}
 
 
