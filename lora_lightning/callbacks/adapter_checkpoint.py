@@ -13,7 +13,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lora_lightning.adapters import adapter_state_dict, attached_methods, folded_state_dict, gathered
+from lora_lightning.adapters import (
+    adapter_names,
+    adapter_state_dict,
+    attached_methods,
+    folded_state_dict,
+    gathered,
+)
 from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.adapters.walk import unwrap
 from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint, tokenizer_of
@@ -93,6 +99,12 @@ class AdapterCheckpoint(ForwardsSettings, ModelCheckpoint):
             rank_zero_warn(
                 "Several submodules have adapters, which one adapter folder cannot hold, so AdapterCheckpoint saves "
                 "plain .ckpt files only."
+            )
+        elif len(adapter_names(model)) > 1:
+            rank_zero_warn(
+                f"The model has the adapters {', '.join(adapter_names(model))}, which one adapter folder cannot hold: "
+                "the .ckpt files hold them all, and AdapterCheckpoint saves no folders. Write them with "
+                "export_peft(model, folder, name=...)."
             )
         elif not writes_folders(pl_module, model):
             rank_zero_warn(
@@ -305,11 +317,11 @@ def _own_tensors(module: Any, model: nn.Module) -> dict[str, Tensor]:  # noqa: A
 def writes_folders(module: L.LightningModule, model: nn.Module) -> bool:
     """Return whether adapter folders can be written; the fingerprint of a sharded base must have been taken before.
 
-    A folder holds the adapters of one model, not of several submodules. Parameters that DeepSpeed's third stage
-    partitions (it marks each with an id) are never complete.
+    A folder holds the adapters of one name of one model, not of several submodules. Parameters that DeepSpeed's third
+    stage partitions (it marks each with an id) are never complete.
     """
     parameters = list(model.parameters())
-    if not attached_methods(model):
+    if not attached_methods(model) or len(adapter_names(model)) > 1:
         return False
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         return False

@@ -122,7 +122,10 @@ def fill_adapter_folder(
 
     Raises:
         CheckpointError: A weight is NaN or infinite.
+        ConfigError: The model has adapters of several names, which one folder cannot hold.
     """
+    with only(model, None):  # refuses several
+        pass
     state = folded_state_dict(model) if state is None else dict(state)
     check_finite(state, "The adapter")
     exact, methods = to_peft(model, state), attached_methods(model)

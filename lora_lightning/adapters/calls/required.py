@@ -8,12 +8,15 @@ from contextlib import contextmanager
 from torch import nn
 
 from lora_lightning.adapters.calls.watch import called_adapters, left_out, refuse_idle
+from lora_lightning.adapters.selection.blocks import acting_names
 from lora_lightning.adapters.walk import iter_adapters, unwrap
 
 
 @contextmanager
 def require_calls(model: nn.Module, *, of_all: bool = True) -> Iterator[None]:
     """Check that every adapter is called at least once inside the `with` block.
+
+    Of adapters of several names, those of the names that acted there; where none did, those that act by default.
 
     Args:
         model: A model with adapters.
@@ -22,9 +25,11 @@ def require_calls(model: nn.Module, *, of_all: bool = True) -> Iterator[None]:
     Raises:
         AdapterNotCalled: Some were not; the message names their hosts.
     """
-    adapters = [(path, adapter) for path, _, adapter in iter_adapters(model) if not adapter.may_rest]
-    with called_adapters([adapter for _, adapter in adapters]) as called:
+    found = [(path, adapter) for path, _, adapter in iter_adapters(model) if not adapter.may_rest]
+    with called_adapters([adapter for _, adapter in found]) as called:
         yield
+    names = {adapter.name for _, adapter in found if id(adapter) in called} or set(acting_names(model))
+    adapters = [(path, adapter) for path, adapter in found if adapter.name in names]
     idle = [path for path, adapter in adapters if id(adapter) not in called]
     if not of_all:
         excepted = left_out(unwrap(model), idle, {path for path, adapter in adapters if id(adapter) in called})
