@@ -73,8 +73,9 @@ def build_finetuned(cls: type[M], content: dict[str, Any], *, strict: bool | Non
     Raises:
         ConfigError: `cls` is not the class of a LightningModule.
     """
-    if not (isinstance(cls, type) and issubclass(cls, L.LightningModule)):
-        got = cls.__name__ if isinstance(cls, type) else f"a {type(cls).__name__}"
+    given_class: Any = cls  # a user's code may pass anything
+    if not (isinstance(given_class, type) and issubclass(given_class, L.LightningModule)):
+        got = given_class.__name__ if isinstance(given_class, type) else f"a {type(cls).__name__}"
         raise ConfigError(f"Give the class of the LightningModule, as in load_finetuned(MyModule, path); got {got}.")
     given = dict(content.get("hyper_parameters", {}))
     content = {**content, "hyper_parameters": given}
