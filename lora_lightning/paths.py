@@ -85,15 +85,17 @@ def nearest(name: str, names: Iterable[str], count: int = 3) -> list[str]:
 
 def nearest_in_folder(path: Path) -> str:
     """Return the end of a sentence about a missing path: what its folder holds instead, or that it is missing too."""
+    start = "" if path.is_absolute() else f"; paths are relative to {Path.cwd()}"
     folder = path.parent
     try:
         names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError:
-        return f"and there is no folder {str(folder)!r} either"
+        return f"and there is no folder {str(folder)!r} either{start}"
     if not names:
-        return f"and the folder {str(folder)!r} is empty"
+        return f"and the folder {str(folder)!r} is empty{start}"
     near = nearest(path.name, names)
-    return f"the nearest names there: {', '.join(near)}" if near else f"its folder holds: {some_of(names)}"
+    found = f"the nearest names there: {', '.join(near)}" if near else f"its folder holds: {some_of(names)}"
+    return found + start
 
 
 def _package_folders(package: str, path: str) -> list[Path]:

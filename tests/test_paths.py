@@ -83,3 +83,14 @@ def test_nearest_in_folder_tells_what_there_is(tmp_path):
     for index in range(12):
         (tmp_path / f"part{index}.bin").write_text("")
     assert nearest_in_folder(tmp_path / "zzzz").endswith("and 2 more")
+
+
+def test_a_relative_path_tells_its_start(tmp_path, monkeypatch):
+    """Whoever runs a command in another folder sees why a path that is right in its config is not found."""
+    monkeypatch.chdir(tmp_path)
+    start = f"; paths are relative to {tmp_path}"
+    assert nearest_in_folder(Path("x.csv")) == f"and the folder '.' is empty{start}"
+    assert nearest_in_folder(Path("nowhere/x.csv")) == f"and there is no folder 'nowhere' either{start}"
+    (tmp_path / "y.csv").touch()
+    assert nearest_in_folder(Path("x.csv")) == f"the nearest names there: y.csv{start}"
+    assert nearest_in_folder(tmp_path / "x.csv") == "the nearest names there: y.csv"

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import lightning as L
 
-from lora_lightning.errors import ConfigError
+from lora_lightning.errors import ConfigError, UserError, trouble_of_disk
 
 _LIGHTNING = Path(L.__file__).parent
+_LIBRARY = Path(__file__).parent.parent
 _LOGGERS = _LIGHTNING / "pytorch" / "loggers"
 _CALLBACKS = _LIGHTNING / "pytorch" / "callbacks"
 
 
 def mistake_of_settings(error: BaseException) -> ConfigError | None:
-    """Return what to change if Lightning's code refuses a setting, or None for any other error.
+    """Return what to change if Lightning or the package of a logger refuses a setting, or None for any other error.
 
     Lightning raises ValueError for settings that contradict the data, and its callbacks raise RuntimeError for metrics
     that are missing, which a task of the user's own may cause after the first epoch.
@@ -31,6 +32,10 @@ def mistake_of_settings(error: BaseException) -> ConfigError | None:
     if isinstance(error, ModuleNotFoundError) and error.name and in_loggers:
         package = error.name.partition(".")[0]
         return ConfigError(f"The logger needs the package {package}, which cannot be imported: pip install {package}.")
+    is_foreign = not (raised_in.is_relative_to(_LIGHTNING) or raised_in.is_relative_to(_LIBRARY))
+    if in_loggers and is_foreign and not isinstance(error, UserError) and trouble_of_disk(error) is None:
+        text = " ".join(str(error).split()) or type(error).__name__
+        return ConfigError(f"A logger of trainer.logger ends the run: {text} Mend that, or leave this logger out.")
     is_value = isinstance(error, ValueError) and raised_in.is_relative_to(_LIGHTNING)
     is_callback = isinstance(error, RuntimeError) and raised_in.is_relative_to(_CALLBACKS)
     if not (is_value or is_callback):

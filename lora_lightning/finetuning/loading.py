@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.core.saving import _load_state
 
 from lora_lightning.checkpoint.reading import read_file
-from lora_lightning.errors import CheckpointError
+from lora_lightning.errors import CheckpointError, ConfigError
 from lora_lightning.finetuning.module_class import finetuned_class
 from lora_lightning.finetuning.record import ENTRY
 
@@ -68,7 +68,15 @@ def read_finetuned(path: Path, map_location: Any = None, *, weights_only: bool =
 
 
 def build_finetuned(cls: type[M], content: dict[str, Any], *, strict: bool | None = None, **settings: Any) -> M:  # noqa: ANN401 - arguments of any type
-    """Build a module from what a checkpoint holds."""
+    """Build a module from what a checkpoint holds.
+
+    Raises:
+        ConfigError: `cls` is not the class of a LightningModule.
+    """
+    given_class: Any = cls  # a user's code may pass anything
+    if not (isinstance(given_class, type) and issubclass(given_class, L.LightningModule)):
+        got = given_class.__name__ if isinstance(given_class, type) else f"a {type(cls).__name__}"
+        raise ConfigError(f"Give the class of the LightningModule, as in load_finetuned(MyModule, path); got {got}.")
     given = dict(content.get("hyper_parameters", {}))
     content = {**content, "hyper_parameters": given}
     own_class = _class_of_cli(cls, given)

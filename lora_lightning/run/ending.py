@@ -33,6 +33,8 @@ def ending(trainer: L.Trainer, *, is_language_model: bool) -> list[str]:
     best, last = _existing(callback.best_model_path), _existing(callback.last_model_path)
     if best is not None and best != last and callback.best_model_score is not None:
         lines.append(f"Best checkpoint: {best} ({callback.monitor} {float(callback.best_model_score):.4g})")
+    if callback.monitor and last is not None and callback.best_model_score is None:
+        lines.append(f"No best checkpoint: the run ended before {callback.monitor} was measured.")
     if last is not None:
         lines.append(f"Last checkpoint: {last}{_metric_now(trainer, callback.monitor)}")
     chosen = best or last

@@ -24,6 +24,7 @@ HIDDEN_MESSAGES = {
 HIDDEN_WARNINGS = {
     ".*LeafSpec.*": "Lightning calls a function that torch deprecates",
     ".*does not have many workers.*": "texts that are tokenized beforehand need no workers",
+    ".*could not find the monitored key.*": "no validation ran, which the end of the run says; other names are refused",
 }
 """Regular expressions of warnings, with the reason to hide each."""
 

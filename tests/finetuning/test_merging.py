@@ -169,3 +169,14 @@ def test_a_module_is_merged_right_after_its_last_step(tmp_path):
     merged = Normed.load_from_checkpoint(tmp_path / "merged.ckpt")
     assert torch.allclose(answers(merged), answers(module), atol=1e-5)
     assert not torch.allclose(answers(Normed()), answers(module), atol=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [ImageClassifier(), nn.Linear, "ImageClassifier"])
+def test_what_is_not_the_class_is_refused(wrong, tmp_path):
+    path = saved(ImageClassifier, tmp_path, 7)
+    got = "Linear" if wrong is nn.Linear else f"a {type(wrong).__name__}"
+    for use in (load_finetuned, lambda cls, path: merge_finetuned(cls, path, tmp_path / "merged.ckpt")):
+        with pytest.raises(ConfigError, match=rf"^Give the class of the LightningModule, .*; got {got}\.$"):
+            use(wrong, path)
+    assert not (tmp_path / "merged.ckpt").exists()
+    assert isinstance(load_finetuned(ImageClassifier, path), ImageClassifier)

@@ -130,6 +130,20 @@ def test_other_messages_stay(capsys):
         logger.removeHandler(handler)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_run_without_validation_has_no_best_checkpoint(capsys, steps):
+    """Lightning would ask whether the task logs the metric, which was checked before the first step."""
+    callback = {"class_path": "AdapterCheckpoint", "init_args": {"monitor": "val/loss", "mode": "min"}}
+    trainer = {**CONFIG["trainer"], "callbacks": [callback], "max_steps": steps}
+    Path("short.yaml").write_text(yaml.safe_dump({**CONFIG, "trainer": trainer}))
+    assert main(["fit", "--config", "short.yaml"]) == 0
+    out, err = capsys.readouterr()
+    line = "No best checkpoint: the run ended before val/loss was measured."
+    assert (line in out.splitlines()) == (steps < 4)
+    assert "Last checkpoint: " in out
+    assert "monitored key" not in err
+
+
 @pytest.mark.parametrize("beginning", HIDDEN_IN_EVALUATIONS)
 def test_warnings_of_checkpoints_are_hidden_in_evaluations_alone(beginning):
     with warnings.catch_warnings(record=True) as seen, tidy_output(is_fit=False):
