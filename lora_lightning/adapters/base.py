@@ -269,8 +269,10 @@ class Method(abc.ABC):
                 f"write [{self.modules_to_save!r}]."
             )
 
-    def __new__(cls, **settings: Any) -> Method:  # noqa: ANN401 - settings of any type
-        """Refuse settings that this method does not have, naming ours where another library's spelling came."""
+    def __new__(cls, *values: Any, **settings: Any) -> Method:  # noqa: ANN401 - settings of any type
+        """Refuse settings without a name, or that this method does not have, naming ours for other libraries' words."""
+        if values:
+            raise ConfigError(f"{cls.__name__} takes its settings by name, as in LoRA(r=8); got {values!r:.60}.")
         known = {field.name for field in fields(cls)} if "__dataclass_fields__" in cls.__dict__ else settings
         for key in settings:
             if key not in known:

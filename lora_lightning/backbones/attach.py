@@ -13,6 +13,7 @@ from torch import nn
 import lora_lightning.backbones.storage.codecs  # noqa: F401 - registers how transformers' and bitsandbytes' layers are read
 from lora_lightning import adapters
 from lora_lightning.adapters import AttachReport, Method
+from lora_lightning.adapters.attaching.placing import methods_of
 from lora_lightning.backbones.storage.loftq import start_at_quantization_error
 from lora_lightning.backbones.storage.quantized import settle
 from lora_lightning.backbones.view import view_of
@@ -42,6 +43,7 @@ def attach(
         >>> attach(nn.Sequential(nn.Linear(8, 8)), LoRA(r=2)).hosts
         ('0',)
     """
+    methods = methods_of(model, method)
     settle(model)
     if hasattr(model, "save_pretrained"):
         _warn_where_adapters_are_saved()
@@ -49,7 +51,7 @@ def attach(
     with nullcontext() if is_first else adapters.disabled(model):  # trial calls of the model are to show the base
         report = adapters.attach(
             model,
-            method,
+            methods,
             view_of(model),
             name=name,
             modules_to_save=modules_to_save,

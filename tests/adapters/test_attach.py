@@ -107,8 +107,8 @@ def test_detaching_from_the_whole_what_was_attached_to_a_part():
 
 REFUSED = {
     "no method": (lambda: [], TargetError, "takes a method"),
-    "a class": (lambda: LoRA, TypeError, "not iterable"),
-    "a dict": (lambda: [{"r": 8}], TargetError, r"list of methods; got \(\{'r': 8\},\)"),
+    "a class": (lambda: LoRA, TargetError, r"got class \(write LoRA\(\)"),
+    "a dict": (lambda: [{"r": 8}], TargetError, r"list of methods; got list \[\{'r': 8\}\]"),
     "nothing matches": (lambda: LoRA(target_modules=["qery"]), TargetError, "Nearest names: query"),
     "r too large": (lambda: LoRA(r=9, target_modules=["query"]), ConfigError, "r is at most 8"),
     "two forwards": (

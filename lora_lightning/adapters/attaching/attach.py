@@ -13,6 +13,7 @@ from lora_lightning.adapters.attaching.placing import (
     check_placement,
     free_name,
     labels,
+    methods_of,
     norm_statistics,
     saved_paths,
 )
@@ -79,8 +80,8 @@ def attach(
         >>> attach(model, LoRA(r=2, target_modules=["0"])).num_trainable
         32
     """
-    methods = (method,) if isinstance(method, Method) else tuple(method)
-    name = free_name(model, methods, name)
+    methods = methods_of(model, method)
+    name = free_name(model, name)
     check_combination(methods)
     view = view or PlainView(model)
     placed = _placed(view, name, methods, modules_to_save, trains_norms=train_norm_statistics)

@@ -27,16 +27,39 @@ from lora_lightning.errors import ConfigError, TargetError
 _NAME = re.compile(r"[\w-]+")
 
 
-def free_name(model: nn.Module, methods: tuple[Method, ...], name: str | None) -> str:
+def methods_of(model: object, method: object) -> tuple[Method, ...]:
+    """Return what `attach` was given as a tuple of methods.
+
+    Raises:
+        TargetError: The first argument is not a module, or the second neither a method nor a list of methods.
+    """
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"attach takes the model first and then the method; the first one is a {_kind_of(model)}.")
+    if isinstance(method, Method):
+        return (method,)
+    methods = tuple(method) if isinstance(method, (list, tuple)) else ()
+    if not methods or not all(isinstance(one, Method) for one in methods):
+        raise TargetError(
+            f"attach takes a method, such as LoRA(r=8), or a list of methods; got {_kind_of(method)} {method!r:.60}."
+        )
+    return methods
+
+
+def _kind_of(given: object) -> str:
+    """Return what was given in words; a class of methods wants to be called."""
+    if isinstance(given, type) and issubclass(given, Method):
+        name: str = given.__name__
+        return f"class (write {name}() with its settings)"
+    return type(given).__name__
+
+
+def free_name(model: nn.Module, name: str | None) -> str:
     """Return the name to attach methods under.
 
     Raises:
-        TargetError: What was given is not a method, the model is compiled or sharded, the name is taken, or it has
-            adapters and no name was given.
+        TargetError: The model is compiled or sharded, the name is taken, or it has adapters and no name was given.
         ConfigError: The name has characters that keys of states and file names cannot hold.
     """
-    if not methods or not all(isinstance(method, Method) for method in methods):
-        raise TargetError(f"attach takes a method, such as LoRA(r=8), or a list of methods; got {methods!r}.")
     if hasattr(model, "_orig_mod"):
         raise TargetError("This model is compiled already; attach the adapters first, then call torch.compile.")
     refuse_sharded(model, "attach")
