@@ -40,7 +40,8 @@ class Measurement:
         self.task: Any = run.build()
         self._own: dict[str, float] = {}
         self._trainer = RunTrainer(
-            accelerator="cpu",
+            accelerator="auto",
+            devices=1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
