@@ -1,7 +1,7 @@
 """Train wide and ship narrow, or train narrow: `python -m benchmarks.shrinking` on the quickstart's tweets.
 
 Each seed trains one adapter of rank 64 and one of rank 8. The wide one is cut to the parameters of the narrow one in
-three ways: with ranks dealt out over all layers, with those weighted by the layers' inputs, and uniformly. All are
+three ways: with ranks from one budget for all layers, with those weighted by the layers' inputs, and uniformly. All are
 measured on the same test rows. Intervals are those of Student's t over the seeds, of the figures and of the paired
 differences.
 """
@@ -37,7 +37,13 @@ NUM_BATCHES = 16
 """Training batches by which the layers are weighted."""
 QUANTILES = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
 """97.5 % quantile of Student's t by the number of seeds."""
-DIRECT, WHOLE, DEALT, WEIGHTED, UNIFORM = "rank 8 trained", "rank 64", "dealt out", "dealt out, inputs", "uniform"
+DIRECT, WHOLE, DEALT, WEIGHTED, UNIFORM = (
+    "rank 8 trained",
+    "rank 64",
+    "global budget",
+    "global budget, inputs",
+    "uniform",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -38,14 +38,21 @@ class Measurement:
         self.ckpt_path = ckpt_path
         self.data = _data_of(run)
         self.task: Any = run.build()
+        self._own: dict[str, float] = {}
         self._trainer = RunTrainer(
-            accelerator="cpu",
+            accelerator="auto",
+            devices=1,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        self.before = self._validate()
+
+    def measure_own(self) -> dict[str, float]:
+        """Return the validation metrics with the checkpoint's own adapter, measured once, before another is loaded."""
+        if not self._own:
+            self._own = self._validate()
+        return self._own
 
     def of(self, folder: Path) -> dict[str, float]:
         """Return the validation metrics with the adapter of a folder."""
@@ -58,6 +65,7 @@ class Measurement:
         Args:
             source: The adapter's folder, or the `.ckpt` itself.
         """
+        self.measure_own()
         if Path(source).is_dir():
             self._load(Path(source))
         self.data.setup("fit")
@@ -67,9 +75,9 @@ class Measurement:
 
     def lines(self, folder: Path) -> list[str]:
         """Tell the metrics of the checkpoint's own adapter and of a folder's."""
-        after = self.of(folder)
+        before, after = self.measure_own(), self.of(folder)
         lines = [f"On the validation data of {self.ckpt_path}, with its own adapter and with {folder}:"]
-        return lines + [f"  {name}: {value:.4g} → {after[name]:.4g}" for name, value in self.before.items()]
+        return lines + [f"  {name}: {value:.4g} → {after[name]:.4g}" for name, value in before.items()]
 
     @property
     def _model(self) -> nn.Module:

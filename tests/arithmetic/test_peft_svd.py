@@ -18,17 +18,14 @@ from tests.arithmetic.test_properties import many, weights
 
 @st.composite
 def configs(draw):
-    settings = {
+    """Draw a config without patterns."""
+    return {
         "r": draw(st.integers(1, 6)),
         "lora_alpha": draw(st.integers(1, 16)),
         "use_rslora": draw(st.booleans()),
         "init_lora_weights": False,  # no factor is zero
         "target_modules": list(LINEAR),
     }
-    if draw(st.booleans()):
-        settings["rank_pattern"] = {"second": draw(st.integers(1, 6))}
-        settings["alpha_pattern"] = {"third": draw(st.integers(1, 16))}
-    return settings
 
 
 @torch.no_grad()
@@ -43,10 +40,11 @@ def _error(model, name, exact):
 @settings(many)
 @given(configs(), configs(), weights, weights, st.integers(1, 6))
 def test_a_cut_is_at_most_as_far_off_as_svd_of_peft(one, other, w, v, rank):
-    settings_of = {"a": one, "b": other}
+    # The sums of PEFT keep `use_rslora` and the patterns of the first adapter, and so are scaled wrongly with these.
+    settings_of = {"a": {**one, "use_rslora": False}, "b": other}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = peft.get_peft_model(base(), peft.LoraConfig(**one), adapter_name="a")
+        model = peft.get_peft_model(base(), peft.LoraConfig(**settings_of["a"]), adapter_name="a")
         model.add_adapter("b", peft.LoraConfig(**other))
         model.add_weighted_adapter(["a", "b"], [w, v], "svd", combination_type="svd", svd_rank=rank)
     with torch.no_grad():
