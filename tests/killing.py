@@ -17,12 +17,15 @@ def run_forked(act: Callable[[], object]) -> int:
     """Run something in a fork of this process, and return its status as `os.waitpid` gives it."""
     child = os.fork()
     if child == 0:
+        status = FAILED
         try:
             act()
+            status = 0
         except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-            os._exit(FAILED)
-        os._exit(0)
+            text = f"{type(error).__name__}: {error}"
+            print(text, file=sys.__stderr__, flush=True)  # `act` may have closed sys.stderr
+        finally:  # whatever is raised, the fork must not continue with the other tests
+            os._exit(status)
     return os.waitpid(child, 0)[1]
 
 

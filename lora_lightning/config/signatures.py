@@ -86,12 +86,16 @@ def alternatives(hint: Any) -> tuple[Any, ...]:  # noqa: ANN401 - a type hint
     return (hint,)
 
 
+_PLAIN = ("builtins", "datetime", "pathlib", "collections", "os")
+"""Packages whose classes are written as plain values."""
+
+
 def is_class_type(hint: Any) -> bool:  # noqa: ANN401 - a type hint
     """Return whether a type is written in a config as a class with arguments, not as a plain value."""
     return (
         isinstance(hint, type)
         and typing.get_origin(hint) is None
-        and hint.__module__ not in ("builtins", "datetime", "pathlib", "collections.abc", "os")
+        and hint.__module__.partition(".")[0] not in _PLAIN  # Path is defined in pathlib._local from Python 3.13 on
         and not issubclass(hint, (str, int, float, dict, list, tuple))
     )
 

@@ -66,14 +66,14 @@ def param_groups(model: nn.Module, optim: Optim, name: str | None = None) -> lis
             )
         role = roles.get(id(parameter), Role.HEAD)
         decays = optim.weight_decay > 0 and role not in _VECTOR_ROLES and parameter.ndim > 1
-        name = role.value if decays or optim.weight_decay == 0 else f"{role.value}, no decay"
+        group = role.value if decays or optim.weight_decay == 0 else f"{role.value}, no decay"
         empty = {
             "params": [],
             "lr": learning_rate(role, optim),
             "weight_decay": optim.weight_decay if decays else 0.0,
-            "name": name,
+            "name": group,
         }
-        groups.setdefault(name, empty)["params"].append(parameter)
+        groups.setdefault(group, empty)["params"].append(parameter)
     if not groups:
         raise ConfigError("No parameter is trainable; attach a method first.")
     if optim.lora_plus_ratio and Role.B not in roles.values():

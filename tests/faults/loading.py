@@ -184,9 +184,7 @@ FAULTS = [
         r"^run/last is a folder; name the \.ckpt file that stands beside it",
         [*TEST[:-1], "run/last"],
     ),
-    Fault(
-        "text as checkpoint", r"^run/last\.ckpt is not a checkpoint that can be read safely", as_checkpoint(b"hello")
-    ),
+    Fault("text as checkpoint", r"^run/last\.ckpt is not a checkpoint that can be read", as_checkpoint(b"hello")),
     Fault(
         "somebody else's checkpoint", r"^run/last\.ckpt holds no hyper_parameters", as_checkpoint({"state_dict": {}})
     ),
