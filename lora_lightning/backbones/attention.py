@@ -140,14 +140,31 @@ def route(model: Any) -> Callable[[nn.Module], None]:  # noqa: ANN401 - a transf
     Returns:
         What undoes it; it can be pickled.
     """
-    before = _implementation(model)
+    _check_implementation(model)
+    before = implementations(model.config)
     register(ROUTED, attend)
     model.set_attn_implementation(ROUTED)
     return partial(restore, implementation=before)
 
 
-def restore(model: Any, implementation: str) -> None:  # noqa: ANN401 - a transformers model
-    """Give a model the attention implementation back that it had."""
+def implementations(config: Any, outer: str | None = None) -> Any:  # noqa: ANN401 - transformers' own forms
+    """Return the attention implementation of a config, as `set_attn_implementation` takes it back.
+
+    Args:
+        config: The config of a model or of a part.
+        outer: The implementation of the config around it, for a part that does not say.
+
+    Returns:
+        A name; a dictionary of the parts' names for a model that was loaded with several.
+    """
+    own = getattr(config, "_attn_implementation", None) or outer
+    parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    inside = {name: implementations(part, own) for name, part in parts.items() if part is not None}
+    return {"": own, **inside} if any(one != own for one in inside.values()) else own
+
+
+def restore(model: Any, implementation: Any) -> None:  # noqa: ANN401 - a transformers model
+    """Give a model back the attention implementations that it had, in the form of `implementations`."""
     model.set_attn_implementation(implementation)
 
 
@@ -158,7 +175,8 @@ def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a tran
         TargetError: The architecture does not go through transformers' attention interface, or computes its attention
             in another way than `attend`.
     """
-    before = _implementation(model)
+    _check_implementation(model)
+    before = implementations(model.config)
     trial = Trial.of(model)
     found: dict[nn.Module, tuple[int, int, int]] = {}
 
@@ -180,7 +198,7 @@ def find_attention(model: Any) -> list[AttentionPlace]:  # noqa: ANN401 - a tran
         try:
             probed = trial.call(model, trial.rows(with_front=True, with_mask=False))
         finally:
-            model.set_attn_implementation(before)
+            restore(model, before)
     if not found:
         raise _unsupported(model, probed.problem)
     _check_same(model, plain, probed)
@@ -204,7 +222,7 @@ def _check_same(model: Any, plain: Call, probed: Call) -> None:  # noqa: ANN401 
     )
 
 
-def _implementation(model: Any) -> str:  # noqa: ANN401 - a transformers model
+def _check_implementation(model: Any) -> None:  # noqa: ANN401 - a transformers model
     name: str | None = getattr(model.config, "_attn_implementation", None)
     can_set: Any = getattr(model, "_can_set_attn_implementation", None)
     if can_set is None or not can_set():
@@ -218,7 +236,6 @@ def _implementation(model: Any) -> str:  # noqa: ANN401 - a transformers model
             f"Prefix methods do not work on {model.config.model_type}: it caps the scores of its attention "
             "(attn_logit_softcapping), which scaled-dot-product attention does not. Use PromptTuning, or LoRA."
         )
-    return str(name)
 
 
 def _unsupported(model: Any, problem: str = "") -> TargetError:  # noqa: ANN401 - a transformers model

@@ -92,7 +92,8 @@ def vary(model: Any, batch: Batch, rng: random.Random) -> None:
             model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = True
             model.tie_weights()
         if rng.random() < 0.2:
-            model.set_attn_implementation("eager")
+            parts = list(model.config.sub_configs)[1:]  # the others keep theirs
+            model.set_attn_implementation(dict.fromkeys(parts, "eager") if parts else "eager")
     except Exception as error:
         raise UnbuildableError(f"{type(model).__name__} does not take it: {error}") from error
     frozen = rng.random() < 0.2

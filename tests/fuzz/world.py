@@ -81,8 +81,8 @@ class World:
             dtype: The dtype that both compute in; None for the base's own.
         """
         dtype = next(self.base.parameters()).dtype if dtype is None else dtype
-        is_eager = _attention(self.base) == "eager"
-        is_routed = _attention(self.model if model is None else model) == ROUTED
+        is_eager = "eager" in attentions(self.base)
+        is_routed = ROUTED in attentions(self.model if model is None else model)
         if is_eager and is_routed and dtype is torch.float64:
             dtype = torch.float32  # of the eager softmax, which prefixes replace by torch's own attention
         return 16 * torch.finfo(dtype).eps
@@ -126,8 +126,10 @@ class World:
         self.controls[what] = self.controls.get(what, 0) + 1
 
 
-def _attention(model: Any) -> str | None:
-    return getattr(getattr(model, "config", None), "_attn_implementation", None)
+def attentions(model: nn.Module) -> list[str]:
+    """Return the attention implementation of each part of a model that has a config, in order."""
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    return [str(getattr(config, "_attn_implementation", None)) for config in configs if config is not None]
 
 
 @torch.no_grad()
@@ -191,7 +193,7 @@ def shape_of(model: nn.Module) -> tuple[Any, ...]:
     """Return all that attaching may change and `detach` must restore."""
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     frozen = [parameter.requires_grad for parameter in model.parameters()]
-    return [type(module) for module in model.modules()], hooks, frozen, sorted(model.state_dict())
+    return [type(module) for module in model.modules()], hooks, frozen, sorted(model.state_dict()), attentions(model)
 
 
 @torch.no_grad()

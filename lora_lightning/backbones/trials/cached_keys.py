@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.adapters.sharded import is_sharded
-from lora_lightning.backbones.attention import attend, register
+from lora_lightning.backbones.attention import attend, implementations, register, restore
 from lora_lightning.backbones.reasons import reason_of
 from lora_lightning.backbones.trials.trial import NUM_FRONT, Trial, has_values, quiet
 
@@ -59,7 +59,7 @@ def _watched(model: Any, given: dict[str, Any]) -> tuple[list[_Taken], str]:  # 
         taken.append((module, key, value))
         return attend(module, query, key, value, *args, **kwargs)
 
-    before = model.config._attn_implementation
+    before = implementations(model.config)
     register(_WATCHED, watch)
     model.set_attn_implementation(_WATCHED)
     try:
@@ -67,7 +67,7 @@ def _watched(model: Any, given: dict[str, Any]) -> tuple[list[_Taken], str]:  # 
     except Exception as error:
         return taken, f"{type(error).__name__}: {reason_of(error)}"
     finally:
-        model.set_attn_implementation(before)
+        restore(model, before)
     return taken, ""
 
 
