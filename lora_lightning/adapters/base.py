@@ -106,7 +106,7 @@ class Adapter(nn.Module):
 
         The reason follows the adapter's name: `has a magnitude of its own`.
         """
-        return f"is a {type(self).__name__}, of which one acts at a time"
+        return f"uses {type(self).__name__}, of which one acts at a time"
 
     def mixed(self, host: Any, mixture: Mixture, *given: Any) -> Any:  # noqa: ANN401 - as forward's
         """Compute what `forward` computes for a batch whose rows have several adapters of this kind."""
