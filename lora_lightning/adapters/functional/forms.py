@@ -76,8 +76,18 @@ def rebuilding_pays(x: Tensor, num_out: int, stored: torch.dtype | None, *, both
     num_values = x.numel()
     if both_or_neither:
         pays = num_values * (num_in + num_out) > num_in * num_in * num_out
-        return Rebuilt(in_forward=pays, in_backward=pays)
-    return Rebuilt(in_forward=num_values > num_in * num_in, in_backward=num_values > num_in * num_out)
+        return Rebuilt(in_forward=_is_known(pays), in_backward=_is_known(pays))
+    in_forward, in_backward = num_values > num_in * num_in, num_values > num_in * num_out
+    return Rebuilt(in_forward=_is_known(in_forward), in_backward=_is_known(in_backward))
+
+
+def _is_known(condition: bool) -> bool:
+    """Return a condition on a size; False where compiled code does not know the size, such as the rows of one name."""
+    if not torch.compiler.is_dynamo_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+    return guard_or_false(condition)
 
 
 def narrow(x_nk: Tensor, m_rk: Tensor) -> Tensor:
