@@ -20,10 +20,10 @@ from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-import lora_lightning
-from lora_lightning import export_peft, load_peft, per_row
+from lora_lightning import combine, export_peft, load_peft, per_row
 from lora_lightning.adapters import Method, active, adapter_state_dict, iter_roles, load_adapter_state_dict
 from lora_lightning.backbones.attach import attach, merge
+from lora_lightning.checkpoint import write_adapter_folder
 from lora_lightning.errors import UserError
 from lora_lightning.methods import LoRA
 from tests import models
@@ -123,14 +123,16 @@ def added(pair: Pair, folder: Path) -> None:
 
 def combined(pair: Pair, folder: Path) -> None:
     """Written as the weighted sum of several (`combine`)."""
-    weights = {}
+    weights = {str(folder / name): 1.0 for name in NAMES}
     for name, model in pair.alone.items():
-        lora_lightning.checkpoint.write_adapter_folder(model, folder / name)
-        weights[str(folder / name)] = 1.0
-    lora_lightning.combine(weights, output_dir=folder / "sum", model=copy.deepcopy(pair.base))
+        write_adapter_folder(folder / name, model)
+    combine(weights, output_dir=folder / "sum", model=copy.deepcopy(pair.base))
     model = copy.deepcopy(pair.base)
     load_peft(model, folder / "sum")
-    close(pair.answer(model), pair.answer(pair.shared(), list(NAMES)))
+    reference = pair.shared()
+    for name in NAMES:
+        merge(reference, name=name)
+    close(pair.answer(model), pair.answer(reference))
 
 
 def joint(pair: Pair, folder: Path) -> None:
@@ -205,7 +207,7 @@ ABILITIES: dict[str, Callable[[Pair, Path], None]] = {
     "named": named,
     "mixed": mixed,
     "added": added,
-    **({"combined": combined} if hasattr(lora_lightning, "combine") else {}),
+    "combined": combined,
     "joint": joint,
     "merged": merged,
     "exported": exported,
