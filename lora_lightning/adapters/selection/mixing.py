@@ -127,14 +127,17 @@ def mixed_output(
 
 
 def _with_updates(host: nn.Module, output: Any, mixture: Mixture, given: Arguments) -> Any:  # noqa: ANN401 - the host's own
-    """Add the updates of some rows to a host's output, in place: such hosts do not need their output for backward."""
+    """Add the updates of some rows to a host's output, in place: such hosts do not need it for backward."""
     if not mixture.adapters:
         return output
     (x, *rest), kwargs = by_position(mixture.adapters[0].argument_names, *given)
     indices = tuple(mixture.index_of(adapter) for adapter in mixture.adapters)
     for adapter, index, own in zip(mixture.adapters, indices, take_apart(x, indices), strict=True):
         update = adapter(host, own, *rest, update_only=True, **kwargs)
-        output.index_add_(0, index, update.to(output.dtype))
+        # torch forbids to write into views that a custom Function returned, as products of 4-bit weights are.
+        may_write = torch.compiler.is_dynamo_compiling() or not output._is_view()
+        add = output.index_add_ if may_write else output.index_add
+        output = add(0, index, update.to(output.dtype))
     return output
 
 
