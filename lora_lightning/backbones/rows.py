@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -59,14 +58,14 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 
 def _refuse_batchwise(model: nn.Module) -> None:
     """Raise ConfigError where rows of a batch compete, or a loss is computed over all of them."""
-    config: Any = getattr(model, "config", None)
+    configs = {id(config): config for config in (getattr(one, "config", None) for one in model.modules())}.values()
     for name in _CAPACITIES:
-        if getattr(config, name, None) is not None:
+        if any(getattr(config, name, None) is not None for config in configs):
             raise ConfigError(
                 f"per_row: the experts of this {type(model).__name__} have a capacity for the whole batch ({name}), so "
                 "rows would change each other; give each adapter batches of its own, inside active(model, name)."
             )
-    if model.training and getattr(config, "output_router_logits", False):
+    if model.training and any(getattr(config, "output_router_logits", False) for config in configs):
         raise ConfigError(
             "per_row: the loss for the balance of experts (output_router_logits) is computed over all rows of a batch, "
             "whatever their adapters; turn it off in the model's config, or train each adapter on batches of its own."

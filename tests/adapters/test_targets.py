@@ -240,7 +240,7 @@ def test_methods_are_frozen_and_keyword_only():
     method = LoRA(r=4)
     with pytest.raises(AttributeError):
         method.r = 8
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match="takes its settings by name"):
         LoRA(4)
     assert method == LoRA(r=4) != LoRA(r=5)
 

@@ -164,6 +164,10 @@ def test_a_loss_for_the_balance_of_experts_is_refused_in_training(architecture):
     message = r"balance of experts \(output_router_logits\) is computed over all rows"
     with pytest.raises(ConfigError, match=message), per_row(model, rows):
         pass
+    around = nn.Module()  # as in models of text and images, whose config holds that of the text
+    around.inner, around.config = model, transformers.PretrainedConfig()
+    with pytest.raises(ConfigError, match=message), per_row(around, rows):
+        pass
     with torch.no_grad(), per_row(model.eval(), rows):  # evaluation has no loss to train with
         assert models.gap(models.logits(model, batch), expected) <= 1e-6
 
