@@ -128,4 +128,6 @@ def _write(output: Path, content: dict[str, Any]) -> None:
         make_parents(output.parent)
         write_atomically(output, buffer.getvalue())
     except OSError as error:
-        raise CheckpointError(f"{output} could not be written: {trouble_of_disk(error) or error.strerror}.") from error
+        raise CheckpointError(
+            f"{output} could not be written: {trouble_of_disk(error) or error.strerror or error}."
+        ) from error

@@ -123,7 +123,7 @@ def merge_checkpoint(
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
         raise CheckpointError(
-            f"{output_dir} could not be written: {trouble_of_disk(error) or error.strerror}; nothing was left there."
+            f"{output_dir} could not be written: {trouble_of_disk(error) or error.strerror or error}; nothing was left there."
         ) from error
     if hasattr(model, "save_pretrained"):
         warn_of_own_file(task, run.own_state, output_dir)
