@@ -122,9 +122,8 @@ def merge_checkpoint(
                 check_written(folder, model, batch, WEIGHTS_NAME)
             num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     except OSError as error:
-        raise CheckpointError(
-            f"{output_dir} could not be written: {trouble_of_disk(error) or error.strerror or error}; nothing was left there."
-        ) from error
+        trouble = trouble_of_disk(error) or error.strerror or error
+        raise CheckpointError(f"{output_dir} could not be written: {trouble}; nothing was left there.") from error
     if hasattr(model, "save_pretrained"):
         warn_of_own_file(task, run.own_state, output_dir)
     return MergeReport(output_dir=output_dir, loss=loss, num_bytes=num_bytes, has_tokenizer=tokenizer is not None)
