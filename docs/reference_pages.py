@@ -72,6 +72,9 @@ def write_all(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
+    for page in (folder / "names").glob("*.rst"):  # of names that are gone, which Sphinx would read too
+        if f"   {page.stem}\n" not in pages["api.rst"]:
+            page.unlink()
 
 
 # Every public name.
