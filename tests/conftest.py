@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -15,6 +17,16 @@ def _own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _reseed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_loader_classes():
+    """Leave no wrappers of Lightning on torch's loader classes after a loader of a test's own has failed."""
+    yield
+    if "lightning" in sys.modules:
+        from lora_lightning.data.batches.restored import restore_loader_classes
+
+        restore_loader_classes()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -15,6 +15,7 @@ from lora_lightning.adapters.frozen import restore_after_conversion
 from lora_lightning.callbacks.gradients import optimized, quoted
 from lora_lightning.callbacks.merge_at_end import checkpoint_path
 from lora_lightning.callbacks.places import is_trial
+from lora_lightning.data.batches.restored import restore_loader_classes
 from lora_lightning.errors import ConfigError
 from lora_lightning.finetuning.attaching import builds_later, prepare
 from lora_lightning.finetuning.checks import (
@@ -162,9 +163,10 @@ class AdapterFinetuning(NamesNearest, L.Callback):
         self._let_go()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizers."""
+        """Let go of the optimizers, and of what Lightning leaves on torch's loader classes."""
         del trainer, pl_module, exception
         self._let_go()
+        restore_loader_classes()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the merged checkpoint, on rank 0."""

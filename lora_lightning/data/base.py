@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lora_lightning.data.batches.batching import LengthGroupedSampler, WholeBatchSampler, even_batch_size
 from lora_lightning.data.batches.loaders import RowLoader, own_generator
 from lora_lightning.data.batches.mixing import Mixture
+from lora_lightning.data.batches.restored import restore_loader_classes
 from lora_lightning.data.model_facts import model_facts
 from lora_lightning.data.rows.pool import kind_of
 from lora_lightning.errors import ConfigError, DataError
@@ -120,6 +121,11 @@ class TokenizedData(ForwardsSettings, L.LightningDataModule, abc.ABC):
                 if split not in self._encoded:
                     self._encoded[split] = self._encode(split)
                     self._check_encoded(split)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Leave torch's loader classes as they were, so that the process can run again."""
+        del exception
+        restore_loader_classes()
 
     def require_rows(self, *kinds: str) -> None:
         """Read and split the rows without encoding them, and raise an error if a kind has no rows.
