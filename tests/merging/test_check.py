@@ -81,12 +81,12 @@ def anonymous() -> int:
 
 
 def test_spooled_tensors_take_no_anonymous_memory(tmp_path):
-    source = torch.randn(2_000_000).bfloat16()
+    source = torch.randn(12_000_000).bfloat16()  # in float32 above what glibc takes from memory that was freed before
     with spooling(tmp_path) as spool:
         before = anonymous()
-        kept = [spool.put(source, torch.float32) for _ in range(10)]
+        kept = [spool.put(source, torch.float32) for _ in range(4)]
         in_files = anonymous() - before
-        plain = [source.float() for _ in range(10)]
+        plain = [source.float() for _ in range(4)]
         in_memory = anonymous() - before - in_files
         assert all(torch.equal(one, source.float()) for one in kept + plain)
         kept[0].add_(1)
@@ -95,5 +95,5 @@ def test_spooled_tensors_take_no_anonymous_memory(tmp_path):
         assert [len(list(path.iterdir())) for path in tmp_path.iterdir()] == [0]
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(kept[1], plain[1])  # the tensor outlives the folder
-    assert in_memory > 40e6  # 80 MB, of which the system may have put pages aside
+    assert in_memory > 96e6  # 192 MB, of which the system may have put pages aside
     assert in_files < 0.2 * in_memory
