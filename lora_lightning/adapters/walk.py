@@ -15,7 +15,7 @@ from lora_lightning.adapters.selection.state import Selector
 from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import ConfigError, TargetError
-from lora_lightning.keywords import remedy
+from lora_lightning.paths import nearest
 
 __all__ = ["adapter_names"]
 
@@ -102,7 +102,9 @@ def check_names(model: nn.Module, names: Iterable[str]) -> None:
     known = adapter_names(model)
     for name in names:
         if name not in known:
-            found = remedy(name, known) if known else "it has none; attach one first."
+            near = nearest(str(name), known)
+            found = f"its adapters are {', '.join(known)}." if known else "it has none; attach one first."
+            found = f"did you mean `{near[0]}`?" if near else found
             raise ConfigError(f"This model has no adapter named {name!r}; {found}")
 
 

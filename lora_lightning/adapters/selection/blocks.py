@@ -162,6 +162,8 @@ def iter_acting(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
 
 def _entries(model: nn.Module, names: str | Sequence[str] | None) -> tuple[str, ...]:
     """Return the entries of a selection for names that users give; checks them."""
+    if not (names is None or isinstance(names, (str, list, tuple))):
+        raise ConfigError(f"A selection is a name, a list of names, or None for the base; got {names!r:.60}.")
     given = [] if names is None else [names] if isinstance(names, str) else list(names)
     check_names(model, given)
     if len(given) > 1:

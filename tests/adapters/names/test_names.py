@@ -103,8 +103,12 @@ def test_what_does_not_add_up_is_refused(shared):
 def test_a_misspelt_name_names_the_nearest(shared):
     with pytest.raises(ConfigError, match="no adapter named 'dee'; did you mean `de`"), active(shared, "dee"):
         pass
+    with pytest.raises(ConfigError, match="no adapter named 'zzz'; its adapters are de, fr, it, nl, pt"):
+        set_active(shared, "zzz")
     with pytest.raises(ConfigError, match="it has none"):
         set_active(base(), "de")
+    with pytest.raises(ConfigError, match="got 3"), active(shared, 3):
+        pass
 
 
 @pytest.mark.parametrize("name", ["a.b", "", "a/b", "a b", 3])
