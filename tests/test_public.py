@@ -58,8 +58,8 @@ def load_script(root):
 @pytest.fixture
 def copied(tmp_path):
     """A copy of the project in which files may be added."""
-    ignored = shutil.ignore_patterns("__pycache__", ".*")
-    for folder in ("lora_lightning", "scripts", "tests"):
+    ignored = shutil.ignore_patterns("__pycache__", ".*", "_build", "generated")
+    for folder in ("lora_lightning", "scripts", "tests", "docs"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     for file in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / file, tmp_path / file)
