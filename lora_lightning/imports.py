@@ -164,6 +164,12 @@ def _module_or_class(name: str) -> Any:  # noqa: ANN401 - a module, or a class t
 def _no_such_module(name: str) -> str:
     parent, _, last = name.rpartition(".")
     if not parent:
+        if str(Path.cwd()) not in sys.path and "" not in sys.path and last in _files_here():
+            return (
+                f"There is no module `{name}` among the installed ones, and this Python does not look into "
+                f"{Path.cwd()}, which holds {last}.py. Run it without -P (PYTHONSAFEPATH), or add the folder to "
+                "PYTHONPATH."
+            )
         near = nearest(last, _files_here(), count=1)
         hint = f"Did you mean `{near[0]}`?" if near else f"Run the command in the folder of {last}.py, or install it."
         return f"There is no module `{name}` among the installed ones and in {Path.cwd()}. {hint}"

@@ -191,7 +191,8 @@ def test_python_minus_p_keeps_the_folder_out(here):
     words = ["-P", "-c", SCRIPT, "fit", "--config", "good.yaml", "--model", "my_task.Mine"]
     result = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 2
-    assert "unknown class `my_task.Mine`" in result.stderr
+    assert "this Python does not look into" in result.stderr
+    assert "which holds my_task.py. Run it without -P" in result.stderr
 
 
 # Checkpoints.
