@@ -89,7 +89,7 @@ def attach(
 
     record = _record_of(model)
     _freeze(model, record)
-    if record.methods and record.selector.default is ALL:  # what acts now goes on alone
+    if record.methods and record.selector.default is ALL:  # what acts now continues to act alone
         record.selector.act_by_default(tuple(map(whole, record.methods)))
     release_modes(model)
     for path, key, adapter in placed:
@@ -125,7 +125,7 @@ def _placed(
         copied.selected_as = part(name, COPIES)
     # After the copies, so that merging a delta adds to what a copy leaves.
     for one, label in zip(methods, labels(methods), strict=True):
-        informed = replace(one, modules_to_save=saved or None)  # all-linear leaves out what anybody copies
+        informed = replace(one, modules_to_save=saved or None)  # all-linear leaves out every copied module
         for path, adapter in informed.adapters(view):
             adapter.method, adapter.selected_as = one, part(name, label)
             placed.append((path, one.name, adapter))
