@@ -59,7 +59,8 @@ class Adapter(nn.Module):
         argument_names: Names of what the host's forward takes by position.
         method: The method that it was attached for; None for a trained copy of a module.
         name: The name that it was attached under, `default` for an unnamed one.
-        selected_as: By which a selection chooses it among those of its name; one without always acts.
+        selected_by_name: The entry of a selection that chooses all adapters of its name.
+        selected_as: The entry that chooses it among those of its name; one without always acts.
         num_virtual_tokens: Positions of the model that it takes up in front of the real tokens'.
         mixes_itself: Whether it computes a batch with several adapters by its method `mixed(host, mixture, ...)`, whose
             further arguments are those of its forward.
@@ -75,7 +76,7 @@ class Adapter(nn.Module):
         self.argument_names: tuple[str, ...] = ()
         self.method: Method | None = None
         self.name = DEFAULT_NAME
-        self.selected_as = ""
+        self.selected_by_name = self.selected_as = ""
         self.num_virtual_tokens = 0
 
     def role_of(self, name: str) -> Role:
@@ -110,7 +111,7 @@ class Adapter(nn.Module):
 
     def mixed(self, host: Any, mixture: Mixture, *given: Any) -> Any:  # noqa: ANN401 - as forward's
         """Compute what `forward` computes for a batch whose rows have several adapters of this kind."""
-        raise NotImplementedError
+        raise NotImplementedError  # never called: `mixes_itself` is False where a subclass lacks it
 
     def why_not_mixed(self, host: nn.Module) -> str:
         """Return why it cannot act on some rows of a batch alone; empty where it can.

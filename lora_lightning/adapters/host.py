@@ -11,7 +11,7 @@ from torch import nn
 from lora_lightning.adapters.arguments import argument_names, by_position
 from lora_lightning.adapters.base import DEFAULT_NAME, Adapter, ForwardAdapter, InputAdapter, OutputAdapter
 from lora_lightning.adapters.selection.mixing import mixed_forward, mixed_input, mixed_output, sum_forward
-from lora_lightning.adapters.selection.state import Names, Selector, whole
+from lora_lightning.adapters.selection.state import Names, Selector
 from lora_lightning.adapters.weights import RESERVED
 
 A = TypeVar("A", bound=Adapter)
@@ -53,24 +53,24 @@ class AdapterStack(nn.ModuleDict):
 
     def acting(self, kind: type[A]) -> list[A]:
         """Return those of one kind that act in the running thread or task, in the order of attaching."""
-        names = self.selector.names_at(self.path)
-        return [adapter for adapter in self.of_kind(kind) if is_among(adapter, names)]
+        names, _ = self.selector.at(self.path)
+        return self.chosen(kind, names)
 
-    def acting_by_default(self) -> list[Adapter]:
-        """Return those that act outside of all blocks."""
-        return [adapter for adapter in self.of_kind(Adapter) if is_among(adapter, self.selector.default)]
+    def chosen(self, kind: type[A], names: Names) -> list[A]:
+        """Return those of one kind that a selection chooses, in the order of attaching."""
+        if names is None:
+            return self.of_kind(kind)
+        return [adapter for adapter in self.of_kind(kind) if _is_among(adapter, names)]
 
 
-def is_among(adapter: Adapter, names: Names) -> bool:
+def _is_among(adapter: Adapter, names: tuple[str, ...]) -> bool:
     """Return whether a selection chooses an adapter: by its name, by its method within that, or because it always acts.
 
     Args:
         adapter: The adapter.
-        names: What is selected; None for everything.
+        names: What is selected.
     """
-    if names is None or not adapter.selected_as:
-        return True
-    return whole(adapter.name) in names or adapter.selected_as in names
+    return not adapter.selected_as or adapter.selected_by_name in names or adapter.selected_as in names
 
 
 class _Adapted:
@@ -96,11 +96,11 @@ def _entrance(host_class: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the host's own signature
         """Compute the host's forward with its adapter, or without it where that does not act."""
         stack: AdapterStack = self._modules[RESERVED]
-        acting = stack.acting(ForwardAdapter)
+        names, rows = stack.selector.at(stack.path)
+        acting = stack.chosen(ForwardAdapter, names)
         if not acting:
             return stack.host_class.forward(self, *args, **kwargs)
         adapter = acting[0]
-        rows = stack.selector.rows_at(stack.path)
         if rows is not None:
             return mixed_forward(self, stack, rows, acting, (args, kwargs))
         if len(acting) > 1:
@@ -120,8 +120,8 @@ def _new_adapted(host_class: type[Any]) -> nn.Module:
 
 def _input_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
     stack: Any = host._modules[RESERVED]
-    acting = stack.acting(InputAdapter)
-    rows = stack.selector.rows_at(stack.path)
+    names, rows = stack.selector.at(stack.path)
+    acting = stack.chosen(InputAdapter, names)
     if acting and rows is not None:
         return mixed_input(host, stack, rows, acting, (args, kwargs))
     for adapter in acting:
@@ -131,8 +131,8 @@ def _input_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _output_hook(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:  # noqa: ANN401 - what the host returns
     stack: Any = host._modules[RESERVED]
-    acting = stack.acting(OutputAdapter)
-    rows = stack.selector.rows_at(stack.path)
+    names, rows = stack.selector.at(stack.path)
+    acting = stack.chosen(OutputAdapter, names)
     if acting and rows is not None:
         return mixed_output(host, stack, rows, acting, (args, kwargs), output)
     for adapter in acting:

@@ -89,8 +89,9 @@ def adapter_names(model: nn.Module) -> tuple[str, ...]:
     Args:
         model: A model with adapters, or a module around or inside one.
     """
-    records = [module.__dict__[RECORD] for module in unwrap(model).modules() if RECORD in module.__dict__]
-    names = [name for record in records for name in record.methods]
+    inner = unwrap(model)
+    around = [inner] if was_attached_to(inner) else inner.modules()
+    names = [name for module in around if was_attached_to(module) for name in module.__dict__[RECORD].methods]
     if not names:  # a part of the model that they were attached to
         names = [adapter.name for _, _, adapter in iter_adapters(model)]
     looked_at = _LOOKED_AT.get()

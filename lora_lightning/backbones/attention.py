@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lightning.adapters.base import AttentionAdapter
-from lora_lightning.adapters.selection.rows import Mixture, Rows
+from lora_lightning.adapters.selection.rows import Mixture
 from lora_lightning.adapters.view import AttentionPlace
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.backbones.trials.trial import Call, Trial, first_tensor, has_values, is_same, path_of, quiet
@@ -48,9 +48,8 @@ def attend(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     stack: Any = module._modules.get(RESERVED)
-    adapters = [] if stack is None else stack.acting(AttentionAdapter)
-    if adapters:
-        front = _front(module, stack, adapters, len(key))
+    front = None if stack is None else _front(module, stack, len(key))
+    if front is not None:
         if attention_mask is None and (front.visible is not None or _masks_later(module, query, kwargs)):
             attention_mask = _mask(module, query, key, kwargs)
         key = torch.cat([front.keys.to(key.dtype), key], 2)
@@ -92,9 +91,12 @@ class _Front:
         return torch.cat([own, mask.expand(rows, -1, -1, -1)], 3)
 
 
-def _front(module: nn.Module, stack: Any, adapters: Sequence[AttentionAdapter], batch: int) -> _Front:  # noqa: ANN401 - AdapterStack
-    """Return the keys and values of a module's adapters for a batch; several adapters have rows of their own."""
-    rows: Rows | None = stack.selector.rows_at(stack.path)
+def _front(module: nn.Module, stack: Any, batch: int) -> _Front | None:  # noqa: ANN401 - AdapterStack
+    """Return the keys and values of a module's adapters for a batch, where some act; several have rows of their own."""
+    names, rows = stack.selector.at(stack.path)
+    adapters: Sequence[AttentionAdapter] = stack.chosen(AttentionAdapter, names)
+    if not adapters:
+        return None
     pairs = [adapter(module) for adapter in adapters]
     if rows is None:
         keys, values = (torch.cat(parts, 1)[None].expand(batch, -1, -1, -1) for parts in zip(*pairs, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -58,7 +58,7 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 
 def _refuse_batchwise(model: nn.Module) -> None:
     """Raise ConfigError where rows of a batch compete, or a loss is computed over all of them."""
-    configs = {id(config): config for config in (getattr(one, "config", None) for one in model.modules())}.values()
+    configs = {id(config): config for config in (one.__dict__.get("config") for one in model.modules())}.values()
     for name in _CAPACITIES:
         if any(getattr(config, name, None) is not None for config in configs):
             raise ConfigError(
@@ -75,8 +75,7 @@ def _refuse_batchwise(model: nn.Module) -> None:
 def _refuse_shared(model: nn.Module, names: set[str]) -> None:
     """Raise ConfigError where an adapter's host is not called with the rows of a batch in its first dimension."""
     paths = {path: adapter.name for path, _, adapter in iter_adapters(model) if adapter.name in names}
-    shared = _shared(model, tuple(paths))
-    found = [path for path in paths if path in shared or has_batch_second(model, path)]
+    found = sorted(_shared(model, paths.keys()).intersection(paths))
     if found:
         raise ConfigError(
             f"The adapter {paths[found[0]]!r} cannot act on some rows of a batch: {found[0]!r} is called with "
@@ -85,14 +84,15 @@ def _refuse_shared(model: nn.Module, names: set[str]) -> None:
         )
 
 
-def _shared(model: nn.Module, paths: tuple[str, ...]) -> frozenset[str]:
-    """Return what a trial call of a transformers model shows, once for these hosts."""
-    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
-        return frozenset()
-    known: tuple[frozenset[str], frozenset[str]] = model.__dict__.get(_KNOWN, (frozenset(), frozenset()))
-    looked_at, shared = known
-    if not looked_at.issuperset(paths):
-        with disabled(model):
-            shared |= find_shared(model, paths)
-        model.__dict__[_KNOWN] = (looked_at.union(paths), shared)
+def _shared(model: nn.Module, paths: Collection[str]) -> frozenset[str]:
+    """Return which hosts are known not to see rows, looking once at each; a transformers model is called for it."""
+    looked_at, shared = model.__dict__.get(_KNOWN, (frozenset(), frozenset()))
+    new = [path for path in paths if path not in looked_at]
+    if new:
+        found = {path for path in new if has_batch_second(model, path)}
+        if hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
+            with disabled(model):
+                found |= find_shared(model, new)
+        looked_at, shared = looked_at.union(new), shared.union(found)
+        model.__dict__[_KNOWN] = looked_at, shared
     return shared

@@ -130,7 +130,7 @@ def _placed(
             adapter.method, adapter.selected_as = one, part(name, label)
             placed.append((path, one.name, adapter))
     for _, _, adapter in placed:
-        adapter.name = name
+        adapter.name, adapter.selected_by_name = name, whole(name)
     return placed
 
 

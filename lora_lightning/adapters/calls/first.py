@@ -25,7 +25,6 @@ from lora_lightning.adapters.calls.watch import (
 )
 from lora_lightning.adapters.frozen import KeptBuffers, restore_after_conversion
 from lora_lightning.adapters.head import HeadAdapter
-from lora_lightning.adapters.host import is_among
 from lora_lightning.adapters.sharded import is_sharded
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import TargetError
@@ -173,7 +172,7 @@ def _end_failed(stack: ExitStack, failure: BaseException) -> None:
 def _acts(model: nn.Module) -> bool:
     """Return whether the adapters that act by default act here, and the parameters are whole and not on meta."""
     stacks = [stack for _, stack in _stacks(model)]
-    all_act = all(stack.acting(Adapter) == stack.acting_by_default() for stack in stacks)
+    all_act = all(stack.acting(Adapter) == stack.chosen(Adapter, stack.selector.default) for stack in stacks)
     is_there = not any(parameter.is_meta for parameter in model.parameters())
     is_compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return bool(stacks) and all_act and is_there and not is_sharded(model) and not is_compiled
@@ -194,7 +193,7 @@ def _adapters(model: nn.Module) -> list[tuple[str, str, Adapter]]:
         (path, key, adapter)
         for path, stack in _stacks(model)
         for key, adapter in stack._modules.items()
-        if is_among(adapter, stack.selector.default)
+        if adapter in stack.chosen(Adapter, stack.selector.default)
     ]
 
 

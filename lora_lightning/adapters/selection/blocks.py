@@ -12,7 +12,17 @@ from lora_lightning.adapters.base import Adapter, Method
 from lora_lightning.adapters.host import AdapterStack
 from lora_lightning.adapters.selection.rows import Rows
 from lora_lightning.adapters.selection.state import NONE, Choice, Names, Selector, choosing, part, whole
-from lora_lightning.adapters.walk import COPIES, adapter_names, adapters_of, check_names, iter_adapters, iter_hosts
+from lora_lightning.adapters.walk import (
+    COPIES,
+    RECORD,
+    adapter_names,
+    adapters_of,
+    check_names,
+    iter_adapters,
+    iter_hosts,
+    unwrap,
+    was_attached_to,
+)
 from lora_lightning.adapters.weights import RESERVED
 from lora_lightning.errors import ConfigError
 
@@ -90,26 +100,15 @@ def set_active(model: nn.Module, names: str | Sequence[str] | None) -> None:
 def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Let each row of a batch have the adapter of its own name inside the `with` block.
 
-    The base computes all rows together, and each adapter its part on its own rows. What `disabled` says about threads,
-    asyncio tasks and checkpointing holds here too. Beams of `generate` have the adapter of their row.
+    The public one is `lora_lightning.per_row`, which also looks at how a model hands rows to its modules.
 
     Args:
         model: A model with adapters.
         names: For each row the name of its adapter; None for the base.
 
     Raises:
-        ConfigError: No adapter has a name, adapters cannot be mixed in a batch, no name is given, or the block
-            is left in another thread or task than the one that entered it.
-
-    Example:
-        >>> from torch import ones
-        >>> from lora_lightning.adapters import attach
-        >>> from lora_lightning.methods import LoRA
-        >>> model = nn.Sequential(nn.Linear(4, 4))
-        >>> for name in ("de", "fr"):
-        ...     report = attach(model, LoRA(r=1), name=name)
-        >>> with per_row(model, ["de", None, "fr", "de"]):
-        ...     output = model(ones(4, 4))
+        ConfigError: No adapter has a name, adapters cannot be mixed in a batch, no name is given, or the block is left
+            in another thread or task than the one that entered it.
     """
     if isinstance(names, str) or not names:
         raise ConfigError(f"per_row takes one name for each row of a batch, such as ['de', None, 'fr']; got {names!r}.")
@@ -188,6 +187,9 @@ def _check_sum(model: nn.Module, names: Sequence[str]) -> None:
 
 def choices_of(model: nn.Module, names: Names, rows: Rows | None = None) -> dict[Selector, Choice]:
     """Choose the same names for every attachment that has hosts in a model, on these hosts."""
+    inner = unwrap(model)
+    if was_attached_to(inner):  # which is then the only attachment, and has all its hosts in here
+        return {inner.__dict__[RECORD].selector: Choice(names, None, rows)}
     paths: dict[Selector, list[str]] = {}
     for _, host in iter_hosts(model):
         stack = _stack_of(host)

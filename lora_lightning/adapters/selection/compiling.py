@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from lora_lightning.adapters.weights import RESERVED
@@ -34,6 +34,13 @@ def make_room_for(selections: Iterable[Hashable]) -> None:
         _usual_limit = config.recompile_limit
     if config.recompile_limit < _usual_limit + len(_SEEN):
         config.recompile_limit = _usual_limit + len(_SEEN)
+
+
+def with_unknown_length(index: Tensor) -> Tensor:
+    """Return an index whose length compiled code does not look at, so that one compilation serves all lengths."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].decorators.mark_unbacked(index, 0)
+    return index
 
 
 def watch(enter: Callable[[nn.Module, tuple[Any, ...]], None]) -> None:

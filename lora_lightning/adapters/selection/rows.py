@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from lora_lightning.adapters.selection.compiling import with_unknown_length
 from lora_lightning.errors import ConfigError
 
 
@@ -45,9 +46,7 @@ class Rows:
         numbers = {name: number for number, name in enumerate(distinct)}
         owners = [-1 if name is None else numbers[name] for name in names]
         indices = [[row for row, owner in enumerate(owners) if owner == number] for number in numbers.values()]
-        moved = tuple(torch.tensor(index, device=device) for index in indices)
-        for index in moved:
-            torch._dynamo.decorators.mark_unbacked(index, 0) if _is_dynamo_loaded() else None
+        moved = tuple(with_unknown_length(torch.tensor(index, device=device)) for index in indices)
         return cls(torch.tensor(owners, device=device), distinct, moved, has_base=-1 in owners)
 
     def count_in(self, total: int, path: str) -> int:
@@ -107,11 +106,11 @@ class Mixture:
 
 def first_size(arguments: Any) -> int:  # noqa: ANN401 - a module's arguments
     """Return the size of the first dimension of the first tensor in a module's arguments."""
-    found: list[int] = []
-    tree_map(lambda leaf: found.append(leaf.shape[0]) if _has_rows(leaf) else None, arguments)
-    if not found:
-        raise ConfigError("per_row needs modules that are called with tensors; this one is called without.")
-    return found[0]
+    for leaf in tree_leaves(arguments):
+        if _has_rows(leaf):
+            size: int = leaf.shape[0]
+            return size
+    raise ConfigError("per_row needs modules that are called with tensors; this one is called without.")
 
 
 def take_rows(tree: Any, index: Tensor, total: int) -> Any:  # noqa: ANN401 - a module's arguments or output
@@ -187,9 +186,3 @@ def _has_rows(leaf: Any) -> bool:  # noqa: ANN401 - leaves of any type
 
 def _holds(leaf: Any, total: int) -> bool:  # noqa: ANN401 - leaves of any type
     return _has_rows(leaf) and leaf.shape[0] == total
-
-
-def _is_dynamo_loaded() -> bool:
-    import sys
-
-    return "torch._dynamo" in sys.modules

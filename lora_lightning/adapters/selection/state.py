@@ -81,19 +81,14 @@ class Selector:
         """Copy and pickle without the token."""
         return Selector, (self.default, self.num_hosts)
 
-    def names_at(self, path: str) -> Names:
-        """Return the names of the adapters that act on one host, in the running thread or task.
+    def at(self, path: str) -> tuple[Names, Rows | None]:
+        """Return what acts on one host in the running thread or task, and on which rows of a batch; None for all rows.
 
         Args:
             path: The host, as it was called when its adapters were attached.
         """
         choice = self._choice_at(path)
-        return self.default if choice is None else choice.names
-
-    def rows_at(self, path: str) -> Rows | None:
-        """Return on which rows of a batch which adapter acts at one host; None where all act on all rows."""
-        choice = self._choice_at(path)
-        return None if choice is None else choice.rows
+        return (self.default, None) if choice is None else (choice.names, choice.rows)
 
     def _choice_at(self, path: str) -> Choice | None:
         choices: tuple[Choice, ...] | None
