@@ -8,8 +8,8 @@ import secrets
 import sys
 from typing import Literal
 
-from lora_lightning.commands._language_model import Device, LanguageModel, Message, load_language_model
-from lora_lightning.commands._sampling import Sampling
+from lora_lightning.commands._language.model import Device, LanguageModel, Message, load_language_model
+from lora_lightning.commands._language.sampling import Sampling
 from lora_lightning.errors import ConfigError
 
 HELP = "Type a message. /reset starts over, /exit or Ctrl-D leaves."

@@ -7,6 +7,7 @@ from pathlib import Path
 from lora_lightning.arithmetic.combine import CombineMethod
 from lora_lightning.arithmetic.combine import combine as combine_adapters
 from lora_lightning.checkpoint.folder import refuse_taken
+from lora_lightning.commands._arithmetic import measurement_on, tell
 from lora_lightning.errors import ConfigError
 
 
@@ -39,11 +40,7 @@ def combine(
     """
     adapters = _parse(adapter)
     refuse_taken(Path(output_dir))
-    measurement = None
-    if ckpt_path is not None:
-        from lora_lightning.commands._measure import Measurement  # takes seconds to import
-
-        measurement = Measurement(ckpt_path)
+    measurement = measurement_on(ckpt_path)
     report = combine_adapters(
         adapters,
         output_dir=output_dir,
@@ -54,10 +51,7 @@ def combine(
         seed=seed,
         heads=heads,
     )
-    print(f"Combined {', '.join(adapters)} into {report.output_dir}.")
-    print("\n".join(report.lines()))
-    if measurement is not None:
-        print("\n".join(measurement.lines(report.output_dir)))
+    tell(f"Combined {', '.join(adapters)} into {report.output_dir}.", report, measurement)
 
 
 def _parse(texts: list[str]) -> dict[str, tuple[str, float]]:

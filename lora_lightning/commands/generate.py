@@ -11,10 +11,10 @@ from typing import Any
 
 from lora_lightning.adapters import disabled
 from lora_lightning.checkpoint.files import write_atomically
-from lora_lightning.commands._columns import Columns
-from lora_lightning.commands._language_model import Device, LanguageModel, load_language_model
-from lora_lightning.commands._prompts import read_prompts
-from lora_lightning.commands._sampling import Sampling
+from lora_lightning.commands._language.columns import Columns
+from lora_lightning.commands._language.model import Device, LanguageModel, load_language_model
+from lora_lightning.commands._language.prompts import read_prompts
+from lora_lightning.commands._language.sampling import Sampling
 from lora_lightning.errors import ConfigError
 
 MIN_WIDTH = 60

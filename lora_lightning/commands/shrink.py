@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_lightning.arithmetic.shrink import shrink as shrink_adapter
 from lora_lightning.checkpoint.folder import refuse_taken
+from lora_lightning.commands._arithmetic import measurement_on, tell
 from lora_lightning.errors import ConfigError
 
 
@@ -39,11 +40,7 @@ def shrink(
     if weigh_inputs and ckpt_path is None:
         raise ConfigError("--weigh_inputs needs data: name the checkpoint whose training data weigh (--ckpt_path).")
     refuse_taken(Path(output_dir))
-    measurement = None
-    if ckpt_path is not None:
-        from lora_lightning.commands._measure import Measurement  # takes seconds to import
-
-        measurement = Measurement(ckpt_path)
+    measurement = measurement_on(ckpt_path)
     report = shrink_adapter(
         adapter_dir,
         output_dir=output_dir,
@@ -53,10 +50,7 @@ def shrink(
         nested=_parse_ranks(nested) if isinstance(nested, str) else nested,
         moments=measurement.moments(adapter_dir) if measurement is not None and weigh_inputs else None,
     )
-    print(f"Cut {adapter_dir} into {report.output_dir}.")
-    print("\n".join(report.lines()))
-    if measurement is not None:
-        print("\n".join(measurement.lines(report.output_dir)))
+    tell(f"Cut {adapter_dir} into {report.output_dir}.", report, measurement)
 
 
 def _parse_ranks(text: str) -> list[int]:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -66,15 +67,21 @@ def _theirs(model, name, reference):
     return (error / sum(float(one.square().sum()) for one in reference.values())) ** 0.5
 
 
+def _added_by_peft(theirs: peft.PeftModel, ours: Path) -> peft.PeftModel:
+    """Let PEFT add up its adapters, which then act, and read our folder into another model; return that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "cat", combination_type="cat")
+        back = peft.PeftModel.from_pretrained(build("llama"), ours).eval()
+    theirs.set_adapter("cat")
+    return back
+
+
 def test_folders_of_peft_are_added_and_read_back_by_peft(tmp_path):
     theirs = _peft_pair()
     report = combine(_write_pair(theirs, tmp_path), output_dir=tmp_path / "out")
     assert report.error == 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "cat", combination_type="cat")
-        back = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "out").eval()
-    theirs.set_adapter("cat")
+    back = _added_by_peft(theirs, tmp_path / "out")
     ours = build("llama")
     start = answers(ours)
     load_peft(ours, tmp_path / "out")
@@ -99,11 +106,7 @@ NARROWED = {
 def test_targets_of_peft_are_those_of_the_result(case, tmp_path):
     theirs = _peft_pair(**NARROWED[case])
     combine(_write_pair(theirs, tmp_path), output_dir=tmp_path / "out")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        theirs.add_weighted_adapter(list(WEIGHTS), list(WEIGHTS.values()), "cat", combination_type="cat")
-        back = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "out").eval()
-    theirs.set_adapter("cat")
+    back = _added_by_peft(theirs, tmp_path / "out")
     ours = build("llama")
     report = load_peft(ours, tmp_path / "out")
     with torch.no_grad():

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from lora_lightning.__main__ import main
 from lora_lightning.checkpoint import read_manifest
-from lora_lightning.commands._language_model import load_language_model
-from lora_lightning.commands._sampling import Sampling
+from lora_lightning.commands._language.model import load_language_model
+from lora_lightning.commands._language.sampling import Sampling
 from lora_lightning.merging import merge_checkpoint
 from tests.commands.language_models import save_language_model
 

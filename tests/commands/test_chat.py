@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lora_lightning.commands import chat as command
-from lora_lightning.commands._language_model import load_language_model
-from lora_lightning.commands._sampling import Sampling
+from lora_lightning.commands._language.model import load_language_model
+from lora_lightning.commands._language.sampling import Sampling
 from lora_lightning.commands.chat import HELP, Conversation, chat
 from lora_lightning.errors import ConfigError
 from tests.commands.language_models import save_language_model, save_lm_checkpoint
@@ -102,7 +102,7 @@ def test_ctrl_c_during_an_answer_leaves_too(ckpt, monkeypatch):
     def interrupted(*arguments, **settings):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lora_lightning.commands._language_model.LanguageModel.go_on", interrupted)
+    monkeypatch.setattr("lora_lightning.commands._language.model.LanguageModel.go_on", interrupted)
     chat(ckpt, max_new_tokens=4)
     assert waiting == ["w2"]
 

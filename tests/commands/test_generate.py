@@ -15,9 +15,9 @@ from lora_lightning.backbones.load import load_tokenizer
 from lora_lightning.backbones.tokenizer_identity import tokenizer_fingerprint
 from lora_lightning.checkpoint import write_adapter_folder
 from lora_lightning.checkpoint.folder import RunFacts
-from lora_lightning.commands._columns import Columns
-from lora_lightning.commands._language_model import load_language_model
-from lora_lightning.commands._sampling import Sampling
+from lora_lightning.commands._language.columns import Columns
+from lora_lightning.commands._language.model import load_language_model
+from lora_lightning.commands._language.sampling import Sampling
 from lora_lightning.commands.generate import generate
 from lora_lightning.errors import BackboneError, CheckpointError, ConfigError
 from lora_lightning.methods import LoRA

@@ -13,8 +13,8 @@ import transformers
 from lora_lightning.__main__ import main
 from lora_lightning.backbones.load import load_backbone
 from lora_lightning.backbones.quantization import Quantization
-from lora_lightning.commands._language_model import LanguageModel, load_language_model
-from lora_lightning.commands._sampling import Sampling
+from lora_lightning.commands._language.model import LanguageModel, load_language_model
+from lora_lightning.commands._language.sampling import Sampling
 from lora_lightning.commands.generate import generate
 from lora_lightning.errors import ConfigError, DataError
 from lora_lightning.tasks import generation

@@ -10,8 +10,8 @@ from lora_lightning.__main__ import main
 from lora_lightning.adapters import disabled, iter_roles
 from lora_lightning.checkpoint import write_adapter_folder
 from lora_lightning.checkpoint.folder import RunFacts
-from lora_lightning.commands._language_model import load_language_model
-from lora_lightning.commands._sampling import Sampling
+from lora_lightning.commands._language.model import load_language_model
+from lora_lightning.commands._language.sampling import Sampling
 from lora_lightning.commands.chat import chat
 from lora_lightning.commands.generate import generate
 from lora_lightning.data import Seq2SeqData

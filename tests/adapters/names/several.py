@@ -1,6 +1,5 @@
 """A small model with adapters of several names, and the same adapters alone on copies of their base."""
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -48,8 +47,3 @@ def move(model: nn.Module, name: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(100 + seed)
     for _, parameter, _ in iter_roles(model, name):
         parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.2)
-
-
-def copied(model: nn.Module) -> nn.Module:
-    """Return an independent copy of a model."""
-    return copy.deepcopy(model)

@@ -19,7 +19,10 @@ from tests import models
 from tests.models import gap, perturb
 
 # torch.compile itself makes an instance of each autograd function that has a setup_context.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 
 NUM_NAMES = 12
 NAMES = [f"adapter-{number}" for number in range(NUM_NAMES)]
@@ -35,13 +38,6 @@ def adapted(model: nn.Module, num_names: int = NUM_NAMES) -> nn.Module:
     for number in range(num_names):
         attach(model, method_of(number), name=NAMES[number])
     return perturb(model, std=0.3)
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,7 +19,10 @@ from tests.adapters.toys import Bias
 from tests.models import gap, perturb
 
 # torch.compile itself makes an instance of each autograd function that has a setup_context.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 
 NUM_METHODS = 12
 METHODS = [LoRA(r=1, target_modules=["layer.0"])]
@@ -36,13 +39,6 @@ class Chain(nn.Module):
         for layer in self.layer:
             x = x + layer(x)
         return x
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import itertools
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,16 +15,12 @@ from lora_lightning.methods import DoRA, LoRA
 from tests.models import gap, perturb
 
 # torch.compile itself makes an instance of each autograd function that has a setup_context.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_compiler"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
 
 METHODS = {"de": LoRA(r=2), "fr": DoRA(r=2), "it": LoRA(r=3), "es": DoRA(r=2, magnitude_axis="input")}
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
 
 
 @pytest.fixture

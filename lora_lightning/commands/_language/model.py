@@ -18,7 +18,7 @@ from lora_lightning.backbones.storage.quantized import is_quantized
 from lora_lightning.checkpoint.folder import is_adapter_folder
 from lora_lightning.checkpoint.manifest import read_manifest
 from lora_lightning.checkpoint.saved_run import SavedRun
-from lora_lightning.commands._sampling import Sampling, StopWriter, before_stop
+from lora_lightning.commands._language.sampling import Sampling, StopWriter, before_stop
 from lora_lightning.errors import BackboneError, CheckpointError, ConfigError
 from lora_lightning.paths import resolve
 from lora_lightning.tasks import AdapterTask, CausalLM, Seq2SeqLM
