@@ -71,7 +71,8 @@ def combine(
 
     Args:
         adapters: Weights by adapter folder or `.ckpt`, `{"runs/de": 1.0, "runs/fr": -0.5}`, or `(folder, weight)` by
-            name. Weights may be negative or 0.
+            name, or weights by the names of adapters that are attached to `model`, `{"de": 1.0, "fr": -0.5}`. Weights
+            may be negative or 0.
         output_dir: The folder to write; it must not exist, or be empty.
         rank: Rank of every layer, where the sum has more.
         max_error: Largest relative error of each layer, at least 0 and below 1; each gets the lowest rank for it.
@@ -85,8 +86,8 @@ def combine(
             most 1; 0.2 by default.
         seed: For `dare` and `dare_ties`: seed of the draws, 0 by default.
         heads: The adapter whose trained copies of modules (heads), labels and tokenizer are kept where they differ.
-        model: The bare base, needed only for adapters whose folder does not say the update by itself; see
-            `lora_lightning.arithmetic.reading.read_adapter`.
+        model: The model whose adapters are named; or the bare base, needed only for adapters whose folder does not say
+            the update by itself; see `lora_lightning.arithmetic.reading.read_adapter`.
 
     Returns:
         The folder, and the errors of each layer and of all.

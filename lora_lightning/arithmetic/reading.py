@@ -7,11 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lora_lightning.adapters import attached_methods, detach, is_attached, load_adapter_state_dict
+from lora_lightning.adapters import (
+    adapter_names,
+    attached_methods,
+    detach,
+    is_attached,
+    load_adapter_state_dict,
+    only,
+)
 from lora_lightning.arithmetic.adapter import LowRankAdapters, read_layers
 from lora_lightning.backbones.attach import attach
-from lora_lightning.checkpoint.base_sample import BASE_SAMPLE_NAME, read_base_sample
+from lora_lightning.checkpoint.base_sample import BASE_SAMPLE_NAME, base_sample_of, read_base_sample
 from lora_lightning.checkpoint.complete import folder_at
+from lora_lightning.checkpoint.fingerprint import fingerprint
 from lora_lightning.checkpoint.folder import RunFacts, is_adapter_folder
 from lora_lightning.checkpoint.manifest import Manifest, check_files, class_config, read_manifest
 from lora_lightning.checkpoint.pair import SUFFIX
@@ -38,16 +46,19 @@ def read_adapter(source: str | Path, model: nn.Module | None = None) -> LowRankA
     """Read the low-rank updates of an adapter.
 
     Args:
-        source: A folder in PEFT's format, of PEFT or of this library; a `.ckpt` of a task, or the folder beside one; or
-            with `model` any adapter folder.
-        model: The bare base. It is needed where the folder alone does not say what is added to the weights, such as
-            for VeRA; left out, a `.ckpt` beside the folder is loaded on its own base.
+        source: A folder in PEFT's format, of PEFT or of this library; a `.ckpt` of a task, or the folder beside one;
+            with `model` any adapter folder, or the name of an adapter that is attached to it.
+        model: A model with adapters, whose names are sources; or the bare base. The base is needed where the folder
+            alone does not say what is added to the weights, such as for VeRA; left out, a `.ckpt` beside the folder is
+            loaded on its own base.
 
     Raises:
         CheckpointError: It is missing or damaged, or holds something else than low-rank updates.
         TargetError: `model` has adapters already.
     """
     path = Path(source)
+    if model is not None and source in adapter_names(model):
+        return _of_name(model, str(source))
     if path.is_file():
         return _of_checkpoint(path)
     if _has_peft_files(path):
@@ -87,6 +98,18 @@ def updates_of(model: nn.Module, source: str, **known: Any) -> LowRankAdapters: 
         raise CheckpointError(f"{source} cannot be added or cut as a low-rank update: {why_not_peft(model)}.")
     config = parse_peft_config(found.config, source)
     return read_layers(config, found.state, source, **known)
+
+
+def _of_name(model: nn.Module, name: str) -> LowRankAdapters:
+    """Return the updates that are attached to a model under one name."""
+    with only(model, name):
+        return updates_of(
+            model,
+            name,
+            base_fingerprint=fingerprint(model),  # takes the sample, too
+            base_sample=base_sample_of(model),
+            corrects_quantization=_is_corrected(map(class_config, attached_methods(model))),
+        )
 
 
 def _has_peft_files(folder: Path) -> bool:
@@ -152,7 +175,7 @@ def _on_model(folder: Path, model: nn.Module) -> LowRankAdapters:
         CheckpointError: The folder does not fit it.
     """
     if is_attached(model):
-        raise TargetError("`model` has adapters already; pass the bare base.")
+        raise TargetError(f"`model` has adapters already, and {folder} is not the name of one; pass the bare base.")
     run = SavedRun.of_folder(folder)
     methods, state = run.adapter_for(model)
     attach(model, [_build(one, str(folder)) for one in methods])

@@ -10,10 +10,11 @@ import torch
 from peft.utils.merge_utils import ties as peft_ties
 
 from lora_lightning import LoRA, attach, combine, export_peft, load_adapter, load_peft
+from lora_lightning.adapters import iter_adapters, iter_hosts
 from lora_lightning.arithmetic.elementwise import ties
 from lora_lightning.checkpoint import read_manifest
-from lora_lightning.errors import CheckpointError
-from lora_lightning.methods import AdaLoRA
+from lora_lightning.errors import CheckpointError, TargetError
+from lora_lightning.methods import AdaLoRA, DoRA
 from tests.arithmetic.layouts import Layout, base, dense, distance, read_dense, weighted, write
 from tests.checkpoint.peft_runs import answers, move, save
 from tests.models import build, inputs, logits, perturb
@@ -92,6 +93,38 @@ def test_folders_of_peft_are_added_and_read_back_by_peft(tmp_path):
         theirs.set_adapter("de")
         assert (theirs(**batch).logits - answers(ours)).abs().max() > 1e-2  # control: one alone is another model
     assert (start - answers(ours)).abs().max() > 1e-2
+
+
+def test_adapters_of_a_model_are_added_by_name(tmp_path):
+    """On other layers each, of other ranks, and beside what cannot be added."""
+    methods = {
+        "de": LoRA(r=3, target_modules=["q_proj", "down_proj"]),
+        "fr": LoRA(r=2, alpha=5, scaling="rslora", target_modules=["q_proj", "v_proj"]),
+        "nl": DoRA(r=2, target_modules=["q_proj"]),
+    }
+    model = build("llama").double()
+    for name, method in methods.items():
+        attach(model, method, name=name)
+    perturb(model, std=0.2)
+    report = combine({"de": 1.0, "fr": -0.5}, model=model, output_dir=tmp_path / "out")
+    assert report.error == 0
+    ours = build("llama").double()
+    load_peft(ours, tmp_path / "out")
+    weights = {path: host.weight.clone() for path, host in iter_hosts(ours)}
+    for weight, name in ((1.0, "de"), (-0.5, "fr")):
+        for path, _, adapter in iter_adapters(model, name):
+            weights[path] += weight * adapter.scaling * adapter.lora_B.detach() @ adapter.lora_A.detach()
+    dense_model = build("llama").double()
+    with torch.no_grad():
+        for path, weight in weights.items():
+            dense_model.get_submodule(path).weight.copy_(weight)
+        torch.testing.assert_close(logits(ours), logits(dense_model), atol=1e-6, rtol=0)
+        assert (logits(ours) - logits(build("llama").double())).abs().max() > 1e-3
+    with pytest.raises(CheckpointError, match="DoRA"):
+        combine({"de": 1.0, "nl": 1.0}, model=model, output_dir=tmp_path / "other")
+    with pytest.raises(TargetError, match="is not the name of one"):
+        combine({"de": 1.0, str(tmp_path / "out" / "none"): 1.0}, model=model, output_dir=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 NARROWED = {
