@@ -36,6 +36,7 @@ class Attachment:
         was_trainable: Parameters of the base that trained before the first `attach`.
         nested_encoders: Encoders that may pack padded batches again when no adapter is left.
         unroute: Gives the model its own attention back.
+        sees_rows: For hosts that were looked at, whether they see the rows of a batch in their first dimension.
     """
 
     methods: dict[str, tuple[Method, ...]]
@@ -43,6 +44,7 @@ class Attachment:
     was_trainable: list[str] = field(default_factory=list)
     nested_encoders: list[str] = field(default_factory=list)
     unroute: Callable[[nn.Module], None] | None = None
+    sees_rows: dict[str, bool] = field(default_factory=dict)
 
 
 _LOOKED_AT: ContextVar[str | None] = ContextVar("lora_lightning_name", default=None)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
 
 from lora_lightning import adapters
 from lora_lightning.adapters import disabled, iter_adapters
-from lora_lightning.adapters.walk import unwrap
+from lora_lightning.adapters.walk import RECORD, Attachment, unwrap
 from lora_lightning.backbones.trials.row_layout import find_shared, has_batch_second
 from lora_lightning.errors import ConfigError
 
 __all__ = ["per_row"]
 
-_KNOWN = "_lora_lightning_shared"
-_CAPACITIES = ("expert_capacity",)
+_CAPACITY = "expert_capacity"
 
 
 @contextmanager
@@ -59,12 +58,11 @@ def per_row(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
 def _refuse_batchwise(model: nn.Module) -> None:
     """Raise ConfigError where rows of a batch compete, or a loss is computed over all of them."""
     configs = {id(config): config for config in (one.__dict__.get("config") for one in model.modules())}.values()
-    for name in _CAPACITIES:
-        if any(getattr(config, name, None) is not None for config in configs):
-            raise ConfigError(
-                f"per_row: the experts of this {type(model).__name__} have a capacity for the whole batch ({name}), so "
-                "rows would change each other; give each adapter batches of its own, inside active(model, name)."
-            )
+    if any(getattr(config, _CAPACITY, None) is not None for config in configs):
+        raise ConfigError(
+            f"per_row: the experts of this {type(model).__name__} have a capacity for the whole batch ({_CAPACITY}), "
+            "so rows would change each other; give each adapter batches of its own, inside active(model, name)."
+        )
     if model.training and any(getattr(config, "output_router_logits", False) for config in configs):
         raise ConfigError(
             "per_row: the loss for the balance of experts (output_router_logits) is computed over all rows of a batch, "
@@ -75,24 +73,25 @@ def _refuse_batchwise(model: nn.Module) -> None:
 def _refuse_shared(model: nn.Module, names: set[str]) -> None:
     """Raise ConfigError where an adapter's host is not called with the rows of a batch in its first dimension."""
     paths = {path: adapter.name for path, _, adapter in iter_adapters(model) if adapter.name in names}
-    found = sorted(_shared(model, paths.keys()).intersection(paths))
-    if found:
+    record: Attachment | None = model.__dict__.get(RECORD)
+    known = {} if record is None else record.sees_rows
+    new = [path for path in paths if path not in known]
+    if new:
+        shared = _shared(model, new)
+        known.update({path: path not in shared for path in new})
+    found = next((path for path in paths if not known[path]), None)
+    if found is not None:
         raise ConfigError(
-            f"The adapter {paths[found[0]]!r} cannot act on some rows of a batch: {found[0]!r} is called with "
-            "something else than one entry for each row in its first dimension (all rows share it, or the length comes "
-            "first). Leave it out of the targets, or give the adapter batches of its own, inside active(model, name)."
+            f"The adapter {paths[found]!r} cannot act on some rows of a batch: {found!r} is called with something else "
+            "than one entry for each row in its first dimension (all rows share it, or the length comes first). Leave "
+            "it out of the targets, or give the adapter batches of its own, inside active(model, name)."
         )
 
 
-def _shared(model: nn.Module, paths: Collection[str]) -> frozenset[str]:
-    """Return which hosts are known not to see rows, looking once at each; a transformers model is called for it."""
-    looked_at, shared = model.__dict__.get(_KNOWN, (frozenset(), frozenset()))
-    new = [path for path in paths if path not in looked_at]
-    if new:
-        found = {path for path in new if has_batch_second(model, path)}
-        if hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
-            with disabled(model):
-                found |= find_shared(model, new)
-        looked_at, shared = looked_at.union(new), shared.union(found)
-        model.__dict__[_KNOWN] = looked_at, shared
-    return shared
+def _shared(model: nn.Module, paths: Sequence[str]) -> frozenset[str]:
+    """Return which hosts are known not to see rows; a transformers model is called for it."""
+    batch_second = frozenset(path for path in paths if has_batch_second(model, path))
+    if not (hasattr(model, "config") and hasattr(model, "get_input_embeddings")):
+        return batch_second
+    with disabled(model):
+        return batch_second | find_shared(model, paths)
