@@ -79,6 +79,11 @@ class Adapter(nn.Module):
         self.selected_by_name = self.selected_as = ""
         self.num_virtual_tokens = 0
 
+    @property
+    def method_name(self) -> str:
+        """What users know it by: its method's class, or that it is a trained copy."""
+        return "a trained copy" if self.method is None else type(self.method).__name__
+
     def role_of(self, name: str) -> Role:
         """Return the role of the parameter called `name` in this module."""
         return self.roles[name]
@@ -107,17 +112,14 @@ class Adapter(nn.Module):
 
         The reason follows the adapter's name: `has a magnitude of its own`.
         """
-        return f"uses {type(self).__name__}, of which one acts at a time"
+        return f"uses {self.method_name}, of which one acts at a time"
 
     def mixed(self, host: Any, mixture: Mixture, *given: Any) -> Any:  # noqa: ANN401 - as forward's
         """Compute what `forward` computes for a batch whose rows have several adapters of this kind."""
         raise NotImplementedError  # never called: `mixes_itself` is False where a subclass lacks it
 
     def why_not_mixed(self, host: nn.Module) -> str:
-        """Return why it cannot act on some rows of a batch alone; empty where it can.
-
-        The reason follows the host's name: `it looks at the whole batch`.
-        """
+        """Return why it cannot act on some rows of a batch alone, as in `it looks at the whole batch`; else nothing."""
         del host
         return ""
 

@@ -84,6 +84,10 @@ class ExpertLoRAAdapter(ForwardAdapter):
         """Return `gate_up_proj.lora_A` for `gate_up_proj_lora_A`."""
         return f"{name[: -len('_lora_A')]}.{name[-len('lora_A') :]}"
 
+    def why_not_added(self) -> str:
+        """Refuse: its host's forward is computed whole."""
+        return "adapts a module of experts, which computes with one adapter at a time"
+
     def forward(self, host: Host, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute the experts with their updates.
 

@@ -69,6 +69,10 @@ class ParameterLoRAAdapter(ForwardAdapter):
         """Return `weight.lora_A` for `weight_lora_A`."""
         return f"{name[: -len('_lora_A')]}.{name[-len('lora_A') :]}"
 
+    def why_not_added(self) -> str:
+        """Refuse: its host's forward is computed whole."""
+        return "adapts single parameters, which are computed with one adapter at a time"
+
     def why_not_mixed(self, host: Host) -> str:
         """Refuse modules of several parts: not all that they are called with has rows."""
         parts = [name for name, _ in host.named_children() if name != RESERVED]

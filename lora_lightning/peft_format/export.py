@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from lora_lightning.adapters import attached_methods
+from lora_lightning.adapters.merge import refuse_unmergeable_kinds
+from lora_lightning.errors import NotMergeable
 from lora_lightning.peft_format.adapter import PeftAdapter
 from lora_lightning.peft_format.encode import to_peft, why_not_peft
 from lora_lightning.peft_format.kinds.encode import KIND_METHODS, encode_kind, why_no_kind
 
 _MERGE = "Merge it into the base instead (lora-lightning export --to merged)"
+_KEEP = "Use the adapter folder beside the checkpoint, which this library reads"
 
 
 def for_peft(model: nn.Module, state: Mapping[str, Tensor], *, own_kind: bool = False) -> PeftAdapter | None:
@@ -36,5 +39,14 @@ def why_not_for_peft(model: nn.Module) -> str:
     if len(methods) == 1 and type(methods[0]) in KIND_METHODS:
         reason = why_no_kind(model)
         if reason is not None:
-            return f"{reason}. Use the adapter folder beside the checkpoint, which this library reads"
-    return f"{why_not_peft(model)}. {_MERGE}"
+            return f"{reason}. {_KEEP}"
+    return f"{why_not_peft(model)}. {_MERGE if _is_mergeable(model) else _KEEP}"
+
+
+def _is_mergeable(model: nn.Module) -> bool:
+    """Return whether a model's adapters can be folded into a dense base."""
+    try:
+        refuse_unmergeable_kinds(model)
+    except NotMergeable:
+        return False
+    return True

@@ -223,9 +223,12 @@ def test_plain_lora_keeps_rank_and_words(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("methods", "reason"),
     [
-        ([Relative(kind="cubed", r=2, target_modules=["query"])], r"no words for Cubed \(at 'layer.0.query'\)"),
-        ([Scale(target_modules=["query"])], "no words for InputScale"),
-        ([LoRA(r=2, target_modules=["value"]), Bias(target_modules=["query"])], "one method, and LoRA and Bias are"),
+        ([Relative(kind="cubed", r=2, target_modules=["query"])], r"no words for Relative \(at 'layer.0.query'\)"),
+        ([Scale(target_modules=["query"])], r"no words for Scale \(.*\. Use the adapter folder beside the checkpoint"),
+        (
+            [LoRA(r=2, target_modules=["value"]), Bias(target_modules=["query"])],
+            r"one method, and LoRA and Bias are .*Merge it into the base instead",
+        ),
         (
             [LoRA(r=2, target_modules=["value"]), DoRA(r=2, target_modules=["query"])],
             "holds LoRA or DoRA, and LoRA and DoRA are attached",

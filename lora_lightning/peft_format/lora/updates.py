@@ -125,7 +125,7 @@ def why_no_update(host: nn.Module, adapter: Adapter) -> str | None:
     if isinstance(adapter, ExpertLoRAAdapter | ParameterLoRAAdapter):
         return None
     if not isinstance(adapter, LowRankAdapter) or type(adapter).merged_weight not in _MERGES:
-        return f"PEFT's format for LoRA and DoRA has no words for {type(adapter).__name__}"
+        return f"PEFT's format for LoRA and DoRA has no words for {adapter.method_name}"
     if getattr(adapter, "axis", "output") != "output":
         return "PEFT's DoRA has one magnitude per output, and this one has magnitude_axis='input'"
     return why_another_convolution(host)

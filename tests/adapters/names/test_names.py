@@ -95,7 +95,7 @@ def test_what_does_not_add_up_is_refused(shared):
     model = base("llama")
     for name in ("long", "short"):
         attach(model, PromptTuning(num_virtual_tokens=len(name)), name=name)
-    with pytest.raises(ConfigError, match="one acts at a time"):
+    with pytest.raises(ConfigError, match="'long' uses PromptTuning, of which one acts at a time"):
         set_active(model, ["long", "short"])
     assert acting_names(model) == ("long",)
 
